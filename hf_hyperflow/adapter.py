@@ -1,0 +1,315 @@
+"""`HyperFlowAdapter`: adapts a vision backbone to a support set by integrating a learned flow over its parameters."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, get_peft_config
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import cached_file
+
+from .backbones import Hidden, IncompatibleBackboneError, SplitBackbone, find_blocks
+from .configuration import HyperFlowConfig
+from .drift import DriftNetwork
+from .guard import Choice, choose_time
+from .parameter_space import ParameterSpace, config_to_dict
+from .saving import CheckpointError, require_sha256, sha256, written_whole
+from .solvers import Trajectory, integrate
+from .support import SupportSet, read_support
+from .task import AdaptedTask, evaluating
+from .task_encoder import TaskEncoder, TaskTokens, pooled_tokens
+
+WEIGHTS = "model.safetensors"
+
+
+class HyperFlowAdapter(PreTrainedModel):
+    """Generates the weights of a PEFT adapter from a support set, with forward passes of small networks only.
+
+    HyperFlow (Kim, Kim & Hong, arXiv 2504.15323): theta(1) = theta(0) + integral of h_phi(theta, t | S) over t in 0..1.
+
+    Attributes:
+        space: the parameters that move, see `ParameterSpace`.
+        processor: the image processor of the backbone, saved with the adapter; None if it was made without.
+        encoder: the separate support encoder, or None when the first blocks of the target are shared.
+        token_scale: `(n_tokens, 1)`, what one unit of the flow is worth in each row of theta.
+        log_scale: logarithm of the scale of the cosine logits.
+    """
+
+    config_class = HyperFlowConfig
+    base_model_prefix = "hyperflow"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: HyperFlowConfig):
+        super().__init__(config)
+        self.space = ParameterSpace(
+            get_peft_config(dict(config.peft)),
+            config.backbone["hidden_size"],
+            config.tensor_names,
+            config.tensor_shapes,
+            frozen=tuple(config.frozen_tensors or ()),
+            seed=config.adapter_seed,
+        )
+        self.processor: BaseImageProcessor | None = None
+        if config.encoder is None:
+            self.encoder, feature_dim = None, 2 * config.backbone["hidden_size"]
+        else:
+            encoder_config = AutoConfig.for_model(**config.encoder)
+            self.encoder = AutoModel.from_config(encoder_config).eval().requires_grad_(False)
+            sizes = vars(encoder_config).get("hidden_sizes")
+            feature_dim = 2 * (sizes[-1] if sizes else encoder_config.hidden_size)
+        self.task_encoder = TaskEncoder(feature_dim, config.drift_width)
+        self.drift = DriftNetwork(
+            self.space.n_tokens, self.space.token_dim, config.drift_width, config.drift_depth, config.drift_heads
+        )
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.register_buffer("token_scale", torch.full((self.space.n_tokens, 1), 0.02))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: the parts start themselves (the output of the drift network at zero)."""
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: nn.Module,
+        peft_config: PeftConfig,
+        *,
+        last_blocks: int,
+        processor: BaseImageProcessor | None = None,
+        frozen_tensors: tuple[str, ...] = (),
+        encoder: nn.Module | None = None,
+        **config: object,
+    ) -> HyperFlowAdapter:
+        """A new, untrained adapter for a backbone, which is left as it was.
+
+        Args:
+            backbone: a transformers vision model.
+            peft_config: what is to be generated, with full dotted paths as targets; `bias_config`, `lora_config` and
+                `layernorm_config` of `hf_hyperflow.parameter_space` make the usual ones.
+            last_blocks: all targets lie in the last so many blocks (or behind them).
+            processor: the backbone's image processor, saved with the adapter.
+            frozen_tensors: parts of names of adapter tensors that keep their seeded start (LoRA's "lora_A").
+            encoder: a separate pretrained vision model to encode support sets; None shares the target's first blocks.
+            config: further fields of `HyperFlowConfig`.
+
+        Raises:
+            IncompatibleBackboneError: the backbone has no blocks, no such targets, or cannot be split.
+        """
+        space = ParameterSpace.from_backbone(backbone, peft_config, frozen=frozen_tensors)
+        blocks = find_blocks(backbone)
+        inside = blocks.after(len(blocks) - last_blocks)
+        outside = [n for n in space.names if not any(n.startswith(i.rsplit(".", 1)[0]) for i in inside)]
+        if outside:
+            raise IncompatibleBackboneError(f"{outside[0]} is not in the last {last_blocks} blocks: raise last_blocks.")
+        model = cls(
+            HyperFlowConfig(
+                backbone={
+                    "name_or_path": str(backbone.config._name_or_path),
+                    "model_type": backbone.config.model_type,
+                    "hidden_size": space.token_dim,
+                    "num_blocks": len(blocks),
+                    "fingerprint": fingerprint(backbone),
+                },
+                last_blocks=last_blocks,
+                peft=config_to_dict(peft_config),
+                tensor_names=space.names,
+                tensor_shapes=[list(shape) for shape in space.shapes],
+                frozen_tensors=list(frozen_tensors),
+                encoder=None if encoder is None else encoder.config.to_dict(),
+                **config,
+            )
+        )
+        if encoder is not None:
+            model.encoder.load_state_dict(encoder.state_dict())
+        model.processor = processor
+        return model
+
+    def split(self, backbone: nn.Module) -> SplitBackbone:
+        """The backbone in two halves, after a check that it is of the kind the adapter was made for.
+
+        Raises:
+            IncompatibleBackboneError: another width or depth; the message names both.
+        """
+        expected, config = self.config.backbone, backbone.config
+        blocks = find_blocks(backbone)
+        found = {"hidden_size": config.hidden_size, "num_blocks": len(blocks)}
+        wrong = [
+            f"{key} is {value}, expected {expected[key]}" for key, value in found.items() if value != expected[key]
+        ]
+        if wrong:
+            raise IncompatibleBackboneError(
+                f"this {type(backbone).__name__} is not the backbone of the adapter: {'; '.join(wrong)}. "
+                f"Use {expected['name_or_path'] or 'the ' + expected['model_type'] + ' it was trained for'}."
+            )
+        return SplitBackbone(backbone, len(blocks) - self.config.last_blocks, self.config.pooling, blocks)
+
+    def support_features(
+        self, split: SplitBackbone, pixel_values: torch.Tensor, hidden: Hidden | None = None
+    ) -> tuple[torch.Tensor, Hidden | None]:
+        """Features `(n, feature_dim)` for the task encoder and, with a shared encoder, what the first blocks computed.
+
+        `hidden` is that if it is known already.
+        """
+        if self.encoder is None:
+            hidden = hidden or split.prefix(pixel_values)
+            return pooled_tokens(hidden.states).to(self.device), hidden
+        states = self.encoder(pixel_values.to(self.device, self.encoder.dtype)).last_hidden_state
+        return pooled_tokens(states), hidden
+
+    def flow(
+        self, tasks: TaskTokens, *, n_steps: int | None = None, solver: str | None = None, end_time: float = 1.0
+    ) -> Trajectory:
+        """Integrate the drift from zero for a batch of tasks: states `(batch, n_tokens, token_dim)`, in scaled units."""
+        mask = self.space.mask.to(self.device)
+        start = torch.zeros(len(tasks.task), *mask.shape, dtype=tasks.task.dtype, device=self.device)
+        return integrate(
+            lambda z, t: self.drift(z, t, tasks) * mask,
+            start,
+            n_steps=n_steps or self.config.n_steps,
+            method=solver or self.config.solver,
+            end_time=end_time,
+        )
+
+    @torch.no_grad()
+    def adapt(
+        self,
+        backbone: nn.Module,
+        support: object,
+        *,
+        n_steps: int | None = None,
+        solver: str | None = None,
+        guard: str | None = None,
+        skip_bad: bool = False,
+    ) -> AdaptedTask:
+        """Adapt a backbone to the classes of a support set: no gradients, no optimiser.
+
+        Args:
+            backbone: the model the adapter was trained for, on any device and in any precision. Its modules are
+                wrapped by PEFT's until `AdaptedTask.reset`; several tasks can share one backbone.
+            support: a `datasets.Dataset`, a dict of class name to images, an image folder or `(pixel_values, labels)`.
+            n_steps: solver steps from t = 0 to t = 1.
+            solver: euler, midpoint, heun, rk4, or with torchdiffeq dopri5, dopri8, bosh3.
+            guard: "loo" stops the flow where the leave-one-out accuracy on the support set is best (earliest of
+                equals, t = 0 included); needs a class with two images or more. It runs the target's adapted blocks.
+            skip_bad: leave out images that cannot be read.
+
+        Returns:
+            The adapted task. Its prototypes are computed when they are first needed.
+
+        Raises:
+            SupportSetError, ImageError: see `read_support`.
+            IncompatibleBackboneError: the backbone is not of the adapter's kind; it is left as it was.
+            ValueError: an unknown solver or guard, or no steps.
+        """
+        if guard not in (None, "loo"):
+            raise ValueError(f"unknown guard {guard!r}: use 'loo' or None.")
+        split = self.split(backbone)
+        data = read_support(support, self.processor, skip_bad=skip_bad)
+        if not self.space.is_in(backbone):
+            self._warn_if_other_weights(backbone)
+        parameter = next(backbone.parameters())
+        pixel_values = data.pixel_values.to(parameter.device, parameter.dtype)
+        labels = data.labels.to(parameter.device)
+        injection = self.space.inject(backbone)
+        with evaluating(backbone):
+            features, hidden = self.support_features(split, pixel_values)
+            tasks = self.task_encoder(features.to(self.log_scale.dtype), labels.to(self.device))
+            trajectory = self.flow(tasks, n_steps=n_steps, solver=solver)
+            steps = [injection.start + (self.token_scale * z[0]).to(injection.start) for z in trajectory.states]
+            choice = Choice(time=trajectory.times[-1])
+            if guard == "loo":
+                hidden = hidden or split.prefix(pixel_values)
+                choice = choose_time(split, injection, hidden, labels, trajectory.times, steps)
+        return AdaptedTask(
+            split=split,
+            space=self.space,
+            theta=steps[trajectory.times.index(choice.time)],
+            class_names=data.class_names,
+            scale=self.log_scale.exp().item(),
+            processor=self.processor,
+            support=(hidden or pixel_values, labels),
+            n_evaluations=trajectory.n_evaluations,
+            choice=choice,
+        )
+
+    def _warn_if_other_weights(self, backbone: nn.Module) -> None:
+        expected = self.config.backbone.get("fingerprint")
+        if expected and any(abs(a - b) > 0.01 * abs(a) for a, b in zip(expected, fingerprint(backbone), strict=True)):
+            warnings.warn(
+                f"the weights of this {type(backbone).__name__} are not those the adapter was trained for "
+                f"({self.config.backbone['name_or_path']}): expect no gain.",
+                stacklevel=3,
+            )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: object) -> None:
+        """Write config, weights (safetensors) and image processor, all or nothing.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        push = kwargs.pop("push_to_hub", False)
+        with written_whole(save_directory) as draft:
+            super().save_pretrained(draft, **kwargs)
+            self.config.weights_sha256 = sha256(draft / WEIGHTS)
+            self.config.save_pretrained(draft)
+            if self.processor is not None:
+                self.processor.save_pretrained(draft)
+        if push:
+            self.push_to_hub(kwargs.get("repo_id") or Path(save_directory).name)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> HyperFlowAdapter:
+        """Load an adapter from a folder or the Hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a Hub id; `revision`, `token`, `cache_dir` and the other
+                arguments of `PreTrainedModel.from_pretrained` hold.
+
+        Raises:
+            CheckpointError: no adapter there, or its files are damaged, truncated or incomplete.
+        """
+        name = pretrained_model_name_or_path
+        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
+        if not isinstance(kwargs.get("config"), HyperFlowConfig):
+            try:
+                kwargs["config"] = HyperFlowConfig.from_pretrained(name, **hub)
+            except OSError as error:
+                raise CheckpointError(f"{name} holds no readable HyperFlow adapter: {error}") from error
+            if not kwargs["config"].peft:
+                raise CheckpointError(f"{name}/config.json does not describe a HyperFlow adapter.")
+        weights = cached_file(name, WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
+        if weights is None:
+            raise CheckpointError(f"{name} has no {WEIGHTS}: the adapter is incomplete.")
+        require_sha256(weights, kwargs["config"].weights_sha256)
+        try:
+            model, info = super().from_pretrained(name, *args, **kwargs | {"output_loading_info": True})
+        except (SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{weights} is damaged or does not fit config.json: {error}") from error
+        if info["missing_keys"] or info["unexpected_keys"]:
+            wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+            raise CheckpointError(f"{weights} does not fit config.json; missing or unknown: {', '.join(wrong[:8])}")
+        if cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **hub):
+            # Always the PIL processor: the same pixels with and without torchvision.
+            model.processor = AutoImageProcessor.from_pretrained(name, backend="pil", **hub)
+        return (model, info) if kwargs.get("output_loading_info") else model
+
+
+def fingerprint(backbone: nn.Module) -> list[float]:
+    """Mean absolute value of the one-dimensional parameters of each block, as 4 digits: tells weights apart, not exactly.
+
+    Equal for the same weights in any floating-point precision; for a backbone without adapters in it.
+    """
+    blocks = find_blocks(backbone)
+    result = []
+    for i in range(len(blocks)):
+        named = backbone.get_submodule(f"{blocks.path}.{i}").named_parameters()
+        values = [p.detach().float().abs().mean() for n, p in named if p.ndim == 1 and p.dtype.is_floating_point]
+        result.append(float(f"{torch.stack(values).mean().item():.4g}"))
+    return result

@@ -1,0 +1,152 @@
+"""What the flow needs to know of a vision transformer: where its blocks are, and how to run it in two halves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class IncompatibleBackboneError(ValueError):
+    """The backbone cannot be adapted, or is not the one the adapter was made for."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where the transformer blocks of a backbone are.
+
+    Attributes:
+        path: dotted path of the `nn.ModuleList` of blocks.
+        count: how many there are.
+        norm: dotted path of the LayerNorm behind the last block, or None.
+        names: names of all parameters of the backbone, in order.
+    """
+
+    path: str
+    count: int
+    norm: str | None
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def after(self, start: int) -> set[str]:
+        """Names of the parameters in blocks `start`, `start + 1`, ... and in the final norm."""
+        inside = tuple(f"{self.path}.{i}." for i in range(start, self.count))
+        if self.norm is not None:
+            inside += (f"{self.norm}.",)
+        return {name for name in self.names if name.startswith(inside)}
+
+
+def find_blocks(backbone: nn.Module) -> Blocks:
+    """Locate the blocks: the longest list of modules of one class, and the LayerNorm beside or around it.
+
+    Raises:
+        IncompatibleBackboneError: the model has no such list (a convolutional network, say).
+    """
+    best_path, best = "", None
+    for path, module in backbone.named_modules():
+        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1:
+            if best is None or len(module) > len(best):
+                best_path, best = path, module
+    if best is None or len(best) < 2:
+        raise IncompatibleBackboneError(
+            f"{type(backbone).__name__} has no list of transformer blocks. Use a vision transformer such as "
+            "Dinov2Model or ViTModel (transformers.AutoModel)."
+        )
+    norm = None
+    for path, module in backbone.named_modules():
+        if isinstance(module, nn.LayerNorm) and path.count(".") <= best_path.count(".") and "embed" not in path:
+            norm = path
+    return Blocks(best_path, len(best), norm, tuple(name for name, _ in backbone.named_parameters()))
+
+
+class Hidden(NamedTuple):
+    """What the first blocks computed: the hidden states `(n, tokens, width)` and what else a block is called with."""
+
+    states: torch.Tensor
+    args: tuple = ()
+    kwargs: dict = {}
+
+    def __getitem__(self, rows) -> Hidden:  # rows of images, not fields
+        return Hidden(self.states[rows], self.args, self.kwargs)
+
+
+class _Reached(Exception):
+    """Carries a block's inputs out of the backbone's forward, so that the rest of it is not run."""
+
+
+class SplitBackbone(nn.Module):
+    """A backbone that can stop before block `start` and go on from there.
+
+    The frozen first blocks then run once per image, whatever is tried on the adapted rest. Adapters may be injected
+    into the backbone before or after it is wrapped: blocks are looked up when they are run.
+
+    Args:
+        backbone: a transformers vision model that returns `last_hidden_state`.
+        start: index of the first block of the second half; 0 splits right behind the embeddings.
+        pooling: the feature of an image: "cls" (first token) or "mean" (of all tokens).
+    """
+
+    def __init__(self, backbone: nn.Module, start: int, pooling: str = "cls", blocks: Blocks | None = None):
+        super().__init__()
+        self.backbone = backbone
+        self.start = start
+        self.pooling = pooling
+        self.blocks = blocks or find_blocks(backbone)
+        if not 0 <= start < len(self.blocks):
+            raise IncompatibleBackboneError(
+                f"the flow starts at block {start}, but {type(backbone).__name__} has {len(self.blocks)} blocks."
+            )
+
+    def pool(self, sequence: torch.Tensor) -> torch.Tensor:
+        """`(n, tokens, width)` to `(n, width)`."""
+        return sequence[:, 0] if self.pooling == "cls" else sequence.mean(dim=1)
+
+    def extract(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features `(n, width)` of images `(n, 3, height, width)` by an ordinary forward pass."""
+        return self.pool(self.backbone(pixel_values).last_hidden_state)
+
+    def prefix(self, pixel_values: torch.Tensor) -> Hidden:
+        """Run the backbone up to block `start` and stop there."""
+
+        def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            raise _Reached(args, kwargs)
+
+        block = self.backbone.get_submodule(self.blocks.path)[self.start]
+        handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.backbone(pixel_values)
+        except _Reached as reached:
+            args, kwargs = reached.args
+        finally:
+            handle.remove()
+        if args:
+            return Hidden(args[0], args[1:], kwargs)
+        return Hidden(kwargs.pop("hidden_states"), (), kwargs)
+
+    def forward(self, hidden: Hidden) -> torch.Tensor:
+        """Features `(n, width)` from what `prefix` returned: the remaining blocks, the final norm, the pooling."""
+        states = hidden.states
+        for block in self.backbone.get_submodule(self.blocks.path)[self.start :]:
+            output = block(states, *hidden.args, **hidden.kwargs)
+            states = output if isinstance(output, torch.Tensor) else output[0]
+        if self.blocks.norm is not None:
+            states = self.backbone.get_submodule(self.blocks.norm)(states)
+        return self.pool(states)
+
+    @torch.no_grad()
+    def check(self, pixel_values: torch.Tensor) -> None:
+        """Compare both halves, one after the other, with the whole.
+
+        Raises:
+            IncompatibleBackboneError: they differ (the model does more between its blocks than call them in turn).
+        """
+        whole, halves = self.extract(pixel_values), self(self.prefix(pixel_values))
+        if not torch.allclose(whole.float(), halves.float(), rtol=1e-2, atol=1e-3):
+            raise IncompatibleBackboneError(
+                f"{type(self.backbone).__name__} cannot be split at its blocks: running {self.blocks.path} in turn and "
+                f"then {self.blocks.norm} differs from its forward by {(whole - halves).abs().max():.3g}."
+            )

@@ -1,0 +1,81 @@
+"""Anything a person calls an image, as RGB: files, bytes, PIL in any mode, arrays."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+#: File name endings that count as images when a folder is read.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message names it."""
+
+
+def decode(image: object, name: str) -> PIL.Image.Image:
+    """Read one image as RGB.
+
+    Args:
+        image: a path, encoded bytes, a `datasets` record (`{"bytes", "path"}`), a PIL image in any mode (palette,
+            grey, 16-bit, alpha: shown on white) or an `(h, w)`, `(h, w, 1|3|4)` array, uint8 or floats in 0..1.
+        name: what an error message calls it.
+
+    Raises:
+        ImageError: not an image, truncated, NaN or infinite, out of range or of a strange shape.
+    """
+    if isinstance(image, dict):
+        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    if isinstance(image, np.ndarray):
+        image = _from_array(image, name)
+    if isinstance(image, bytes):
+        image = io.BytesIO(image)
+    try:
+        if isinstance(image, str | Path | io.BytesIO):
+            with PIL.Image.open(image) as opened:
+                return to_rgb(PIL.ImageOps.exif_transpose(opened))
+        if isinstance(image, PIL.Image.Image):
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise ImageError(f"{name}: there is no file {image}.") from None
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise ImageError(f"{name} cannot be read as an image ({error}). Replace or remove it.") from error
+    raise ImageError(f"{name} is a {type(image).__name__}, not an image: give a path, bytes, a PIL image or an array.")
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """RGB of any PIL mode: alpha is laid on white, 16-bit and float greys are scaled to 8 bits."""
+    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+        # PIL clips these modes at 255 when it converts, which turns 16-bit pictures white.
+        values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("it has NaN or infinite pixels")
+        top = 65535.0 if image.mode != "F" or values.max() > 255 else (255.0 if values.max() > 1 else 1.0)
+        image = PIL.Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        image = PIL.Image.alpha_composite(white, layer)
+    return image.convert("RGB")
+
+
+def _from_array(array: np.ndarray, name: str) -> PIL.Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
+        raise ImageError(f"{name} has shape {array.shape}: give (height, width) or (height, width, 1, 3 or 4).")
+    if np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all():
+            raise ImageError(f"{name} has NaN or infinite pixels. Replace or remove it.")
+        if array.min() < 0 or array.max() > 1:
+            raise ImageError(f"{name} has floats outside 0..1. Scale it, or give uint8.")
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype == np.uint16:
+        array = (array / 257).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ImageError(f"{name} has dtype {array.dtype}: give uint8, uint16 or floats in 0..1.")
+    return PIL.Image.fromarray(array)

@@ -1,0 +1,37 @@
+"""Command-line arguments from a dataclass, with a YAML preset: flags override the preset, the preset the defaults."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], argv: list[str] | None = None) -> T:
+    """Parse `--config preset.yaml --flag value ...` into the dataclass `kind`.
+
+    Raises:
+        SystemExit: an unknown flag, an unknown key in the preset or a required value that neither gives.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(kind)
+    parser.add_argument("--config", help="a YAML preset; flags override it")
+    if "--config" in argv:
+        path = Path(argv[argv.index("--config") + 1])
+        preset = yaml.safe_load(path.read_text())
+        known = set(kind.__dataclass_fields__)
+        unknown = sorted(set(preset) - known)
+        if unknown:
+            parser.error(f"{path} has unknown keys {unknown}; known: {sorted(known)}")
+        for action in parser._actions:
+            if action.dest in preset:
+                action.required = False
+        parser.set_defaults(**preset)
+    found = vars(parser.parse_args(argv))
+    found.pop("config")
+    return kind(**found)

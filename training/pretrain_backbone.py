@@ -1,0 +1,214 @@
+"""Re-train the last blocks of a vision backbone as a cosine classifier, so that prototypes separate new classes.
+
+    accelerate launch training/pretrain_backbone.py --config training/configs/vit-s14-focus-70.yaml \
+        --dataset FILE_OR_HUB_ID [...] --output_dir backbone
+
+Classes whose label is a multiple of `--holdout_every` are not trained on: 5-way episodes of them measure the
+backbone before and after. A killed run goes on from its last checkpoint with `--resume`, image for image as if it
+had not been interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from arguments import parse
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from hf_hyperflow.augmentation import random_views
+from hf_hyperflow.backbones import SplitBackbone, find_blocks
+from hf_hyperflow.domains import Domain, joined, load_domain, normalise
+from hf_hyperflow.episodes import cdfsl_episode
+from hf_hyperflow.prototypes import PrototypeClassifier
+
+
+@dataclass
+class Arguments:
+    dataset: list[str] = field(
+        metadata={"help": "labelled image datasets (Parquet files, image folders, Hub ids) of the same classes"}
+    )
+    output_dir: str = field(metadata={"help": "folder for checkpoints and the final model"})
+    backbone: str = field(
+        default="facebook/dinov2-small", metadata={"help": "a transformers vision model: Hub id or folder"}
+    )
+    from_scratch: bool = field(default=False, metadata={"help": "keep the architecture, forget the weights"})
+    trained_blocks: int = field(default=6, metadata={"help": "the last so many blocks are trained, the rest is frozen"})
+    holdout_every: int = field(default=4, metadata={"help": "every so-manieth class is kept apart; 0: none"})
+    steps: int = field(default=1500, metadata={"help": "optimiser steps"})
+    batch_size: int = field(default=128, metadata={"help": "images a step, over all processes"})
+    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate (cosine decay)"})
+    warmup_steps: int = field(default=100, metadata={"help": "steps of linear warmup"})
+    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay of matrices"})
+    label_smoothing: float = field(default=0.1, metadata={"help": "cross-entropy label smoothing"})
+    temperature: float = field(default=16.0, metadata={"help": "scale of the cosine logits"})
+    save_every: int = field(default=200, metadata={"help": "steps between checkpoints"})
+    mixed_precision: str = field(default="bf16", metadata={"help": "no, bf16 or fp16"})
+    cpu: bool = field(default=False, metadata={"help": "stay on the CPU also where there is a GPU"})
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
+    seed: int = field(default=0, metadata={"help": "of the order, the crops and the head"})
+
+
+class CosineClassifier(nn.Module):
+    """Backbone features against one learned direction per class."""
+
+    def __init__(self, backbone: nn.Module, n_classes: int, temperature: float):
+        super().__init__()
+        self.features = SplitBackbone(backbone, start=0)
+        # Short, so that Adam turns them quickly: only their direction counts.
+        self.directions = nn.Parameter(0.02 * torch.randn(n_classes, backbone.config.hidden_size))
+        self.temperature = temperature
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        features = self.features.extract(pixel_values).float()
+        return self.temperature * F.normalize(features, dim=-1) @ F.normalize(self.directions, dim=-1).T
+
+
+def batch_indices(n_images: int, step: int, batch_size: int, seed: int) -> torch.Tensor:
+    """Images of a step: a slice of the epoch's permutation, itself a function of (seed, epoch)."""
+    per_epoch = max(1, n_images // batch_size)
+    epoch, position = divmod(step, per_epoch)
+    order = torch.randperm(n_images, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return order[position * batch_size : (position + 1) * batch_size]
+
+
+@torch.no_grad()
+def held_out_accuracy(
+    model: CosineClassifier, domain: Domain, processor: BaseImageProcessor, accelerator: Accelerator, seed: int
+) -> dict[str, float]:
+    """Mean 5-way accuracy of cosine prototypes on 200 episodes of the held-out classes, 1-shot and 5-shot, in %."""
+    model.eval()
+    chunks = []
+    for images in domain.images.split(256):
+        with accelerator.autocast():
+            pixels = normalise(images.to(accelerator.device), processor)
+            chunks.append(model.features.extract(pixels).float().cpu())
+    features = torch.cat(chunks)
+    result = {}
+    for n_shot in (1, 5):
+        hits = []
+        for index in range(200):
+            episode = cdfsl_episode(domain, index, n_way=5, n_shot=n_shot, seed=seed)
+            classifier = PrototypeClassifier.from_support(features[episode.support], episode.support_labels)
+            predicted = classifier(features[episode.query]).argmax(-1)
+            hits.append((predicted == episode.query_labels).float().mean())
+        result[f"accuracy_{n_shot}_shot"] = round(100 * torch.stack(hits).mean().item(), 2)
+    model.train()
+    return result
+
+
+def learning_rate_at(step: int, arguments: Arguments) -> float:
+    """Linear warmup, then a cosine to zero; relative to the peak."""
+    if step < arguments.warmup_steps:
+        return (step + 1) / arguments.warmup_steps
+    progress = (step - arguments.warmup_steps) / max(1, arguments.steps - arguments.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def main() -> None:
+    arguments = parse(Arguments)
+    accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=arguments.cpu)
+    set_seed(arguments.seed)
+    output = Path(arguments.output_dir)
+
+    processor = AutoImageProcessor.from_pretrained(arguments.backbone, backend="pil")
+    everything = joined([load_domain(source, processor) for source in arguments.dataset], "pretraining")
+    held_out = [
+        c for c in range(len(everything.class_names)) if arguments.holdout_every and c % arguments.holdout_every == 0
+    ]
+    trained = [c for c in range(len(everything.class_names)) if c not in held_out]
+    domain = everything.with_classes(trained)
+    held_out_domain = everything.with_classes(held_out, "held-out") if held_out else None
+    accelerator.print(f"{len(domain)} images of {len(trained)} classes; {len(held_out)} classes held out")
+
+    if arguments.from_scratch:
+        backbone = AutoModel.from_config(AutoConfig.from_pretrained(arguments.backbone))
+    else:
+        backbone = AutoModel.from_pretrained(arguments.backbone)
+    backbone = backbone.float()
+    blocks = find_blocks(backbone)
+    if not arguments.from_scratch:
+        trainable = blocks.after(len(blocks) - arguments.trained_blocks)
+        for name, parameter in backbone.named_parameters():
+            parameter.requires_grad_(name in trainable)
+    model = CosineClassifier(backbone, len(trained), arguments.temperature)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": arguments.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_at(step, arguments))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    first, history = 0, []
+    checkpoint = output / "checkpoint"
+    if arguments.resume and (checkpoint / "progress.json").is_file():
+        accelerator.load_state(str(checkpoint))
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        first, history = progress["step"], progress["history"]
+        scheduler.load_state_dict(progress["scheduler"])
+    elif held_out_domain is not None and accelerator.is_main_process:
+        before = held_out_accuracy(
+            accelerator.unwrap_model(model), held_out_domain, processor, accelerator, arguments.seed
+        )
+        history.append({"step": 0, **before})
+        accelerator.print(history[-1])
+
+    model.train()
+    started = time.time()
+    bar = tqdm(range(first, arguments.steps), disable=not accelerator.is_local_main_process, mininterval=10)
+    for step in bar:
+        indices = batch_indices(len(domain), step, arguments.batch_size, arguments.seed)
+        mine = indices[accelerator.process_index :: accelerator.num_processes]
+        generator = torch.Generator().manual_seed((arguments.seed * 1_000_003 + step) * 97 + accelerator.process_index)
+        images = domain.images[mine].to(accelerator.device)
+        pixels = normalise(random_views(images, generator), processor)
+        with accelerator.autocast():
+            logits = model(pixels)
+        labels = domain.labels[mine].to(accelerator.device)
+        loss = F.cross_entropy(logits, labels, label_smoothing=arguments.label_smoothing)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        if (step + 1) % 10 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+        done = step + 1 == arguments.steps
+        if (step + 1) % arguments.save_every == 0 or done:
+            accelerator.save_state(str(checkpoint))
+            if accelerator.is_main_process:
+                record = {"step": step + 1, "loss": round(loss.item(), 4), "seconds": round(time.time() - started)}
+                if held_out_domain is not None:
+                    whole = accelerator.unwrap_model(model)
+                    record |= held_out_accuracy(whole, held_out_domain, processor, accelerator, arguments.seed)
+                history.append(record)
+                accelerator.print(record)
+                state = {"step": step + 1, "history": history, "scheduler": scheduler.state_dict()}
+                (checkpoint / "progress.json").write_text(json.dumps(state))
+
+    if accelerator.is_main_process:
+        # Half precision on disk (rounded once, here), single precision when loaded: CPUs are slow in half.
+        rounded = {name: t.half() for name, t in backbone.state_dict().items()}
+        backbone.config.dtype = torch.float32
+        backbone.save_pretrained(output, state_dict=rounded)
+        processor.save_pretrained(output)
+        (output / "pretraining.json").write_text(
+            json.dumps({"arguments": vars(arguments), "history": history}, indent=1)
+        )
+        accelerator.print(f"wrote {output}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Train a HyperFlow adapter for a backbone on labelled image datasets (task objective).
+
+    accelerate launch training/train_drift.py --config training/configs/hyperflow-vit-s14-70.yaml \
+        --backbone FOLDER_OR_HUB_ID --dataset FILE_OR_HUB_ID [...] --output_dir adapter
+
+Episode i is a function of (seed, i), so a killed run goes on with `--resume` as if it had not been interrupted and
+several processes share the episodes of each step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from arguments import parse
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from hf_hyperflow import HyperFlowAdapter
+from hf_hyperflow.augmentation import made_domain
+from hf_hyperflow.domains import Domain, load_domain, normalise
+from hf_hyperflow.episodes import Episode, cdfsl_episode, episode_generator
+from hf_hyperflow.evaluation import compare_flow
+from hf_hyperflow.objectives import EpisodeImages, TaskObjective
+from hf_hyperflow.parameter_space import bias_config
+
+
+@dataclass
+class Arguments:
+    backbone: str = field(metadata={"help": "the target: a transformers vision model, Hub id or folder"})
+    dataset: list[str] = field(metadata={"help": "training domains: Parquet files, image folders, Hub ids"})
+    output_dir: str = field(metadata={"help": "folder for checkpoints and the trained adapter"})
+    holdout: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "NAME: this domain is kept for validation; NAME:K: every K-th class of it is, the others are trained on"
+        },
+    )
+    max_per_class: int = field(default=300, metadata={"help": "images of a class that are used at most"})
+    last_blocks: int = field(default=4, metadata={"help": "the last so many blocks are adapted"})
+    norms: bool = field(default=True, metadata={"help": "also adapt the LayerNorms, not only the biases"})
+    drift_width: int = field(default=192, metadata={"help": "width of the drift network"})
+    drift_depth: int = field(default=4, metadata={"help": "its blocks"})
+    n_steps: int = field(default=4, metadata={"help": "solver steps, in training and by default in use"})
+    steps: int = field(default=1000, metadata={"help": "optimiser steps"})
+    episodes_per_step: int = field(default=4, metadata={"help": "over all processes"})
+    made_share: float = field(
+        default=0.6, metadata={"help": "share of episodes whose domain is made out of a real one"}
+    )
+    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate (cosine decay)"})
+    warmup_steps: int = field(default=50, metadata={"help": "steps of linear warmup"})
+    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay of matrices"})
+    ema_decay: float = field(default=0.98, metadata={"help": "of the averaged weights that are saved"})
+    validate_every: int = field(default=250, metadata={"help": "steps between validations and checkpoints"})
+    validation_episodes: int = field(default=60, metadata={"help": "5-way 5-shot episodes of each validation domain"})
+    mixed_precision: str = field(default="bf16", metadata={"help": "no, bf16 or fp16"})
+    cpu: bool = field(default=False, metadata={"help": "stay on the CPU also where there is a GPU"})
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
+    seed: int = field(default=0, metadata={"help": "of the episodes and of the drift network's start"})
+
+
+def load_domains(arguments: Arguments, processor: BaseImageProcessor) -> tuple[list[Domain], list[Domain]]:
+    """Training and validation domains."""
+    training, validation = [], []
+    holdout = dict((*entry.split(":"), "")[:2] for entry in arguments.holdout)
+    for source in arguments.dataset:
+        domain = load_domain(source, processor, max_per_class=arguments.max_per_class)
+        if domain.name not in holdout:
+            training.append(domain)
+        elif holdout[domain.name] == "":
+            validation.append(domain)
+        else:
+            every, classes = int(holdout[domain.name]), range(len(domain.class_names))
+            training.append(domain.with_classes([c for c in classes if c % every]))
+            validation.append(domain.with_classes([c for c in classes if c % every == 0], f"{domain.name}-held-out"))
+    return training, validation
+
+
+def draw_episode(domains: list[Domain], index: int, arguments: Arguments) -> tuple[Domain, Episode]:
+    """Training episode `index`: 3 to 10 ways, 1 to 10 shots, about 60 queries, from a random domain."""
+    generator = episode_generator(arguments.seed, "training", index)
+    domain = domains[int(generator.integers(len(domains)))]
+    if "/" in domain.class_names[0] and generator.random() < 0.5:  # Omniglot: half the time within one alphabet
+        groups = sorted({name.split("/")[0] for name in domain.class_names})
+        group = groups[int(generator.integers(len(groups)))]
+        domain = domain.with_classes([c for c, n in enumerate(domain.class_names) if n.split("/")[0] == group])
+    n_way = int(generator.integers(3, 11))
+    n_shot = round(math.exp(generator.uniform(0, math.log(10))))
+    n_query = max(3, min(9, 60 // n_way))
+    return domain, cdfsl_episode(domain, index, n_way=n_way, n_shot=n_shot, n_query=n_query, seed=arguments.seed)
+
+
+def episode_images(
+    domains: list[Domain], index: int, arguments: Arguments, processor: BaseImageProcessor, device: torch.device
+) -> EpisodeImages:
+    """The pixels of training episode `index`, its domain changed into a new one for a share of the episodes."""
+    domain, episode = draw_episode(domains, index, arguments)
+    images = domain.images[torch.cat([episode.support, episode.query])].to(device).float()
+    generator = torch.Generator().manual_seed(arguments.seed * 1_000_003 + index)
+    if torch.rand((), generator=generator) < arguments.made_share:
+        images = made_domain(images, generator)
+    if torch.rand((), generator=generator) < 0.5:
+        images = images.flip(-1)
+    pixel_values = normalise(images, processor)
+    return EpisodeImages(pixel_values, episode.support_labels.to(device), episode.query_labels.to(device))
+
+
+def learning_rate_at(step: int, arguments: Arguments) -> float:
+    """Linear warmup, then a cosine to zero; relative to the peak."""
+    if step < arguments.warmup_steps:
+        return (step + 1) / arguments.warmup_steps
+    progress = (step - arguments.warmup_steps) / max(1, arguments.steps - arguments.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def main() -> None:
+    arguments = parse(Arguments)
+    accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=arguments.cpu)
+    set_seed(arguments.seed)
+    output, checkpoint = Path(arguments.output_dir), Path(arguments.output_dir) / "checkpoint"
+
+    processor = AutoImageProcessor.from_pretrained(arguments.backbone, backend="pil")
+    training, validation = load_domains(arguments, processor)
+    for kind, domains in (("train", training), ("validate", validation)):
+        accelerator.print(f"{kind} on", ", ".join(f"{d.name} ({len(d.class_names)}/{len(d)})" for d in domains))
+
+    backbone = AutoModel.from_pretrained(arguments.backbone).float().eval().requires_grad_(False).to(accelerator.device)
+    adapter = HyperFlowAdapter.from_backbone(
+        backbone,
+        bias_config(backbone, arguments.last_blocks, norms=arguments.norms),
+        last_blocks=arguments.last_blocks,
+        processor=processor,
+        drift_width=arguments.drift_width,
+        drift_depth=arguments.drift_depth,
+        n_steps=arguments.n_steps,
+    )
+    objective = TaskObjective(adapter, adapter.split(backbone))
+    parameters = [p for p in adapter.parameters() if p.requires_grad]
+    accelerator.print(
+        f"{adapter.space.n_tokens} tokens, {adapter.space.n_parameters} adapted parameters, "
+        f"{sum(p.numel() for p in parameters)} trained parameters"
+    )
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": arguments.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_at(step, arguments))
+    objective, optimizer = accelerator.prepare(objective, optimizer)
+    averaged = AveragedModel(adapter, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay))
+    accelerator.register_for_checkpointing(averaged, scheduler)
+    first, history = 0, []
+    if arguments.resume and (checkpoint / "progress.json").is_file():
+        accelerator.load_state(str(checkpoint))
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        first, history = progress["step"], progress["history"]
+
+    started, recent = time.time(), []
+    bar = tqdm(range(first, arguments.steps), disable=not accelerator.is_local_main_process, mininterval=10)
+    for step in bar:
+        indices = range(step * arguments.episodes_per_step, (step + 1) * arguments.episodes_per_step)
+        mine = indices[accelerator.process_index :: accelerator.num_processes]
+        episodes = [episode_images(training, i, arguments, processor, accelerator.device) for i in mine]
+        with accelerator.autocast():
+            loss, accuracy = objective(episodes)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        averaged.update_parameters(adapter)
+        recent = [*recent[-49:], (loss.item(), accuracy.item())]
+        loss_mean, accuracy_mean = (sum(column) / len(recent) for column in zip(*recent, strict=True))
+        bar.set_postfix(loss=f"{loss_mean:.3f}", accuracy=f"{accuracy_mean:.3f}")
+        done = step + 1 == arguments.steps
+        if (step + 1) % arguments.validate_every == 0 or done:
+            accelerator.save_state(str(checkpoint))
+            if accelerator.is_main_process:
+                record = {"step": step + 1, "loss": loss_mean, "accuracy": accuracy_mean}
+                record |= {"scale": adapter.log_scale.exp().item(), "seconds": round(time.time() - started)}
+                with accelerator.autocast():
+                    for domain in validation:
+                        record[domain.name] = compare_flow(
+                            averaged.module, backbone, domain, n_episodes=arguments.validation_episodes, n_shot=5
+                        ).summary()
+                history.append(record)
+                accelerator.print(json.dumps(record))
+                (checkpoint / "progress.json").write_text(json.dumps({"step": step + 1, "history": history}))
+    if accelerator.is_main_process:
+        averaged.module.processor = processor
+        rounded = {name: t.half() if t.is_floating_point() else t for name, t in averaged.module.state_dict().items()}
+        averaged.module.config.dtype = torch.float32  # half on disk, single in use
+        averaged.module.save_pretrained(output, state_dict=rounded)
+        (output / "training.json").write_text(json.dumps({"arguments": vars(arguments), "history": history}, indent=1))
+        accelerator.print(f"wrote {output}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
