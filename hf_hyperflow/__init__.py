@@ -9,7 +9,6 @@ from .support import SupportSetError
 from .task import AdaptedTask
 from .version import __version__
 
-
 __all__ = [
     "AdaptedTask",
     "CheckpointError",

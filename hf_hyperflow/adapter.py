@@ -22,7 +22,7 @@ from .guard import Choice, choose_time
 from .parameter_space import ParameterSpace, config_to_dict
 from .saving import CheckpointError, require_sha256, sha256, written_whole
 from .solvers import Trajectory, integrate
-from .support import SupportSet, read_support
+from .support import read_support
 from .task import AdaptedTask, evaluating
 from .task_encoder import TaskEncoder, TaskTokens, pooled_tokens
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -63,14 +62,16 @@ def find_blocks(backbone: nn.Module) -> Blocks:
     return Blocks(best_path, len(best), norm, tuple(name for name, _ in backbone.named_parameters()))
 
 
-class Hidden(NamedTuple):
+@dataclass(frozen=True)
+class Hidden:
     """What the first blocks computed: the hidden states `(n, tokens, width)` and what else a block is called with."""
 
     states: torch.Tensor
     args: tuple = ()
-    kwargs: dict = {}
+    kwargs: dict = field(default_factory=dict)
 
-    def __getitem__(self, rows) -> Hidden:  # rows of images, not fields
+    def __getitem__(self, rows: torch.Tensor | slice) -> Hidden:
+        """The same for some of the images."""
         return Hidden(self.states[rows], self.args, self.kwargs)
 
 

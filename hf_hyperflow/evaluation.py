@@ -1,0 +1,125 @@
+"""Accuracy over episodes: means, 95 % intervals, and differences paired by episode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from .adapter import HyperFlowAdapter
+from .backbones import Hidden, SplitBackbone
+from .domains import Domain, normalise
+from .episodes import Episode, cdfsl_episode
+from .prototypes import PrototypeClassifier
+from .task import evaluating
+
+
+def mean_ci95(values: np.ndarray) -> tuple[float, float]:
+    """Mean and half-width of the 95 % interval, 1.96 s / sqrt(N) with ddof 1; NaN for a single value."""
+    values = np.asarray(values, dtype=np.float64)
+    half = 1.96 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
+    return float(values.mean()), float(half)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Accuracies in % of direct transfer and of HyperFlow on the same episodes, `(n_episodes,)` each."""
+
+    domain: str
+    n_way: int
+    n_shot: int
+    direct: np.ndarray
+    adapted: np.ndarray
+
+    def summary(self) -> dict[str, float]:
+        """Means, the paired difference and their 95 % half-widths, in points."""
+        (direct, direct_ci), (adapted, adapted_ci) = mean_ci95(self.direct), mean_ci95(self.adapted)
+        difference, difference_ci = mean_ci95(self.adapted - self.direct)
+        figures = {
+            "direct": direct,
+            "direct_ci95": direct_ci,
+            "hyperflow": adapted,
+            "hyperflow_ci95": adapted_ci,
+            "difference": difference,
+            "difference_ci95": difference_ci,
+        }
+        return {key: round(value, 2) for key, value in figures.items()}
+
+
+class DomainFeatures:
+    """What the frozen first blocks compute of a domain's images, each image once, kept in half precision on the CPU."""
+
+    def __init__(self, split: SplitBackbone, domain: Domain, processor: object):
+        self.split = split
+        self.domain = domain
+        self.processor = processor
+        self._states: torch.Tensor | None = None
+        self._known = torch.zeros(len(domain), dtype=torch.bool)
+        self._rest: tuple = ((), {})
+
+    @torch.no_grad()
+    def hidden(self, rows: torch.Tensor, batch_size: int = 128) -> Hidden:
+        """Hidden states of the images `rows`, on the backbone's device and in its precision."""
+        parameter = next(self.split.backbone.parameters())
+        new = rows[~self._known[rows]].unique()
+        for chunk in new.split(batch_size):
+            pixels = normalise(self.domain.images[chunk].to(parameter.device), self.processor).to(parameter.dtype)
+            found = self.split.prefix(pixels)
+            self._rest = (found.args, found.kwargs)
+            if self._states is None:
+                self._states = torch.empty(len(self.domain), *found.states.shape[1:], dtype=torch.float16)
+            self._states[chunk] = found.states.half().cpu()
+            self._known[chunk] = True
+        return Hidden(self._states[rows].to(parameter.device, parameter.dtype), *self._rest)
+
+
+def query_accuracy(split: SplitBackbone, hidden: Hidden, episode: Episode) -> float:
+    """Accuracy in % of the prototype classifier on an episode with the backbone as it is now.
+
+    Args:
+        hidden: of the support images, then the query images.
+    """
+    features = split(hidden).float()
+    n_support = len(episode.support)
+    labels, query_labels = episode.support_labels.to(features.device), episode.query_labels.to(features.device)
+    logits = PrototypeClassifier.from_support(features[:n_support], labels)(features[n_support:])
+    return 100 * (logits.argmax(-1) == query_labels).float().mean().item()
+
+
+@torch.no_grad()
+def compare_flow(
+    adapter: HyperFlowAdapter,
+    backbone: nn.Module,
+    domain: Domain,
+    *,
+    n_episodes: int,
+    n_shot: int,
+    n_way: int = 5,
+    n_query: int = 15,
+    seed: int = 0,
+    n_steps: int | None = None,
+) -> Comparison:
+    """Direct transfer against the flow on the same CD-FSL episodes of a domain (with a shared encoder or a separate one).
+
+    A domain with fewer classes than `n_way` is run with those it has.
+    """
+    split, injection = adapter.split(backbone), adapter.space.inject(backbone)
+    features = DomainFeatures(split, domain, adapter.processor)
+    direct, adapted = [], []
+    with evaluating(backbone), evaluating(adapter):
+        for index in range(n_episodes):
+            episode = cdfsl_episode(domain, index, n_way=n_way, n_shot=n_shot, n_query=n_query, seed=seed)
+            hidden = features.hidden(torch.cat([episode.support, episode.query]))
+            pixels = normalise(domain.images[episode.support], adapter.processor)
+            encoded, _ = adapter.support_features(split, pixels, hidden[: len(episode.support)])
+            tasks = adapter.task_encoder(encoded, episode.support_labels.to(adapter.device))
+            z = adapter.flow(tasks, n_steps=n_steps).end[0]
+            injection.write(injection.start)
+            direct.append(query_accuracy(split, hidden, episode))
+            injection.write(injection.start + (adapter.token_scale * z).to(injection.start))
+            adapted.append(query_accuracy(split, hidden, episode))
+    injection.write(injection.start)
+    injection.owner = None
+    return Comparison(domain.name, episode.n_way, n_shot, np.array(direct), np.array(adapted))
