@@ -166,7 +166,7 @@ class HyperFlowAdapter(PreTrainedModel):
     def flow(
         self, tasks: TaskTokens, *, n_steps: int | None = None, solver: str | None = None, end_time: float = 1.0
     ) -> Trajectory:
-        """Integrate the drift from zero for a batch of tasks: states `(batch, n_tokens, token_dim)`, in scaled units."""
+        """Integrate the drift from zero for a batch of tasks: states `(batch, n_tokens, token_dim)`, scaled."""
         mask = self.space.mask.to(self.device)
         start = torch.zeros(len(tasks.task), *mask.shape, dtype=tasks.task.dtype, device=self.device)
         return integrate(
@@ -302,7 +302,7 @@ class HyperFlowAdapter(PreTrainedModel):
 
 
 def fingerprint(backbone: nn.Module) -> list[float]:
-    """Mean absolute value of the one-dimensional parameters of each block, as 4 digits: tells weights apart, not exactly.
+    """Mean absolute value of the one-dimensional parameters of each block, to 4 digits: tells most weights apart.
 
     Equal for the same weights in any floating-point precision; for a backbone without adapters in it.
     """

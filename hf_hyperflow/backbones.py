@@ -47,9 +47,9 @@ def find_blocks(backbone: nn.Module) -> Blocks:
     """
     best_path, best = "", None
     for path, module in backbone.named_modules():
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1:
-            if best is None or len(module) > len(best):
-                best_path, best = path, module
+        alike = isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+        if alike and (best is None or len(module) > len(best)):
+            best_path, best = path, module
     if best is None or len(best) < 2:
         raise IncompatibleBackboneError(
             f"{type(backbone).__name__} has no list of transformer blocks. Use a vision transformer such as "

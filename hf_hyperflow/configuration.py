@@ -13,7 +13,7 @@ class HyperFlowConfig(PreTrainedConfig):
             `fingerprint` (see `hf_hyperflow.adapter.fingerprint`).
         last_blocks: how many of the last blocks are adapted; the ones before are frozen and run once per image.
         pooling: the feature of an image: "cls" or "mean".
-        peft: the native PEFT config of the generated adapter, as `hf_hyperflow.parameter_space.config_to_dict` gives it.
+        peft: the native PEFT config of the generated adapter, as `parameter_space.config_to_dict` gives it.
         tensor_names, tensor_shapes: the tensors that the flow moves, in order.
         frozen_tensors: parts of names of adapter tensors that keep their seeded start.
         adapter_seed: seed of that start.

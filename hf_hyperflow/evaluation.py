@@ -101,7 +101,7 @@ def compare_flow(
     seed: int = 0,
     n_steps: int | None = None,
 ) -> Comparison:
-    """Direct transfer against the flow on the same CD-FSL episodes of a domain (with a shared encoder or a separate one).
+    """Direct transfer against the flow on the same CD-FSL episodes of a domain.
 
     A domain with fewer classes than `n_way` is run with those it has.
     """

@@ -16,7 +16,7 @@ from .prototypes import PrototypeClassifier, class_means
 
 @dataclass(frozen=True)
 class FineTuning:
-    """The recipe of PMF (Hu et al. 2022): prototypes of the clean support set, cross-entropy on augmented support, Adam.
+    """The recipe of PMF (Hu et al. 2022): prototypes of clean support, cross-entropy on augmented support, Adam.
 
     Attributes:
         steps: gradient steps.

@@ -143,11 +143,13 @@ def _from_tensors(pixel_values: torch.Tensor, labels: torch.Tensor) -> SupportSe
     labels = torch.as_tensor(labels)
     if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
         raise SupportSetError(
-            f"pixel_values are {pixel_values.dtype} of shape {tuple(pixel_values.shape)}: give floats (n, 3, height, width)."
+            f"pixel_values are {pixel_values.dtype} of shape {tuple(pixel_values.shape)}: "
+            "give floats of shape (n, 3, height, width)."
         )
     if labels.ndim != 1 or len(labels) != len(pixel_values) or labels.is_floating_point():
         raise SupportSetError(
-            f"labels are {labels.dtype} of shape {tuple(labels.shape)}: give {len(pixel_values)} integers, one per image."
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}: "
+            f"give {len(pixel_values)} integers, one per image."
         )
     finite = torch.isfinite(pixel_values).flatten(1).all(dim=1)
     if not finite.all():

@@ -40,9 +40,7 @@ class Arguments:
     output_dir: str = field(metadata={"help": "folder for checkpoints and the trained adapter"})
     holdout: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "NAME: this domain is kept for validation; NAME:K: every K-th class of it is, the others are trained on"
-        },
+        metadata={"help": "NAME: this domain is kept for validation; NAME:K: only every K-th class of it is"},
     )
     max_per_class: int = field(default=300, metadata={"help": "images of a class that are used at most"})
     last_blocks: int = field(default=4, metadata={"help": "the last so many blocks are adapted"})
@@ -52,9 +50,7 @@ class Arguments:
     n_steps: int = field(default=4, metadata={"help": "solver steps, in training and by default in use"})
     steps: int = field(default=1000, metadata={"help": "optimiser steps"})
     episodes_per_step: int = field(default=4, metadata={"help": "over all processes"})
-    made_share: float = field(
-        default=0.6, metadata={"help": "share of episodes whose domain is made out of a real one"}
-    )
+    made_share: float = field(default=0.6, metadata={"help": "share of episodes whose domain is made from a real one"})
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate (cosine decay)"})
     warmup_steps: int = field(default=50, metadata={"help": "steps of linear warmup"})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay of matrices"})
