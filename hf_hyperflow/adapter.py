@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 import warnings
 from pathlib import Path
 
 import torch
+from huggingface_hub import CommitInfo
 from peft import PeftConfig, get_peft_config
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import cached_file
 
 from .backbones import Hidden, IncompatibleBackboneError, SplitBackbone, find_blocks
 from .configuration import HyperFlowConfig
 from .drift import DriftNetwork
 from .guard import Choice, choose_time
+from .hub import fetch, push_folder
+from .model_card import adapter_card, write_card
 from .parameter_space import ParameterSpace, config_to_dict
 from .saving import CheckpointError, require_sha256, sha256, written_whole
 from .solvers import Trajectory, integrate
@@ -249,55 +252,89 @@ class HyperFlowAdapter(PreTrainedModel):
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: object) -> None:
-        """Write config, weights (safetensors) and image processor, all or nothing.
+        """Write config, weights (safetensors), image processor and a model card, all or nothing.
+
+        A README.md that somebody wrote there is kept.
 
         Raises:
-            CheckpointError: the folder cannot be written.
+            CheckpointError: the folder cannot be written; or, with `push_to_hub=True`, see there.
         """
         push = kwargs.pop("push_to_hub", False)
+        target = {k: kwargs.pop(k) for k in ("private", "token", "revision", "commit_message") if k in kwargs}
+        repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
         with written_whole(save_directory) as draft:
             super().save_pretrained(draft, **kwargs)
             self.config.weights_sha256 = sha256(draft / WEIGHTS)
             self.config.save_pretrained(draft)
             if self.processor is not None:
                 self.processor.save_pretrained(draft)
+            write_card(adapter_card(self.config, self.space), draft, save_directory)
         if push:
-            self.push_to_hub(kwargs.get("repo_id") or Path(save_directory).name)
+            self.push_to_hub(repo_id, **target)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> CommitInfo:
+        """Push everything that `save_pretrained` writes to the Hub, as one commit; see `hf_hyperflow.hub.push_folder`.
+
+        Raises:
+            CheckpointError: no token, a wrong one, no permission or no connection; nothing was changed there.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(
+                folder, repo_id, private=private, token=token, revision=revision, commit_message=commit_message
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> HyperFlowAdapter:
         """Load an adapter from a folder or the Hub.
 
         Args:
-            pretrained_model_name_or_path: a folder or a Hub id; `revision`, `token`, `cache_dir` and the other
-                arguments of `PreTrainedModel.from_pretrained` hold.
+            pretrained_model_name_or_path: a folder or a Hub id; `revision` (a branch, tag or commit), `token`,
+                `cache_dir`, `local_files_only`, `force_download`, `subfolder` and the other arguments of
+                `PreTrainedModel.from_pretrained` hold.
 
         Raises:
-            CheckpointError: no adapter there, or its files are damaged, truncated or incomplete.
+            CheckpointError: no adapter there, no access to it, no connection and not in the cache; or its files are
+                damaged, truncated or incomplete.
         """
         name = pretrained_model_name_or_path
-        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
+        keys = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+        hub = {k: kwargs.pop(k) for k in keys if k in kwargs}
+        folder = fetch(name, "*.json", **hub)
+        if not os.path.isdir(name):
+            hub["revision"] = folder.name  # the weights of the same commit, and only once it is known to be an adapter
+        folder /= kwargs.pop("subfolder", "")
         if not isinstance(kwargs.get("config"), HyperFlowConfig):
             try:
-                kwargs["config"] = HyperFlowConfig.from_pretrained(name, **hub)
-            except OSError as error:
+                kwargs["config"] = HyperFlowConfig.from_pretrained(folder)
+            except (OSError, ValueError) as error:
                 raise CheckpointError(f"{name} holds no readable HyperFlow adapter: {error}") from error
             if not kwargs["config"].peft:
                 raise CheckpointError(f"{name}/config.json does not describe a HyperFlow adapter.")
-        weights = cached_file(name, WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
-        if weights is None:
+        fetch(name, f"*{WEIGHTS}", **hub)
+        weights = folder / WEIGHTS
+        if not weights.is_file():
             raise CheckpointError(f"{name} has no {WEIGHTS}: the adapter is incomplete.")
         require_sha256(weights, kwargs["config"].weights_sha256)
         try:
-            model, info = super().from_pretrained(name, *args, **kwargs | {"output_loading_info": True})
+            model, info = super().from_pretrained(folder, *args, **kwargs | {"output_loading_info": True})
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"{weights} is damaged or does not fit config.json: {error}") from error
         if info["missing_keys"] or info["unexpected_keys"]:
             wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
             raise CheckpointError(f"{weights} does not fit config.json; missing or unknown: {', '.join(wrong[:8])}")
-        if cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **hub):
+        model.config.name_or_path = model.name_or_path = str(name)
+        if (folder / "preprocessor_config.json").is_file():
             # Always the PIL processor: the same pixels with and without torchvision.
-            model.processor = AutoImageProcessor.from_pretrained(name, backend="pil", **hub)
+            model.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         return (model, info) if kwargs.get("output_loading_info") else model
 
 

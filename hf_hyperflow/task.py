@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import CommitInfo
 from peft import BeftConfig, LoraConfig, PeftConfig, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -18,7 +20,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .backbones import Hidden, IncompatibleBackboneError, SplitBackbone
 from .guard import Choice
+from .hub import fetch, push_folder
 from .images import decode
+from .model_card import task_card, write_card
 from .parameter_space import Injection, ParameterSpace
 from .prototypes import PrototypeClassifier, class_means
 from .saving import CheckpointError, require_sha256, sha256, written_whole
@@ -161,9 +165,10 @@ class AdaptedTask:
         return self.backbone
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, format: str | None = None) -> None:
-        """Write a plain PEFT adapter, the prototypes with the labels, and the image processor; all or nothing.
+        """Write a plain PEFT adapter, the prototypes with the labels, image processor and model card; all or nothing.
 
-        `PeftModel.from_pretrained(backbone, folder)` loads it where this package is not installed.
+        `PeftModel.from_pretrained(backbone, folder)` loads it where this package is not installed. A README.md that
+        somebody wrote there is kept.
 
         Args:
             save_directory: the folder; made if need be.
@@ -194,6 +199,29 @@ class AdaptedTask:
                 self.processor.save_pretrained(draft)
             digests = {name: sha256(draft / name) for name in (ADAPTER_WEIGHTS, PROTOTYPES)}
             (draft / CHECKSUMS).write_text(json.dumps(digests, indent=1))
+            config = self.backbone.config
+            card = task_card(config._name_or_path, config.model_type, self.space, self.class_names, self._split.pooling)
+            write_card(card, draft, save_directory)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> CommitInfo:
+        """Push everything that `save_pretrained` writes to the Hub, as one commit; see `hf_hyperflow.hub.push_folder`.
+
+        Raises:
+            CheckpointError: no token, a wrong one, no permission or no connection; nothing was changed there.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(
+                folder, repo_id, private=private, token=token, revision=revision, commit_message=commit_message
+            )
 
     def _save_as_lora(self, folder: Path) -> None:
         own = self.space.peft_config
@@ -217,14 +245,21 @@ class AdaptedTask:
             injection.remove()
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, backbone: nn.Module) -> AdaptedTask:
+    def from_pretrained(cls, name_or_folder: str | os.PathLike, backbone: nn.Module, **hub: object) -> AdaptedTask:
         """Load a saved task onto its backbone.
 
+        Args:
+            name_or_folder: a folder or a Hub id.
+            backbone: the model that the task was made with.
+            hub: `revision` (a branch, tag or commit), `token`, `cache_dir`, `local_files_only`, `force_download`;
+                see `hf_hyperflow.hub.fetch`.
+
         Raises:
-            CheckpointError: no task there, or its files are damaged.
+            CheckpointError: no task there, no access to it, no connection and not in the cache; or its files are
+                damaged.
             IncompatibleBackboneError: the backbone lacks the adapter's modules or has others; it is left as it was.
         """
-        folder = Path(folder)
+        folder = fetch(name_or_folder, "*.json", ADAPTER_WEIGHTS, PROTOTYPES, **hub)
         try:
             digests = json.loads((folder / CHECKSUMS).read_text())
             for name, digest in digests.items():
@@ -236,7 +271,7 @@ class AdaptedTask:
         except (OSError, ValueError, SafetensorError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{folder} holds no readable HyperFlow task: {error}") from error
+            raise CheckpointError(f"{name_or_folder} holds no readable HyperFlow task: {error}") from error
         split = SplitBackbone(backbone, int(metadata["start"]), metadata["pooling"])
         space = ParameterSpace.from_backbone(backbone, peft_config)
         injection = space.inject(backbone)
@@ -244,11 +279,15 @@ class AdaptedTask:
             loaded = set_peft_model_state_dict(injection.peft_model, state)
         except RuntimeError as error:
             injection.remove()
-            raise IncompatibleBackboneError(f"{folder} does not fit this {type(backbone).__name__}: {error}") from error
+            raise IncompatibleBackboneError(
+                f"{name_or_folder} does not fit this {type(backbone).__name__}: {error}"
+            ) from error
         missing = sorted(set(space.names) & set(loaded.missing_keys)) + sorted(loaded.unexpected_keys)
         if missing:
             injection.remove()
-            raise IncompatibleBackboneError(f"{folder} does not fit this {type(backbone).__name__}: {missing[:8]}")
+            raise IncompatibleBackboneError(
+                f"{name_or_folder} does not fit this {type(backbone).__name__}: {missing[:8]}"
+            )
         processor = None
         if (folder / "preprocessor_config.json").is_file():
             processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil")

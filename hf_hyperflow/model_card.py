@@ -1,0 +1,151 @@
+"""The README.md of a saved adapter or task: what it is, how to use it, and metadata for the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from .configuration import HyperFlowConfig
+from .parameter_space import ParameterSpace
+
+CARD = "README.md"
+#: A card with this line is ours to write anew; one without it belongs to whoever wrote it and is kept.
+MARK = "<!-- Written by hf_hyperflow at every save and push; remove this line to keep what you write here. -->"
+PAPER = "[HyperFlow](https://arxiv.org/abs/2504.15323) (Kim, Kim & Hong, 2025)"
+
+ADAPTER = """\
+# HyperFlow adapter for {backbone}
+
+Adapts {backbone} to new image classes from a handful of labelled images, with forward passes of a small network
+instead of gradient descent. Method: {paper}.
+
+```python
+from transformers import AutoModel
+from hf_hyperflow import HyperFlowAdapter
+
+backbone = AutoModel.from_pretrained("{load_backbone}")
+adapter = HyperFlowAdapter.from_pretrained("<this repository or folder>")
+task = adapter.adapt(backbone, {{"cat": [image, ...], "dog": [image, ...]}})
+task(images)  # labels with scores
+task.save_pretrained("my-task")  # a plain PEFT adapter
+task.reset()  # the backbone is what it was
+```
+
+| | |
+|---|---|
+| Backbone | {backbone}, {num_blocks} blocks of width {hidden_size} |
+| What it generates | a PEFT {peft_type} adapter for the last {last_blocks} blocks |
+| Its size | {n_parameters:,} parameters in {n_tokens} tokens |
+| Support encoder | {encoder} |
+| Drift network | width {drift_width}, depth {drift_depth}, {drift_heads} heads |
+| Solver | {solver}, {n_steps} steps |
+| Weights | safetensors, SHA-256 in `config.json` |
+"""
+
+TASK = """\
+# Classifier of {n_way} kinds of images on {backbone}
+
+A PEFT {peft_type} adapter ({n_parameters:,} parameters) and one prototype per class, generated from a support set by
+{paper} without gradients.
+
+Classes: {labels}
+
+```python
+from transformers import AutoModel
+from hf_hyperflow import AdaptedTask
+
+backbone = AutoModel.from_pretrained("{load_backbone}")
+task = AdaptedTask.from_pretrained("<this repository or folder>", backbone)
+task(images)  # labels with scores
+```
+
+Without `hf_hyperflow` it is an adapter like others (BEFT needs PEFT 0.20 or newer):
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(backbone, "<this repository or folder>")
+```
+
+The feature of an image is {feature} of the last hidden state; its score for a class is the softmax over
+`scale` x cosine(feature, prototype), with `scale` and `prototypes` (rows in the order of the classes) in
+`prototypes.safetensors`. `checksums.json` holds the SHA-256 of both weight files.
+"""
+
+
+def adapter_card(config: HyperFlowConfig, space: ParameterSpace) -> str:
+    """The card of an adapter."""
+    backbone = config.backbone
+    text = ADAPTER.format(
+        **_names(backbone["name_or_path"], backbone["model_type"]),
+        **{key: backbone[key] for key in ("num_blocks", "hidden_size")},
+        **{key: vars(config)[key] for key in ("last_blocks", "drift_width", "drift_depth", "drift_heads")},
+        **{key: vars(config)[key] for key in ("solver", "n_steps")},
+        peft_type=space.peft_config.peft_type.value,
+        n_parameters=space.n_parameters,
+        n_tokens=space.n_tokens,
+        encoder=f"a {config.encoder['model_type']} of its own" if config.encoder else "the backbone's first blocks",
+        paper=PAPER,
+    )
+    return _card(text, backbone["name_or_path"], "adapter")
+
+
+def task_card(name_or_path: str, model_type: str, space: ParameterSpace, class_names: list[str], pooling: str) -> str:
+    """The card of an adapted task, from the name and type of its backbone, its space and its labels."""
+    labels = ", ".join(json.dumps(name, ensure_ascii=False) for name in class_names[:50])
+    if len(class_names) > 50:
+        labels += f" and {len(class_names) - 50} more"
+    text = TASK.format(
+        **_names(name_or_path, model_type),
+        peft_type=space.peft_config.peft_type.value,
+        n_parameters=space.n_parameters,
+        n_way=len(class_names),
+        labels=labels,
+        feature="the first token" if pooling == "cls" else "the mean over all tokens",
+        paper=PAPER,
+    )
+    return _card(text, name_or_path, "peft")
+
+
+def write_card(card: str, draft: Path, target: str | os.PathLike) -> None:
+    """Put the card into `draft`, unless `target`, where the draft will go, has one that somebody wrote."""
+    if Path(target, CARD).is_file() and not is_generated(Path(target, CARD)):
+        (draft / CARD).unlink(missing_ok=True)  # PEFT writes one, too
+    else:
+        (draft / CARD).write_text(card, encoding="utf-8")
+
+
+def is_generated(path: str | os.PathLike) -> bool:
+    """Whether a README.md was written here and may be written anew."""
+    return MARK in Path(path).read_text(encoding="utf-8", errors="replace")
+
+
+def _names(name_or_path: str, model_type: str) -> dict[str, str]:
+    on_hub = _is_hub_id(name_or_path)
+    return {
+        "backbone": f"`{name_or_path}`" if on_hub else f"a {model_type} model",
+        "load_backbone": name_or_path if on_hub else "<the backbone>",
+    }
+
+
+def _is_hub_id(name_or_path: str) -> bool:
+    try:
+        validate_repo_id(name_or_path)
+    except HFValidationError:
+        return False
+    return "/" in name_or_path and not os.path.isdir(name_or_path)
+
+
+def _card(text: str, name_or_path: str, tag: str) -> str:
+    data = ModelCardData(
+        library_name="hf_hyperflow",
+        base_model=name_or_path if _is_hub_id(name_or_path) else None,
+        pipeline_tag="image-classification",
+        tags=["hyperflow", "few-shot-learning", tag],
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n{text}"
