@@ -15,7 +15,7 @@ class DriftNetwork(nn.Module):
     """h_phi(z, t | S) of HyperFlow (arXiv 2504.15323, section 3): a transformer over the tokens of the parameters.
 
     Tokens attend to each other and to the class tokens; time and the task token shift, scale and gate every block
-    (AdaLN-zero, Peebles & Xie 2023). The output starts at zero, so an untrained flow leaves the backbone as it is.
+    (AdaLN, Peebles & Xie 2023). The output starts at zero, so an untrained flow leaves the backbone as it is.
 
     Args:
         n_tokens, token_dim: shape of the parameter space.
@@ -54,8 +54,12 @@ class DriftBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = nn.Linear(width, 9 * width)
-        nn.init.zeros_(self.modulation.weight)
+        # Open from the start, unlike AdaLN-zero: the zero output already makes the untrained flow stand still, and
+        # with closed gates too the first thing learned would be a shift that is the same for every task.
+        nn.init.normal_(self.modulation.weight, std=0.02)
         nn.init.zeros_(self.modulation.bias)
+        with torch.no_grad():
+            self.modulation.bias.view(3, 3, width)[:, 2] = 0.5
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor, task: TaskTokens) -> torch.Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = (

@@ -81,7 +81,7 @@ def load_domains(arguments: Arguments, processor: BaseImageProcessor) -> tuple[l
 
 
 def draw_episode(domains: list[Domain], index: int, arguments: Arguments) -> tuple[Domain, Episode]:
-    """Training episode `index`: 3 to 10 ways, 1 to 10 shots, about 60 queries, from a random domain."""
+    """Training episode `index`: 3 to 10 ways, 1 to 10 shots, about 40 queries, from a random domain."""
     generator = episode_generator(arguments.seed, "training", index)
     domain = domains[int(generator.integers(len(domains)))]
     if "/" in domain.class_names[0] and generator.random() < 0.5:  # Omniglot: half the time within one alphabet
@@ -90,7 +90,7 @@ def draw_episode(domains: list[Domain], index: int, arguments: Arguments) -> tup
         domain = domain.with_classes([c for c, n in enumerate(domain.class_names) if n.split("/")[0] == group])
     n_way = int(generator.integers(3, 11))
     n_shot = round(math.exp(generator.uniform(0, math.log(10))))
-    n_query = max(3, min(9, 60 // n_way))
+    n_query = max(4, min(8, 40 // n_way))
     return domain, cdfsl_episode(domain, index, n_way=n_way, n_shot=n_shot, n_query=n_query, seed=arguments.seed)
 
 
