@@ -26,7 +26,7 @@ from .parameter_space import ParameterSpace, config_to_dict
 from .saving import CheckpointError, require_sha256, sha256, written_whole
 from .solvers import Trajectory, integrate
 from .support import read_support
-from .task import AdaptedTask, evaluating
+from .task import CHECKSUMS, AdaptedTask, evaluating
 from .task_encoder import TaskEncoder, TaskTokens, pooled_tokens
 
 WEIGHTS = "model.safetensors"
@@ -318,7 +318,9 @@ class HyperFlowAdapter(PreTrainedModel):
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{name} holds no readable HyperFlow adapter: {error}") from error
             if not kwargs["config"].peft:
-                raise CheckpointError(f"{name}/config.json does not describe a HyperFlow adapter.")
+                is_task = (folder / CHECKSUMS).is_file()
+                hint = " It is an adapted task: load it with AdaptedTask.from_pretrained." if is_task else ""
+                raise CheckpointError(f"{name} does not describe a HyperFlow adapter in its config.json.{hint}")
         fetch(name, f"*{WEIGHTS}", **hub)
         weights = folder / WEIGHTS
         if not weights.is_file():
