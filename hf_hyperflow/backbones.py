@@ -40,7 +40,8 @@ class Blocks:
 
 
 def find_blocks(backbone: nn.Module) -> Blocks:
-    """Locate the blocks: the longest list of modules of one class, and the LayerNorm beside or around it.
+    """Locate the blocks: the longest list of modules of one class with linear layers in them, and the LayerNorm
+    beside or around it.
 
     Raises:
         IncompatibleBackboneError: the model has no such list (a convolutional network, say).
@@ -48,7 +49,7 @@ def find_blocks(backbone: nn.Module) -> Blocks:
     best_path, best = "", None
     for path, module in backbone.named_modules():
         alike = isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
-        if alike and (best is None or len(module) > len(best)):
+        if alike and _has_linear(module[0]) and (best is None or len(module) > len(best)):
             best_path, best = path, module
     if best is None or len(best) < 2:
         raise IncompatibleBackboneError(
@@ -60,6 +61,10 @@ def find_blocks(backbone: nn.Module) -> Blocks:
         if isinstance(module, nn.LayerNorm) and path.count(".") <= best_path.count(".") and "embed" not in path:
             norm = path
     return Blocks(best_path, len(best), norm, tuple(name for name, _ in backbone.named_parameters()))
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.Linear) for part in module.modules())
 
 
 @dataclass(frozen=True)
@@ -145,9 +150,14 @@ class SplitBackbone(nn.Module):
         Raises:
             IncompatibleBackboneError: they differ (the model does more between its blocks than call them in turn).
         """
-        whole, halves = self.extract(pixel_values), self(self.prefix(pixel_values))
-        if not torch.allclose(whole.float(), halves.float(), rtol=1e-2, atol=1e-3):
-            raise IncompatibleBackboneError(
-                f"{type(self.backbone).__name__} cannot be split at its blocks: running {self.blocks.path} in turn and "
-                f"then {self.blocks.norm} differs from its forward by {(whole - halves).abs().max():.3g}."
-            )
+        cannot = (
+            f"{type(self.backbone).__name__} cannot be split at its blocks: running {self.blocks.path} in turn and "
+        )
+        cannot += f"then {self.blocks.norm}"
+        whole = self.extract(pixel_values)
+        try:
+            difference = (whole - self(self.prefix(pixel_values))).float().abs()
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise IncompatibleBackboneError(f"{cannot} fails: {error}") from error
+        if not (difference <= 1e-3 + 1e-2 * whole.float().abs()).all():
+            raise IncompatibleBackboneError(f"{cannot} differs from its forward by {difference.max():.3g}.")

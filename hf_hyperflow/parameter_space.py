@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import weakref
 from collections.abc import Iterable
 from functools import cached_property
 
@@ -21,8 +20,8 @@ from .backbones import IncompatibleBackboneError, find_blocks
 #: The one adapter name in use: PEFT saves the adapter of this name at the top of its folder.
 ADAPTER_NAME = "default"
 
-#: Which injection a backbone carries now. Weak: a backbone is not kept alive by having been adapted.
-_injected: weakref.WeakKeyDictionary[nn.Module, Injection] = weakref.WeakKeyDictionary()
+#: Attribute of a backbone that holds the injection it carries now: it lives, and is copied, with the backbone.
+_INJECTION = "_hyperflow_injection"
 
 
 def linear_paths(backbone: nn.Module, last_blocks: int) -> list[str]:
@@ -159,7 +158,8 @@ class ParameterSpace:
 
     def is_in(self, backbone: nn.Module) -> bool:
         """Whether the adapter is inside `backbone` now."""
-        return backbone in _injected and _injected[backbone].space is self
+        injection = vars(backbone).get(_INJECTION)
+        return injection is not None and injection.space is self and not injection.merged
 
     def inject(self, backbone: nn.Module) -> Injection:
         """The adapter inside `backbone`, put there now unless it is there already, its tensors checked.
@@ -168,10 +168,10 @@ class ParameterSpace:
 
         Raises:
             IncompatibleBackboneError: names or shapes differ from the space's; all of them are listed and the
-                backbone is left as it was.
+                backbone is left as it was. Or another adapter is merged into the backbone.
         """
         if self.is_in(backbone):
-            return _injected[backbone]
+            return vars(backbone)[_INJECTION]
         injection = Injection(backbone, self.peft_config, self.seed)
         found = injection.adapter_parameters(self.frozen)
         differences = self._differences({name: tuple(p.shape) for name, p in found.items()})
@@ -236,8 +236,13 @@ class Injection:
     """
 
     def __init__(self, backbone: nn.Module, peft_config: PeftConfig, seed: int):
-        if backbone in _injected:
-            _injected[backbone].remove()
+        present = vars(backbone).get(_INJECTION)
+        if present is not None and present.merged:
+            raise IncompatibleBackboneError(
+                f"a task is merged into this {type(backbone).__name__}: reset that task first."
+            )
+        if present is not None:
+            present.remove()
         if "peft_config" in vars(backbone):
             raise IncompatibleBackboneError(
                 f"this {type(backbone).__name__} already carries a PEFT adapter. Unload or merge it first."
@@ -254,9 +259,11 @@ class Injection:
         self.backbone = backbone
         self.space: ParameterSpace | None = None
         self.owner: object | None = None
+        self.merged = False
         self._originals = {path: backbone.get_submodule(path) for path in targets}
         self._requires_grad = {name: p.requires_grad for name, p in backbone.named_parameters()}
         self._copies: dict[str, torch.Tensor] = {}
+        modes = {module: module.training for module in backbone.modules()}
         own = copy.deepcopy(peft_config)
         own.inference_mode = False  # as loaded from disk it is True, and PEFT would mark nothing as the adapter's
         try:
@@ -266,7 +273,8 @@ class Injection:
         except (ValueError, TypeError) as error:
             self.remove()
             raise IncompatibleBackboneError(f"PEFT cannot adapt this {type(backbone).__name__}: {error}") from error
-        self.peft_model.train(backbone.training)
+        for module in backbone.modules():
+            module.training = modes.get(module, backbone.training)
 
     def adapter_parameters(self, frozen: tuple[str, ...] = ()) -> dict[str, nn.Parameter]:
         """The adapter's parameters by their name in the backbone, those with a part of `frozen` in it left out."""
@@ -280,7 +288,7 @@ class Injection:
         self.start = self.read()
         for parameter in self.adapter_parameters().values():
             parameter.requires_grad_(False)
-        _injected[self.backbone] = self
+        vars(self.backbone)[_INJECTION] = self
 
     @torch.no_grad()
     def read(self) -> torch.Tensor:
@@ -303,6 +311,7 @@ class Injection:
             for path, module in self._originals.items()
             for name, parameter in module.named_parameters()
         }
+        self.merged = True
         self.peft_model.merge_and_unload()
 
     @torch.no_grad()
@@ -315,6 +324,6 @@ class Injection:
         for name, flag in self._requires_grad.items():
             self.backbone.get_parameter(name).requires_grad_(flag)
         vars(self.backbone).pop("peft_config", None)
-        if _injected.get(self.backbone) is self:
-            del _injected[self.backbone]
-        self.owner = None
+        if vars(self.backbone).get(_INJECTION) is self:
+            del vars(self.backbone)[_INJECTION]
+        self.owner, self.merged = None, False
