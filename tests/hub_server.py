@@ -156,7 +156,7 @@ class Handler(BaseHTTPRequestHandler):
         except Refused as refused:
             headers = {"X-Error-Message": refused.message} | ({"X-Error-Code": refused.code} if refused.code else {})
             self._send(refused.status, json.dumps({"error": refused.message}).encode(), headers)
-        except (ConnectionError, TimeoutError):
+        except OSError:  # cut, or the client is gone
             self.close_connection = True
 
     do_HEAD = do_POST = do_PUT = do_GET

@@ -229,6 +229,17 @@ def test_save_pretrained_pushes_when_asked(hub, alice, saved, tmp_path):
     assert hub.files("alice/mine")["config.json"] == (tmp_path / "mine/config.json").read_bytes()
 
 
+def test_push_folder_leaves_out_hidden_files(hub, alice, tmp_path):
+    for name in ("config.json", "parts/a.json", ".git/HEAD", ".env", "__pycache__/a.pyc"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    code = "from hf_hyperflow.hub import push_folder\n"
+    alice.do(code + f"push_folder({str(tmp_path)!r}, 'folder')")
+    assert set(hub.files("alice/folder")) == {".gitattributes", "config.json", "parts/a.json"}
+    message = alice.fails(code + f"push_folder({str(tmp_path / 'nothing')!r}, 'nothing')")
+    assert f"no folder {tmp_path / 'nothing'}" in message
+
+
 def test_pushing_the_same_again_sends_and_commits_nothing(hub, alice, saved):
     first = alice.do(push(saved / "adapter", "alice/same"))
     before, commits = len(hub.requests("PUT", "")), len(hub.repos["alice/same"].commits)
