@@ -12,6 +12,13 @@ from transformers import HfArgumentParser
 T = TypeVar("T")
 
 
+def described(arguments: object) -> dict:
+    """Arguments as a record of the run: of files and folders their names, for paths mean nothing elsewhere."""
+    found = {key: value for key, value in vars(arguments).items() if key not in ("output_dir", "resume")}
+    found["dataset"] = [Path(source).stem for source in found["dataset"]]
+    return found | {"backbone": Path(found["backbone"]).name}
+
+
 def parse(kind: type[T], argv: list[str] | None = None) -> T:
     """Parse `--config preset.yaml --flag value ...` into the dataclass `kind`.
 

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from arguments import parse
+from arguments import described, parse
+from checkpoints import load_checkpoint, save_checkpoint
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
@@ -150,13 +151,11 @@ def main() -> None:
     optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_at(step, arguments))
     model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(scheduler)
     first, history = 0, []
-    checkpoint = output / "checkpoint"
-    if arguments.resume and (checkpoint / "progress.json").is_file():
-        accelerator.load_state(str(checkpoint))
-        progress = json.loads((checkpoint / "progress.json").read_text())
+    progress = load_checkpoint(accelerator, output) if arguments.resume else None
+    if progress is not None:
         first, history = progress["step"], progress["history"]
-        scheduler.load_state_dict(progress["scheduler"])
     elif held_out_domain is not None and accelerator.is_main_process:
         before = held_out_accuracy(
             accelerator.unwrap_model(model), held_out_domain, processor, accelerator, arguments.seed
@@ -186,16 +185,13 @@ def main() -> None:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         done = step + 1 == arguments.steps
         if (step + 1) % arguments.save_every == 0 or done:
-            accelerator.save_state(str(checkpoint))
-            if accelerator.is_main_process:
-                record = {"step": step + 1, "loss": round(loss.item(), 4), "seconds": round(time.time() - started)}
-                if held_out_domain is not None:
-                    whole = accelerator.unwrap_model(model)
-                    record |= held_out_accuracy(whole, held_out_domain, processor, accelerator, arguments.seed)
-                history.append(record)
-                accelerator.print(record)
-                state = {"step": step + 1, "history": history, "scheduler": scheduler.state_dict()}
-                (checkpoint / "progress.json").write_text(json.dumps(state))
+            record = {"step": step + 1, "loss": round(loss.item(), 4), "seconds": round(time.time() - started)}
+            if done and held_out_domain is not None and accelerator.is_main_process:
+                whole = accelerator.unwrap_model(model)
+                record |= held_out_accuracy(whole, held_out_domain, processor, accelerator, arguments.seed)
+            history.append(record)
+            accelerator.print(record)
+            save_checkpoint(accelerator, output, step + 1, {"history": history})
 
     if accelerator.is_main_process:
         # Half precision on disk (rounded once, here), single precision when loaded: CPUs are slow in half.
@@ -204,7 +200,7 @@ def main() -> None:
         backbone.save_pretrained(output, state_dict=rounded)
         processor.save_pretrained(output)
         (output / "pretraining.json").write_text(
-            json.dumps({"arguments": vars(arguments), "history": history}, indent=1)
+            json.dumps({"arguments": described(arguments), "history": history}, indent=1)
         )
         accelerator.print(f"wrote {output}")
     accelerator.end_training()

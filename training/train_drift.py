@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from arguments import parse
+from arguments import described, parse
+from checkpoints import load_checkpoint, save_checkpoint
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
@@ -121,7 +122,7 @@ def main() -> None:
     arguments = parse(Arguments)
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=arguments.cpu)
     set_seed(arguments.seed)
-    output, checkpoint = Path(arguments.output_dir), Path(arguments.output_dir) / "checkpoint"
+    output = Path(arguments.output_dir)
 
     processor = AutoImageProcessor.from_pretrained(arguments.backbone, backend="pil")
     training, validation = load_domains(arguments, processor)
@@ -153,13 +154,12 @@ def main() -> None:
     objective, optimizer = accelerator.prepare(objective, optimizer)
     averaged = AveragedModel(adapter, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay))
     accelerator.register_for_checkpointing(averaged, scheduler)
-    first, history = 0, []
-    if arguments.resume and (checkpoint / "progress.json").is_file():
-        accelerator.load_state(str(checkpoint))
-        progress = json.loads((checkpoint / "progress.json").read_text())
-        first, history = progress["step"], progress["history"]
+    first, history, recent = 0, [], []
+    progress = load_checkpoint(accelerator, output) if arguments.resume else None
+    if progress is not None:
+        first, history, recent = progress["step"], progress["history"], progress["recent"]
 
-    started, recent = time.time(), []
+    started = time.time()
     bar = tqdm(range(first, arguments.steps), disable=not accelerator.is_local_main_process, mininterval=10)
     for step in bar:
         indices = range(step * arguments.episodes_per_step, (step + 1) * arguments.episodes_per_step)
@@ -178,24 +178,26 @@ def main() -> None:
         bar.set_postfix(loss=f"{loss_mean:.3f}", accuracy=f"{accuracy_mean:.3f}")
         done = step + 1 == arguments.steps
         if (step + 1) % arguments.validate_every == 0 or done:
-            accelerator.save_state(str(checkpoint))
+            record = {"step": step + 1, "loss": loss_mean, "accuracy": accuracy_mean}
+            record |= {"scale": adapter.log_scale.exp().item(), "seconds": round(time.time() - started)}
             if accelerator.is_main_process:
-                record = {"step": step + 1, "loss": loss_mean, "accuracy": accuracy_mean}
-                record |= {"scale": adapter.log_scale.exp().item(), "seconds": round(time.time() - started)}
                 with accelerator.autocast():
                     for domain in validation:
                         record[domain.name] = compare_flow(
                             averaged.module, backbone, domain, n_episodes=arguments.validation_episodes, n_shot=5
                         ).summary()
-                history.append(record)
-                accelerator.print(json.dumps(record))
-                (checkpoint / "progress.json").write_text(json.dumps({"step": step + 1, "history": history}))
+            history.append(record)
+            accelerator.print(json.dumps(record))
+            save_checkpoint(accelerator, output, step + 1, {"history": history, "recent": recent})
+
     if accelerator.is_main_process:
         averaged.module.processor = processor
         rounded = {name: t.half() if t.is_floating_point() else t for name, t in averaged.module.state_dict().items()}
         averaged.module.config.dtype = torch.float32  # half on disk, single in use
         averaged.module.save_pretrained(output, state_dict=rounded)
-        (output / "training.json").write_text(json.dumps({"arguments": vars(arguments), "history": history}, indent=1))
+        (output / "training.json").write_text(
+            json.dumps({"arguments": described(arguments), "history": history}, indent=1)
+        )
         accelerator.print(f"wrote {output}")
     accelerator.end_training()
 
