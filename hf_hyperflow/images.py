@@ -39,10 +39,10 @@ def decode(image: object, name: str) -> PIL.Image.Image:
             with PIL.Image.open(image) as opened:
                 return to_rgb(PIL.ImageOps.exif_transpose(opened))
         if isinstance(image, PIL.Image.Image):
-            return to_rgb(image)
+            return to_rgb(PIL.ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise ImageError(f"{name}: there is no file {image}.") from None
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except Exception as error:  # the readers of damaged files raise whatever they stumble over
         raise ImageError(f"{name} cannot be read as an image ({error}). Replace or remove it.") from error
     raise ImageError(f"{name} is a {type(image).__name__}, not an image: give a path, bytes, a PIL image or an array.")
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -17,38 +17,60 @@ class CheckpointError(OSError):
 
 @contextmanager
 def written_whole(folder: str | Path) -> Iterator[Path]:
-    """A new folder to write to, moved into `folder` file by file when everything is there.
+    """A new folder to write to, whose files and folders are moved into `folder` when everything is there.
 
-    On an error or an interrupt nothing of it remains and what `folder` held is untouched.
+    On an error or an interrupt nothing of it remains and what `folder` held is untouched. Other files in `folder` are
+    kept; a folder in it is replaced whole by one of the same name.
 
     Raises:
         CheckpointError: the folder cannot be written; the message says why.
     """
-    folder = Path(folder)
+    folder, made, drafts = Path(folder), [], None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file")
-        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(f"no permission to write in {folder}")
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {folder}: {error}. Choose a folder you may write to.") from error
-    try:
-        yield draft
-        folder.mkdir(exist_ok=True)
-        for file in sorted(p for p in draft.rglob("*") if p.is_file()):
-            target = folder / file.relative_to(draft)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
+        made = [p for p in (folder, *folder.parents) if not p.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        # Inside the folder, for it may be on another disk than the one it is in.
+        drafts = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder))
+        (drafts / "new").mkdir()
+        yield drafts / "new"
+        _put_in_place(drafts / "new", drafts, folder)
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            f"cannot write to {folder}: {error}. Free some space or choose another folder."
+            f"cannot write to {folder}: {error}. Choose a folder you may write to, with room left."
         ) from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if drafts is not None:
+            shutil.rmtree(drafts, ignore_errors=True)
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()  # goes through only where nothing was put
+
+
+def _put_in_place(new: Path, drafts: Path, folder: Path) -> None:
+    """Move what is in `new` into `folder`; if that fails in the middle, put everything back."""
+    aside = drafts / "old"
+    aside.mkdir()
+    moved = []
+    try:
+        for path in sorted(new.iterdir()):
+            target = folder / path.name
+            if target.exists() and target.is_dir() != path.is_dir():
+                raise FileExistsError(f"{target} is in the way")
+            moved.append(target)
+            if target.exists():
+                os.replace(target, aside / path.name)
+            os.replace(path, target)
+    except BaseException:
+        for target in moved:
+            if (aside / target.name).exists():
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(aside / target.name, target)
+            elif not (new / target.name).exists():
+                os.replace(target, new / target.name)
+        raise
 
 
 def sha256(path: str | Path) -> str:

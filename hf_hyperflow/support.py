@@ -119,6 +119,7 @@ def _from_mapping(support: Mapping) -> tuple[list[tuple[object, str, int]], list
 
 def _from_dataset(support: Dataset) -> tuple[list[tuple[object, str, int]], list[str]]:
     image_column, label_column = columns_of(support)
+    support = support.with_format(None)  # plain numbers and bytes, whatever the dataset is set to give
     values = support[label_column][:]
     feature = support.features[label_column]
     if isinstance(feature, ClassLabel):
@@ -139,14 +140,22 @@ def _from_dataset(support: Dataset) -> tuple[list[tuple[object, str, int]], list
     return pairs, list(names.values())
 
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def _from_tensors(pixel_values: torch.Tensor, labels: torch.Tensor) -> SupportSet:
-    labels = torch.as_tensor(labels)
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError) as error:
+        raise SupportSetError(f"labels are no tensor ({error}): give {len(pixel_values)} integers.") from error
     if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
         raise SupportSetError(
             f"pixel_values are {pixel_values.dtype} of shape {tuple(pixel_values.shape)}: "
             "give floats of shape (n, 3, height, width)."
         )
-    if labels.ndim != 1 or len(labels) != len(pixel_values) or labels.is_floating_point():
+    if len(pixel_values) == 0:
+        _check([], [])
+    if labels.ndim != 1 or len(labels) != len(pixel_values) or labels.dtype not in _INTEGERS:
         raise SupportSetError(
             f"labels are {labels.dtype} of shape {tuple(labels.shape)}: "
             f"give {len(pixel_values)} integers, one per image."
@@ -154,7 +163,7 @@ def _from_tensors(pixel_values: torch.Tensor, labels: torch.Tensor) -> SupportSe
     finite = torch.isfinite(pixel_values).flatten(1).all(dim=1)
     if not finite.all():
         raise SupportSetError(f"image {int((~finite).nonzero()[0])} has NaN or infinite pixels. Remove it.")
-    if len(labels) and int(labels.min()) < 0:
+    if int(labels.min()) < 0:
         raise SupportSetError(f"label {int(labels.min())} is out of range: labels are 0, 1, 2, ...")
     values, compact = labels.long().unique(return_inverse=True)
     class_names = [str(int(value)) for value in values]
