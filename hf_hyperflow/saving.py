@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 
 class CheckpointError(OSError):
     """A checkpoint that cannot be written, is missing, damaged or of another kind; the message names the file."""
@@ -23,9 +25,44 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
     kept; a folder in it is replaced whole by one of the same name.
 
     Raises:
-        CheckpointError: the folder cannot be written; the message says why.
+        CheckpointError: the folder cannot be written, or is being written by another; the message says why.
     """
-    folder, made, drafts = Path(folder), [], None
+    with claimed(folder), _drafted(Path(folder)) as draft:
+        yield draft
+
+
+@contextmanager
+def claimed(folder: str | Path) -> Iterator[None]:
+    """Keep everybody else on this machine from writing to a folder with `written_whole`, until the end of the block.
+
+    Within the block the same thread can claim it again. The claim ends with the process, however that ends.
+
+    Raises:
+        CheckpointError: another process or thread has claimed it.
+    """
+    digest = hashlib.sha256(os.fsencode(Path(folder).resolve())).hexdigest()[:32]
+    # Not in the folder: it would be pushed or zipped with it, and a lock cannot be deleted safely.
+    path = Path(tempfile.gettempdir(), f"hf_hyperflow-{digest}.lock")
+    lock = FileLock(path, timeout=0, mode=0o666, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise CheckpointError(
+            f"another command is writing to {folder} now. Wait until it is done, or choose another folder."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot make the lock {path}: {error}. Set TMPDIR to a folder you may write to."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _drafted(folder: Path) -> Iterator[Path]:
+    made, drafts = [], None
     try:
         made = [p for p in (folder, *folder.parents) if not p.exists()]
         folder.mkdir(parents=True, exist_ok=True)

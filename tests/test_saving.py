@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_hyperflow import CheckpointError
-from hf_hyperflow.saving import require_sha256, sha256, written_whole
+from hf_hyperflow.saving import claimed, require_sha256, sha256, written_whole
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -124,3 +124,45 @@ def test_sha256(tmp_path):
     path.write_bytes(b"abd")
     with pytest.raises(CheckpointError, match=rf"{path} is damaged or incomplete: .*Download or copy it again"):
         require_sha256(path, digest)
+
+
+def test_two_at_once(tmp_path):
+    """One of two processes that write to the same folder is turned away; nothing of it is mixed in."""
+    code = f"""
+import sys
+from hf_hyperflow.saving import written_whole
+with written_whole({str(tmp_path / "x")!r}) as draft:
+    (draft / "a.txt").write_text("first")
+    print("writing", flush=True)
+    sys.stdin.readline()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as first:
+        assert first.stdout.readline() == "writing\n"
+        (tmp_path / "alias").symlink_to(tmp_path / "x")
+        for name in ("x", "alias"):
+            with pytest.raises(CheckpointError, match=rf"another command is writing to .*{name} now\. Wait until"):
+                save(tmp_path / name, "second")
+        save(tmp_path / "y", "second")  # another folder is free
+        first.communicate("\n")
+    assert content(tmp_path / "x") == {"a.txt": "first"}
+    save(tmp_path / "x", "new")
+    assert content(tmp_path / "x") == WHOLE
+
+
+def test_a_claim_ends_with_its_process(tmp_path):
+    code = f"""
+import os, signal
+from hf_hyperflow.saving import claimed
+with claimed({str(tmp_path / "x")!r}):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    save(tmp_path / "x", "new")
+
+
+def test_whoever_has_claimed_a_folder_may_write_to_it(tmp_path):
+    with claimed(tmp_path / "x"):
+        save(tmp_path / "x", "new")
+        save(tmp_path / "x", "new")
+    assert content(tmp_path) == {"x": "/"} | {f"x/{name}": text for name, text in WHOLE.items()}
