@@ -102,14 +102,22 @@ def load_domain(
         max_per_class: keep the first so many images of every class.
 
     Raises:
-        ValueError: no image or label column, or an image that cannot be decoded (the row is named).
+        ValueError: no rows, no image or label column, a label that is none of the classes, or an image that cannot
+            be decoded (the row is named).
     """
-    dataset = open_dataset(source)
+    name = name or (Path(source).stem if isinstance(source, str | Path) else "dataset")
+    dataset = open_dataset(source).with_format(None)
     image_column, label_column = columns_of(dataset)
     if not isinstance(dataset.features[label_column], ClassLabel):
         dataset = dataset.class_encode_column(label_column)
     class_names = dataset.features[label_column].names
-    labels = torch.tensor(dataset[label_column][:])
+    values = dataset[label_column][:]
+    if not values:
+        raise ValueError(f"{name} has no rows.")
+    bad = [i for i, value in enumerate(values) if value is None or not 0 <= value < len(class_names)]
+    if bad:
+        raise ValueError(f"row {bad[0]} of {name} has label {values[bad[0]]}, none of the {len(class_names)} classes.")
+    labels = torch.tensor(values)
     rows = torch.arange(len(labels))
     if max_per_class is not None:
         rows = torch.cat([torch.nonzero(labels == c).flatten()[:max_per_class] for c in range(len(class_names))])
@@ -119,9 +127,8 @@ def load_domain(
     for start in range(0, len(rows), 512):
         chosen = rows[start : start + 512].tolist()
         records = dataset.select(chosen)[image_column]
-        pictures = [decode(record, f"row {row} of {source}") for row, record in zip(chosen, records, strict=True)]
+        pictures = [decode(record, f"row {row} of {name}") for row, record in zip(chosen, records, strict=True)]
         chunks.append(resized(pictures, processor))
-    name = name or (Path(str(source)).stem if isinstance(source, str | Path) else "dataset")
     return Domain(name, torch.cat(chunks), labels[rows], class_names)
 
 

@@ -107,7 +107,8 @@ def _one_group(domain: Domain, usable: list[int], generator: np.random.Generator
     groups: dict[str, list[int]] = {}
     for c in usable:
         groups.setdefault(domain.class_names[c].split("/")[0], []).append(c)
-    large = [classes for classes in groups.values() if len(classes) >= 5] or list(groups.values())
+    large = [classes for classes in groups.values() if len(classes) >= 5]
+    large = large or [classes for classes in groups.values() if len(classes) >= 2] or [usable]
     return large[int(generator.integers(len(large)))]
 
 
