@@ -103,23 +103,34 @@ def compare_flow(
 ) -> Comparison:
     """Direct transfer against the flow on the same CD-FSL episodes of a domain.
 
-    A domain with fewer classes than `n_way` is run with those it has.
+    A domain with fewer classes than `n_way` is run with those it has. The backbone is left as it was; an adapter that
+    was in it stays in, at its start.
+
+    Raises:
+        ValueError: no episodes, or the domain has too few images for one.
     """
-    split, injection = adapter.split(backbone), adapter.space.inject(backbone)
+    if n_episodes < 1:
+        raise ValueError(f"n_episodes must be at least 1, not {n_episodes}.")
+    split, was_in = adapter.split(backbone), adapter.space.is_in(backbone)
+    injection = adapter.space.inject(backbone)
     features = DomainFeatures(split, domain, adapter.processor)
     direct, adapted = [], []
-    with evaluating(backbone), evaluating(adapter):
-        for index in range(n_episodes):
-            episode = cdfsl_episode(domain, index, n_way=n_way, n_shot=n_shot, n_query=n_query, seed=seed)
-            hidden = features.hidden(torch.cat([episode.support, episode.query]))
-            pixels = normalise(domain.images[episode.support], adapter.processor)
-            encoded, _ = adapter.support_features(split, pixels, hidden[: len(episode.support)])
-            tasks = adapter.task_encoder(encoded, episode.support_labels.to(adapter.device))
-            z = adapter.flow(tasks, n_steps=n_steps).end[0]
-            injection.write(injection.start)
-            direct.append(query_accuracy(split, hidden, episode))
-            injection.write(injection.start + (adapter.token_scale * z).to(injection.start))
-            adapted.append(query_accuracy(split, hidden, episode))
-    injection.write(injection.start)
-    injection.owner = None
+    try:
+        with evaluating(backbone), evaluating(adapter):
+            for index in range(n_episodes):
+                episode = cdfsl_episode(domain, index, n_way=n_way, n_shot=n_shot, n_query=n_query, seed=seed)
+                hidden = features.hidden(torch.cat([episode.support, episode.query]))
+                pixels = normalise(domain.images[episode.support], adapter.processor)
+                encoded, _ = adapter.support_features(split, pixels, hidden[: len(episode.support)])
+                tasks = adapter.task_encoder(encoded, episode.support_labels.to(adapter.device))
+                z = adapter.flow(tasks, n_steps=n_steps).end[0]
+                injection.write(injection.start)
+                direct.append(query_accuracy(split, hidden, episode))
+                injection.write(injection.start + (adapter.token_scale * z).to(injection.start))
+                adapted.append(query_accuracy(split, hidden, episode))
+    finally:
+        injection.write(injection.start)
+        injection.owner = None
+        if not was_in:
+            injection.remove()
     return Comparison(domain.name, episode.n_way, n_shot, np.array(direct), np.array(adapted))

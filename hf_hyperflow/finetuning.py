@@ -58,17 +58,19 @@ def fine_tune(
     generator = torch.Generator().manual_seed(recipe.seed)
     clean = normalise(images, processor)
     losses = []
-    for _ in range(recipe.steps):
-        views = normalise(random_views(images, generator), processor)
-        features = split.extract(torch.cat([clean, views])).float()
-        prototypes = class_means(features[: len(images)], labels)
-        logits = PrototypeClassifier(prototypes, recipe.scale)(features[len(images) :])
-        loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    for parameter, flag in zip(parameters, before, strict=True):
-        parameter.requires_grad_(flag)
-        parameter.grad = None
+    try:
+        for _ in range(recipe.steps):
+            views = normalise(random_views(images, generator), processor)
+            features = split.extract(torch.cat([clean, views])).float()
+            prototypes = class_means(features[: len(images)], labels)
+            logits = PrototypeClassifier(prototypes, recipe.scale)(features[len(images) :])
+            loss = F.cross_entropy(logits, labels)
+            optimizer.zero_grad()
+            loss.backward(inputs=parameters)
+            optimizer.step()
+            losses.append(loss.item())
+    finally:
+        for parameter, flag in zip(parameters, before, strict=True):
+            parameter.requires_grad_(flag)
+            parameter.grad = None
     return losses
