@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import Snapshot, pictures, same_bits
+
+from hf_hyperflow.backbones import SplitBackbone
+from hf_hyperflow.domains import resized
+from hf_hyperflow.finetuning import FineTuning, fine_tune
+from hf_hyperflow.parameter_space import ParameterSpace, bias_config
+
+LABELS = torch.arange(3).repeat_interleave(4)
+
+
+@pytest.fixture
+def images(processor):
+    return resized([image for images in pictures(3, 4).values() for image in images], processor)
+
+
+def test_the_loss_goes_down_and_only_given_parameters_move(backbone, images, processor):
+    before = Snapshot(backbone)
+    moving = {n: p for n, p in backbone.named_parameters() if n.endswith(".bias")}
+    recipe = FineTuning(steps=20, learning_rate=3e-3)
+    losses = fine_tune(SplitBackbone(backbone, 0), list(moving.values()), images, LABELS, processor, recipe)
+    assert len(losses) == 20
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    now = backbone.state_dict()
+    moved = {name for name, tensor in before.bits.items() if not same_bits(now[name], tensor)}
+    keys = {name for name in moving if "k_proj" in name}  # softmax forgets them: all but no gradient
+    assert set(moving) - keys <= moved <= set(moving)
+    with torch.no_grad():
+        for name, tensor in before.bits.items():
+            now[name].copy_(tensor)
+    before.assert_unchanged()
+
+
+def test_flags_and_gradients_are_as_before(backbone, images, processor):
+    for parameter in backbone.embeddings.parameters():
+        parameter.requires_grad_(False)
+    backbone.layernorm.weight.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in backbone.named_parameters()}
+    moving = [backbone.layernorm.weight, backbone.encoder.layer[3].mlp.fc2.bias]
+    fine_tune(SplitBackbone(backbone, 0), moving, images, LABELS, processor, FineTuning(steps=2))
+    assert {name: p.requires_grad for name, p in backbone.named_parameters()} == flags
+    assert all(p.grad is None for p in backbone.parameters())
+
+
+def test_full_fine_tuning_with_parameters_that_are_not_used(backbone, images, processor):
+    """The mask token of a Dinov2 takes no part in a forward pass."""
+    mask_token = backbone.embeddings.mask_token.detach().clone()
+    losses = fine_tune(
+        SplitBackbone(backbone, 0), list(backbone.parameters()), images, LABELS, processor, FineTuning(steps=3)
+    )
+    assert losses[-1] < losses[0]
+    assert torch.equal(backbone.embeddings.mask_token, mask_token)
+
+
+def test_the_recipe_decides_alone(backbone, images, processor):
+    space = ParameterSpace.from_backbone(backbone, bias_config(backbone, 2))
+    split, injection = SplitBackbone(backbone, 2), space.inject(backbone)
+
+    def run(seed: int) -> tuple[list[float], torch.Tensor]:
+        injection.write(injection.start)
+        torch.manual_seed(torch.seed() % 1000)
+        losses = fine_tune(split, injection.parameters, images, LABELS, processor, FineTuning(steps=3, seed=seed))
+        return losses, injection.read()
+
+    (first, theta), (again, theta_again), (other, _) = run(0), run(0), run(1)
+    assert first == again
+    assert torch.equal(theta, theta_again)
+    assert first != other
+    assert not any(p.requires_grad for p in injection.parameters)
+
+
+def test_no_steps_move_nothing(backbone, images, processor):
+    before = Snapshot(backbone)
+    assert (
+        fine_tune(
+            SplitBackbone(backbone, 0), list(backbone.parameters()), images, LABELS, processor, FineTuning(steps=0)
+        )
+        == []
+    )
+    before.assert_unchanged()
+
+
+def test_flags_are_restored_after_an_error(backbone, images, processor):
+    parameters = list(backbone.layernorm.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    before = Snapshot(backbone)
+    with pytest.raises(RuntimeError):
+        fine_tune(SplitBackbone(backbone, 0), parameters, images[:, :, :5, :5], LABELS, processor, FineTuning(steps=1))
+    before.assert_unchanged()
