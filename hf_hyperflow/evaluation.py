@@ -49,43 +49,73 @@ class Comparison:
 
 
 class DomainFeatures:
-    """What the frozen first blocks compute of a domain's images, each image once, kept in half precision on the CPU."""
+    """What the frozen first blocks compute of a domain's images, each image once, kept in half precision on the CPU.
+
+    An image is always run together with the same others, those of its block of `BLOCK` rows: its hidden states do not
+    depend on which images were asked for before.
+    """
+
+    BLOCK = 32
 
     def __init__(self, split: SplitBackbone, domain: Domain, processor: object):
         self.split = split
         self.domain = domain
         self.processor = processor
         self._states: torch.Tensor | None = None
-        self._known = torch.zeros(len(domain), dtype=torch.bool)
+        self._known = torch.zeros(-(-len(domain) // self.BLOCK), dtype=torch.bool)
         self._rest: tuple = ((), {})
 
     @torch.no_grad()
-    def hidden(self, rows: torch.Tensor, batch_size: int = 128) -> Hidden:
+    def hidden(self, rows: torch.Tensor) -> Hidden:
         """Hidden states of the images `rows`, on the backbone's device and in its precision."""
         parameter = next(self.split.backbone.parameters())
-        new = rows[~self._known[rows]].unique()
-        for chunk in new.split(batch_size):
+        blocks = (rows // self.BLOCK).unique()
+        for block in blocks[~self._known[blocks]].tolist():
+            chunk = slice(block * self.BLOCK, (block + 1) * self.BLOCK)
             pixels = normalise(self.domain.images[chunk].to(parameter.device), self.processor).to(parameter.dtype)
             found = self.split.prefix(pixels)
             self._rest = (found.args, found.kwargs)
             if self._states is None:
                 self._states = torch.empty(len(self.domain), *found.states.shape[1:], dtype=torch.float16)
             self._states[chunk] = found.states.half().cpu()
-            self._known[chunk] = True
+            self._known[block] = True
         return Hidden(self._states[rows].to(parameter.device, parameter.dtype), *self._rest)
 
 
-def query_accuracy(split: SplitBackbone, hidden: Hidden, episode: Episode) -> float:
-    """Accuracy in % of the prototype classifier on an episode with the backbone as it is now.
+def features_of(split: SplitBackbone, hidden: Hidden, batch_size: int = 512) -> torch.Tensor:
+    """Features `(n, width)` float32 of what the first blocks computed, with the backbone as it is now."""
+    parts = [split(hidden[start : start + batch_size]) for start in range(0, len(hidden.states), batch_size)]
+    return torch.cat(parts).float()
+
+
+def prototype_accuracy(features: torch.Tensor, episode: Episode) -> float:
+    """Accuracy in % of the prototype classifier on an episode.
 
     Args:
-        hidden: of the support images, then the query images.
+        features: `(n_support + n_query, width)`, the support images first.
     """
-    features = split(hidden).float()
     n_support = len(episode.support)
     labels, query_labels = episode.support_labels.to(features.device), episode.query_labels.to(features.device)
     logits = PrototypeClassifier.from_support(features[:n_support], labels)(features[n_support:])
     return 100 * (logits.argmax(-1) == query_labels).float().mean().item()
+
+
+@torch.no_grad()
+def flow_weights(
+    adapter: HyperFlowAdapter,
+    features: DomainFeatures,
+    start: torch.Tensor,
+    episode: Episode,
+    *,
+    n_steps: int | None = None,
+    end_time: float = 1.0,
+) -> torch.Tensor:
+    """Theta `(n_tokens, token_dim)` where the flow from `start` arrives with an episode's support set."""
+    pixels = normalise(features.domain.images[episode.support], adapter.processor)
+    encoded, _ = adapter.support_features(features.split, pixels, features.hidden(episode.support))
+    tasks = adapter.task_encoder(encoded, episode.support_labels.to(adapter.device))
+    z = adapter.flow(tasks, n_steps=n_steps, end_time=end_time).end[0]
+    return start + (adapter.token_scale * z).to(start)
 
 
 @torch.no_grad()
@@ -120,14 +150,10 @@ def compare_flow(
             for index in range(n_episodes):
                 episode = cdfsl_episode(domain, index, n_way=n_way, n_shot=n_shot, n_query=n_query, seed=seed)
                 hidden = features.hidden(torch.cat([episode.support, episode.query]))
-                pixels = normalise(domain.images[episode.support], adapter.processor)
-                encoded, _ = adapter.support_features(split, pixels, hidden[: len(episode.support)])
-                tasks = adapter.task_encoder(encoded, episode.support_labels.to(adapter.device))
-                z = adapter.flow(tasks, n_steps=n_steps).end[0]
                 injection.write(injection.start)
-                direct.append(query_accuracy(split, hidden, episode))
-                injection.write(injection.start + (adapter.token_scale * z).to(injection.start))
-                adapted.append(query_accuracy(split, hidden, episode))
+                direct.append(prototype_accuracy(features_of(split, hidden), episode))
+                injection.write(flow_weights(adapter, features, injection.start, episode, n_steps=n_steps))
+                adapted.append(prototype_accuracy(features_of(split, hidden), episode))
     finally:
         injection.write(injection.start)
         injection.owner = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,8 @@ def fine_tune(
     labels: torch.Tensor,
     processor: object,
     recipe: FineTuning,
+    *,
+    after_step: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Fine-tune `parameters` of a backbone on a support set, in place.
 
@@ -47,6 +50,7 @@ def fine_tune(
         images: `(n, 3, height, width)` uint8, on the backbone's device.
         labels: `(n,)` in 0..n_way-1.
         processor: the image processor, for mean and standard deviation.
+        after_step: called after every step with its number, 1 for the first.
 
     Returns:
         The loss of every step.
@@ -59,7 +63,7 @@ def fine_tune(
     clean = normalise(images, processor)
     losses = []
     try:
-        for _ in range(recipe.steps):
+        for step in range(1, recipe.steps + 1):
             views = normalise(random_views(images, generator), processor)
             features = split.extract(torch.cat([clean, views])).float()
             prototypes = class_means(features[: len(images)], labels)
@@ -69,6 +73,8 @@ def fine_tune(
             loss.backward(inputs=parameters)
             optimizer.step()
             losses.append(loss.item())
+            if after_step is not None:
+                after_step(step)
     finally:
         for parameter, flag in zip(parameters, before, strict=True):
             parameter.requires_grad_(flag)

@@ -129,5 +129,14 @@ def test_domain_features_run_the_prefix_once_per_image(backbone, processor, doma
     expected = split.prefix(normalise(domain.images[rows], processor)).states
     seen.pop()
     torch.testing.assert_close(hidden.states, expected, rtol=2e-3, atol=2e-3)
-    features.hidden(torch.tensor([1, 2, 40]), batch_size=1)
-    assert seen == [3, 1]
+    features.hidden(torch.tensor([1, 2, 40]))
+    assert seen == [32, 32]
+    features.hidden(torch.arange(72))
+    assert seen == [32, 32, 8]
+
+
+def test_domain_features_do_not_depend_on_what_was_asked_before(backbone, processor, domain):
+    split = tiny_adapter(backbone, processor=processor).split(backbone)
+    forwards, backwards = (DomainFeatures(split, domain, processor) for _ in range(2))
+    one = torch.cat([forwards.hidden(torch.tensor([row])).states for row in range(72)])
+    assert torch.equal(one, backwards.hidden(torch.arange(71, -1, -1)).states.flip(0))
