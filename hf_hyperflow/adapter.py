@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import CommitInfo
 from peft import PeftConfig, get_peft_config
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .backbones import Hidden, IncompatibleBackboneError, SplitBackbone, find_blocks
@@ -21,8 +20,9 @@ from .configuration import HyperFlowConfig
 from .drift import DriftNetwork
 from .guard import Choice, choose_time
 from .hub import fetch, push_folder
+from .images import load_processor
 from .model_card import adapter_card, write_card
-from .parameter_space import ParameterSpace, config_to_dict
+from .parameter_space import ParameterSpace, config_to_dict, take_out
 from .saving import CheckpointError, require_sha256, sha256, written_whole
 from .solvers import Trajectory, integrate
 from .support import read_support
@@ -51,6 +51,8 @@ class HyperFlowAdapter(PreTrainedModel):
 
     def __init__(self, config: HyperFlowConfig):
         super().__init__(config)
+        if not 1 <= config.last_blocks <= config.backbone["num_blocks"]:
+            raise ValueError(f"last_blocks={config.last_blocks}, but there are {config.backbone['num_blocks']} blocks.")
         self.space = ParameterSpace(
             get_peft_config(dict(config.peft)),
             config.backbone["hidden_size"],
@@ -77,6 +79,13 @@ class HyperFlowAdapter(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the parts start themselves (the output of the drift network at zero)."""
+
+    def train(self, mode: bool = True) -> HyperFlowAdapter:
+        """Training mode for all but the support encoder, which is frozen."""
+        super().train(mode)
+        if self.encoder is not None:
+            self.encoder.eval()
+        return self
 
     @classmethod
     def from_backbone(
@@ -111,6 +120,10 @@ class HyperFlowAdapter(PreTrainedModel):
         outside = [n for n in space.names if not any(n.startswith(i.rsplit(".", 1)[0]) for i in inside)]
         if outside:
             raise IncompatibleBackboneError(f"{outside[0]} is not in the last {last_blocks} blocks: raise last_blocks.")
+        size, parameter = backbone.config.image_size, next(backbone.parameters())
+        with evaluating(backbone):
+            pixel_values = parameter.new_zeros(1, 3, *((size, size) if isinstance(size, int) else size))
+            SplitBackbone(backbone, len(blocks) - last_blocks, blocks=blocks).check(pixel_values)
         model = cls(
             HyperFlowConfig(
                 backbone={
@@ -175,7 +188,7 @@ class HyperFlowAdapter(PreTrainedModel):
         return integrate(
             lambda z, t: self.drift(z, t, tasks) * mask,
             start,
-            n_steps=n_steps or self.config.n_steps,
+            n_steps=self.config.n_steps if n_steps is None else n_steps,
             method=solver or self.config.solver,
             end_time=end_time,
         )
@@ -215,21 +228,30 @@ class HyperFlowAdapter(PreTrainedModel):
             raise ValueError(f"unknown guard {guard!r}: use 'loo' or None.")
         split = self.split(backbone)
         data = read_support(support, self.processor, skip_bad=skip_bad)
-        if not self.space.is_in(backbone):
-            self._warn_if_other_weights(backbone)
+        was_in = self.space.is_in(backbone)
+        if not was_in:
+            take_out(backbone)
+            found = fingerprint(backbone)
         parameter = next(backbone.parameters())
         pixel_values = data.pixel_values.to(parameter.device, parameter.dtype)
         labels = data.labels.to(parameter.device)
         injection = self.space.inject(backbone)
-        with evaluating(backbone):
-            features, hidden = self.support_features(split, pixel_values)
-            tasks = self.task_encoder(features.to(self.log_scale.dtype), labels.to(self.device))
-            trajectory = self.flow(tasks, n_steps=n_steps, solver=solver)
-            steps = [injection.start + (self.token_scale * z[0]).to(injection.start) for z in trajectory.states]
-            choice = Choice(time=trajectory.times[-1])
-            if guard == "loo":
-                hidden = hidden or split.prefix(pixel_values)
-                choice = choose_time(split, injection, hidden, labels, trajectory.times, steps)
+        try:
+            if not was_in:
+                self._warn_if_other_weights(backbone, found)
+            with evaluating(backbone):
+                features, hidden = self.support_features(split, pixel_values)
+                tasks = self.task_encoder(features.to(self.log_scale.dtype), labels.to(self.device))
+                trajectory = self.flow(tasks, n_steps=n_steps, solver=solver)
+                steps = [injection.start + (self.token_scale * z[0]).to(injection.start) for z in trajectory.states]
+                choice = Choice(time=trajectory.times[-1])
+                if guard == "loo":
+                    hidden = hidden or split.prefix(pixel_values)
+                    choice = choose_time(split, injection, hidden, labels, trajectory.times, steps)
+        except BaseException:
+            if not was_in:
+                injection.remove()
+            raise
         return AdaptedTask(
             split=split,
             space=self.space,
@@ -242,9 +264,9 @@ class HyperFlowAdapter(PreTrainedModel):
             choice=choice,
         )
 
-    def _warn_if_other_weights(self, backbone: nn.Module) -> None:
+    def _warn_if_other_weights(self, backbone: nn.Module, found: list[float]) -> None:
         expected = self.config.backbone.get("fingerprint")
-        if expected and any(abs(a - b) > 0.01 * abs(a) for a, b in zip(expected, fingerprint(backbone), strict=True)):
+        if expected and any(abs(a - b) > 0.01 * abs(a) for a, b in zip(expected, found, strict=True)):
             warnings.warn(
                 f"the weights of this {type(backbone).__name__} are not those the adapter was trained for "
                 f"({self.config.backbone['name_or_path']}): expect no gain.",
@@ -314,10 +336,12 @@ class HyperFlowAdapter(PreTrainedModel):
         folder /= kwargs.pop("subfolder", "")
         if not isinstance(kwargs.get("config"), HyperFlowConfig):
             try:
-                kwargs["config"] = HyperFlowConfig.from_pretrained(folder)
-            except (OSError, ValueError) as error:
+                found, _ = HyperFlowConfig.get_config_dict(folder)
+                is_adapter = found.get("model_type") == HyperFlowConfig.model_type and bool(found.get("peft"))
+                kwargs["config"] = HyperFlowConfig.from_pretrained(folder) if is_adapter else None
+            except Exception as error:  # what is in the file may be anything
                 raise CheckpointError(f"{name} holds no readable HyperFlow adapter: {error}") from error
-            if not kwargs["config"].peft:
+            if not is_adapter:
                 is_task = (folder / CHECKSUMS).is_file()
                 hint = " It is an adapted task: load it with AdaptedTask.from_pretrained." if is_task else ""
                 raise CheckpointError(f"{name} does not describe a HyperFlow adapter in its config.json.{hint}")
@@ -326,17 +350,21 @@ class HyperFlowAdapter(PreTrainedModel):
         if not weights.is_file():
             raise CheckpointError(f"{name} has no {WEIGHTS}: the adapter is incomplete.")
         require_sha256(weights, kwargs["config"].weights_sha256)
+        wanted = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            model, info = super().from_pretrained(folder, *args, **kwargs | {"output_loading_info": True})
-        except (SafetensorError, RuntimeError) as error:
-            raise CheckpointError(f"{weights} is damaged or does not fit config.json: {error}") from error
-        if info["missing_keys"] or info["unexpected_keys"]:
-            wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-            raise CheckpointError(f"{weights} does not fit config.json; missing or unknown: {', '.join(wrong[:8])}")
+            model, info = super().from_pretrained(folder, *args, **{"dtype": torch.float32} | kwargs | wanted)
+        except Exception as error:  # a damaged header or config can fail anywhere in the making of the parts
+            raise CheckpointError(
+                f"{weights} is damaged or does not fit config.json ({type(error).__name__}: {error})"
+            ) from error
+        wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+        wrong += sorted(key for key, *_ in info["mismatched_keys"])
+        if wrong:
+            raise CheckpointError(
+                f"{weights} does not fit config.json; missing, unknown or of another shape: {', '.join(wrong[:8])}"
+            )
         model.config.name_or_path = model.name_or_path = str(name)
-        if (folder / "preprocessor_config.json").is_file():
-            # Always the PIL processor: the same pixels with and without torchvision.
-            model.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        model.processor = load_processor(folder)
         return (model, info) if kwargs.get("output_loading_info") else model
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 
@@ -47,7 +50,7 @@ def find_blocks(backbone: nn.Module) -> Blocks:
         IncompatibleBackboneError: the model has no such list (a convolutional network, say).
     """
     best_path, best = "", None
-    for path, module in backbone.named_modules():
+    for path, module in plain_modules(backbone):
         alike = isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
         if alike and _has_linear(module[0]) and (best is None or len(module) > len(best)):
             best_path, best = path, module
@@ -57,10 +60,23 @@ def find_blocks(backbone: nn.Module) -> Blocks:
             "Dinov2Model or ViTModel (transformers.AutoModel)."
         )
     norm = None
-    for path, module in backbone.named_modules():
+    for path, module in plain_modules(backbone):
         if isinstance(module, nn.LayerNorm) and path.count(".") <= best_path.count(".") and "embed" not in path:
             norm = path
     return Blocks(best_path, len(best), norm, tuple(name for name, _ in backbone.named_parameters()))
+
+
+def plain_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules()` as it is without PEFT adapters: what is wrapped, under the path of its wrapper."""
+    inside = None
+    for path, module in backbone.named_modules():
+        if inside is not None and path.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside, module = f"{path}.", module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            inside, module = f"{path}.", module.original_module
+        yield path, module
 
 
 def _has_linear(module: nn.Module) -> bool:

@@ -19,11 +19,13 @@ class DriftNetwork(nn.Module):
 
     Args:
         n_tokens, token_dim: shape of the parameter space.
-        width, depth, heads: of the transformer.
+        width, depth, heads: of the transformer; `width` is even and a multiple of `heads`.
     """
 
     def __init__(self, n_tokens: int, token_dim: int, width: int, depth: int, heads: int):
         super().__init__()
+        if heads < 1 or width % heads or width % 2:
+            raise ValueError(f"a width of {width} cannot be shared by {heads} heads and by sines and cosines.")
         self.width = width
         self.token_in = nn.Linear(token_dim, width)
         self.position = nn.Parameter(0.02 * torch.randn(n_tokens, width))

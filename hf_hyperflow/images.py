@@ -8,6 +8,13 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+from transformers import AutoImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .saving import CheckpointError
+
+#: What a saved image processor is called.
+PROCESSOR = "preprocessor_config.json"
 
 #: File name endings that count as images when a folder is read.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -15,6 +22,21 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 class ImageError(ValueError):
     """An image that cannot be read; the message names it."""
+
+
+def load_processor(folder: str | Path) -> BaseImageProcessor | None:
+    """The image processor saved in a folder, or None; always PIL's: the same pixels with and without torchvision.
+
+    Raises:
+        CheckpointError: its file is damaged.
+    """
+    path = Path(folder) / PROCESSOR
+    if not path.is_file():
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(str(folder), backend="pil")
+    except Exception as error:  # a damaged file can fail anywhere in the making of the processor
+        raise CheckpointError(f"{path} is damaged or describes no image processor: {error}") from error
 
 
 def decode(image: object, name: str) -> PIL.Image.Image:

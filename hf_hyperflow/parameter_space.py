@@ -15,7 +15,7 @@ import torch
 from peft import BeftConfig, LNTuningConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from .backbones import IncompatibleBackboneError, find_blocks
+from .backbones import IncompatibleBackboneError, find_blocks, plain_modules
 
 #: The one adapter name in use: PEFT saves the adapter of this name at the top of its folder.
 ADAPTER_NAME = "default"
@@ -29,26 +29,23 @@ def linear_paths(backbone: nn.Module, last_blocks: int) -> list[str]:
 
     A bias on the keys adds the same number to all scores of a query, and softmax forgets it.
     """
-    blocks = _last_blocks(backbone, last_blocks)
-    return [
-        p for p in blocks if isinstance(backbone.get_submodule(p), nn.Linear) and not p.endswith(("k_proj", ".key"))
-    ]
+    modules = _last_blocks(backbone, last_blocks)
+    return [p for p, module in modules if isinstance(module, nn.Linear) and not p.endswith(("k_proj", ".key"))]
 
 
 def norm_paths(backbone: nn.Module, last_blocks: int) -> list[str]:
     """Dotted paths of every LayerNorm in the last blocks and of the final one."""
-    blocks = _last_blocks(backbone, last_blocks)
-    paths = [p for p in blocks if isinstance(backbone.get_submodule(p), nn.LayerNorm)]
+    paths = [p for p, module in _last_blocks(backbone, last_blocks) if isinstance(module, nn.LayerNorm)]
     final = find_blocks(backbone).norm
     return paths + ([final] if final is not None else [])
 
 
-def _last_blocks(backbone: nn.Module, last_blocks: int) -> list[str]:
+def _last_blocks(backbone: nn.Module, last_blocks: int) -> list[tuple[str, nn.Module]]:
     blocks = find_blocks(backbone)
     if not 1 <= last_blocks <= len(blocks):
         raise IncompatibleBackboneError(f"last_blocks={last_blocks}, but the backbone has {len(blocks)} blocks.")
     inside = tuple(f"{blocks.path}.{i}." for i in range(len(blocks) - last_blocks, len(blocks)))
-    return [path for path, _ in backbone.named_modules() if path.startswith(inside)]
+    return [(path, module) for path, module in plain_modules(backbone) if path.startswith(inside)]
 
 
 def bias_config(backbone: nn.Module, last_blocks: int, *, norms: bool = True) -> BeftConfig:
@@ -109,6 +106,8 @@ class ParameterSpace:
         frozen: tuple[str, ...] = (),
         seed: int = 0,
     ):
+        if len(names) != len(shapes):
+            raise ValueError(f"{len(names)} names of tensors, but {len(shapes)} shapes.")
         self.peft_config = peft_config
         self.token_dim = token_dim
         self.names = list(names)
@@ -222,6 +221,19 @@ def _from_rows(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return flat.view(shape[1], shape[0]).T if _is_tall(shape) else flat.view(shape)
 
 
+def take_out(backbone: nn.Module) -> None:
+    """Remove the injection that a backbone carries, if any.
+
+    Raises:
+        IncompatibleBackboneError: it is merged into the backbone.
+    """
+    present = vars(backbone).get(_INJECTION)
+    if present is not None and present.merged:
+        raise IncompatibleBackboneError(f"a task is merged into this {type(backbone).__name__}: reset that task first.")
+    if present is not None:
+        present.remove()
+
+
 class Injection:
     """A PEFT adapter inside a backbone, and the way back: `remove` restores the backbone bit for bit.
 
@@ -236,13 +248,7 @@ class Injection:
     """
 
     def __init__(self, backbone: nn.Module, peft_config: PeftConfig, seed: int):
-        present = vars(backbone).get(_INJECTION)
-        if present is not None and present.merged:
-            raise IncompatibleBackboneError(
-                f"a task is merged into this {type(backbone).__name__}: reset that task first."
-            )
-        if present is not None:
-            present.remove()
+        take_out(backbone)
         if "peft_config" in vars(backbone):
             raise IncompatibleBackboneError(
                 f"this {type(backbone).__name__} already carries a PEFT adapter. Unload or merge it first."

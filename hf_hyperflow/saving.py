@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 
 class CheckpointError(OSError):
@@ -71,7 +73,7 @@ def _drafted(folder: Path) -> Iterator[Path]:
         (drafts / "new").mkdir()
         yield drafts / "new"
         _put_in_place(drafts / "new", drafts, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
@@ -126,3 +128,14 @@ def require_sha256(path: str | Path, expected: str | None) -> None:
             f"{path} is damaged or incomplete: its SHA-256 is not the one noted when it was saved. "
             "Download or copy it again."
         )
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Write JSON to a file, whole or not at all.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    path = Path(path)
+    with written_whole(path.parent) as draft:
+        (draft / path.name).write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

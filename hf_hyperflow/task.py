@@ -12,18 +12,17 @@ from pathlib import Path
 import torch
 from huggingface_hub import CommitInfo
 from peft import BeftConfig, LoraConfig, PeftConfig, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .backbones import Hidden, IncompatibleBackboneError, SplitBackbone
 from .guard import Choice
 from .hub import fetch, push_folder
-from .images import decode
+from .images import decode, load_processor
 from .model_card import task_card, write_card
-from .parameter_space import Injection, ParameterSpace
+from .parameter_space import Injection, ParameterSpace, take_out
 from .prototypes import PrototypeClassifier, class_means
 from .saving import CheckpointError, require_sha256, sha256, written_whole
 
@@ -138,11 +137,14 @@ class AdaptedTask:
         """Take the adaptation out: the backbone is, bit for bit and module for module, what it was before.
 
         Other tasks on the same backbone put theirs back when they are used; this one is over.
+
+        Raises:
+            IncompatibleBackboneError: another task is merged into the backbone.
         """
-        if self._ended == "reset":
-            return
-        injection = self.space.inject(self.backbone) if self._ended is None else self._merged
-        injection.remove()
+        if self._ended is None:
+            take_out(self.backbone)
+        elif self._ended == "merged":
+            self._merged.remove()
         self._ended = "reset"
 
     def merge(self) -> nn.Module:
@@ -181,12 +183,15 @@ class AdaptedTask:
         """
         if format not in (None, "lora"):
             raise ValueError(f"unknown format {format!r}: use 'lora' or None.")
+        own = self.space.peft_config
+        if format == "lora" and not isinstance(own, BeftConfig | LoraConfig):
+            raise ValueError(f"a {own.peft_type.value} adapter cannot be written as LoRA: save it without format.")
+        self._activate()
         prototypes = self.prototypes
         with written_whole(save_directory) as draft:
-            if format == "lora" and not isinstance(self.space.peft_config, LoraConfig):
+            if format == "lora" and isinstance(own, BeftConfig):
                 self._save_as_lora(draft)
             else:
-                self._activate()
                 self.space.inject(self.backbone).peft_model.save_pretrained(str(draft))
             tensors = {"prototypes": prototypes.cpu().contiguous(), "scale": torch.tensor(self.scale)}
             metadata = {
@@ -225,9 +230,6 @@ class AdaptedTask:
 
     def _save_as_lora(self, folder: Path) -> None:
         own = self.space.peft_config
-        if not isinstance(own, BeftConfig):
-            raise ValueError(f"a {own.peft_type.value} adapter cannot be written as LoRA: save it without format.")
-        self._activate()
         state = dict(
             zip(self.space.names, [p.clone() for p in self.space.inject(self.backbone).parameters], strict=True)
         )
@@ -262,17 +264,19 @@ class AdaptedTask:
         folder = fetch(name_or_folder, "*.json", ADAPTER_WEIGHTS, PROTOTYPES, **hub)
         try:
             digests = json.loads((folder / CHECKSUMS).read_text())
-            for name, digest in digests.items():
-                require_sha256(folder / name, digest)
+            for name in (ADAPTER_WEIGHTS, PROTOTYPES):
+                require_sha256(folder / name, digests[name])
             peft_config = PeftConfig.from_pretrained(str(folder))
             state = load_file(folder / ADAPTER_WEIGHTS)
             with safe_open(folder / PROTOTYPES, framework="pt") as file:
                 metadata, prototypes, scale = file.metadata(), file.get_tensor("prototypes"), file.get_tensor("scale")
-        except (OSError, ValueError, SafetensorError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+            start, pooling, class_names = int(metadata["start"]), metadata["pooling"], json.loads(metadata["labels"])
+        except CheckpointError:
+            raise
+        except Exception as error:  # what is in the files may be anything
             raise CheckpointError(f"{name_or_folder} holds no readable HyperFlow task: {error}") from error
-        split = SplitBackbone(backbone, int(metadata["start"]), metadata["pooling"])
+        processor = load_processor(folder)
+        split = SplitBackbone(backbone, start, pooling)
         space = ParameterSpace.from_backbone(backbone, peft_config)
         injection = space.inject(backbone)
         try:
@@ -282,20 +286,19 @@ class AdaptedTask:
             raise IncompatibleBackboneError(
                 f"{name_or_folder} does not fit this {type(backbone).__name__}: {error}"
             ) from error
-        missing = sorted(set(space.names) & set(loaded.missing_keys)) + sorted(loaded.unexpected_keys)
-        if missing:
+        missing = {f"base_model.model.{name}" for name in space.names} & set(loaded.missing_keys)
+        wrong = sorted(missing) + sorted(loaded.unexpected_keys)
+        if wrong:
             injection.remove()
             raise IncompatibleBackboneError(
-                f"{name_or_folder} does not fit this {type(backbone).__name__}: {missing[:8]}"
+                f"{name_or_folder} does not fit this {type(backbone).__name__}; missing or unknown: "
+                + ", ".join(wrong[:8])
             )
-        processor = None
-        if (folder / "preprocessor_config.json").is_file():
-            processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil")
         task = cls(
             split=split,
             space=space,
             theta=injection.read(),
-            class_names=json.loads(metadata["labels"]),
+            class_names=class_names,
             scale=scale.item(),
             processor=processor,
             prototypes=prototypes.to(next(backbone.parameters()).device),
