@@ -21,7 +21,14 @@ from transformers import (
 
 from hf_hyperflow import IncompatibleBackboneError
 from hf_hyperflow.backbones import SplitBackbone, find_blocks
-from hf_hyperflow.parameter_space import ParameterSpace, bias_config
+from hf_hyperflow.parameter_space import (
+    ParameterSpace,
+    bias_config,
+    layernorm_config,
+    linear_paths,
+    lora_config,
+    norm_paths,
+)
 
 SIZES = {
     "hidden_size": 32,
@@ -122,6 +129,16 @@ def test_block_10_is_not_taken_for_block_1():
     model = tiny_dinov2(num_hidden_layers=12)
     inside = find_blocks(model).after(11)
     assert not any(name.startswith(("encoder.layer.1.", "encoder.layer.10.")) for name in inside)
+
+
+@pytest.mark.parametrize("make", [bias_config, lora_config, layernorm_config])
+def test_adapters_inside_do_not_hide_the_parts(vit, make):
+    expected = find_blocks(vit), linear_paths(vit, 2), norm_paths(vit, 2)
+    space = ParameterSpace.from_backbone(vit, make(vit, 2))
+    space.inject(vit)
+    found = find_blocks(vit)
+    assert (found.path, found.count, found.norm) == (expected[0].path, expected[0].count, expected[0].norm)
+    assert (linear_paths(vit, 2), norm_paths(vit, 2)) == expected[1:]
 
 
 @pytest.mark.parametrize("start", [-1, 4])
