@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import CommitInfo
 from peft import BeftConfig, LoraConfig, PeftConfig, set_peft_model_state_dict
+from peft.utils.warning import PeftWarning
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -189,10 +191,13 @@ class AdaptedTask:
         self._activate()
         prototypes = self.prototypes
         with written_whole(save_directory) as draft:
-            if format == "lora" and isinstance(own, BeftConfig):
-                self._save_as_lora(draft)
-            else:
-                self.space.inject(self.backbone).peft_model.save_pretrained(str(draft))
+            with warnings.catch_warnings():
+                # PEFT takes the bias of a LoRA layer, a vector, for a matrix of which a part was lost.
+                warnings.filterwarnings("ignore", r".*LoRA tensor\(s\) have invalid shape: .*bias", PeftWarning)
+                if format == "lora" and isinstance(own, BeftConfig):
+                    self._save_as_lora(draft)
+                else:
+                    self.space.inject(self.backbone).peft_model.save_pretrained(str(draft))
             tensors = {"prototypes": prototypes.cpu().contiguous(), "scale": torch.tensor(self.scale)}
             metadata = {
                 "labels": json.dumps(self.class_names, ensure_ascii=False),
@@ -267,6 +272,8 @@ class AdaptedTask:
             for name in (ADAPTER_WEIGHTS, PROTOTYPES):
                 require_sha256(folder / name, digests[name])
             peft_config = PeftConfig.from_pretrained(str(folder))
+            if peft_config.peft_type is None:
+                raise ValueError("its adapter_config.json names no kind of adapter")
             state = load_file(folder / ADAPTER_WEIGHTS)
             with safe_open(folder / PROTOTYPES, framework="pt") as file:
                 metadata, prototypes, scale = file.metadata(), file.get_tensor("prototypes"), file.get_tensor("scale")
@@ -281,7 +288,7 @@ class AdaptedTask:
         injection = space.inject(backbone)
         try:
             loaded = set_peft_model_state_dict(injection.peft_model, state)
-        except RuntimeError as error:
+        except (RuntimeError, KeyError) as error:  # of another shape, or missing
             injection.remove()
             raise IncompatibleBackboneError(
                 f"{name_or_folder} does not fit this {type(backbone).__name__}: {error}"
