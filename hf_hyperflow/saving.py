@@ -130,12 +130,34 @@ def require_sha256(path: str | Path, expected: str | None) -> None:
         )
 
 
+@contextmanager
+def replaced(path: str | Path) -> Iterator[Path]:
+    """A new file to write to, which takes the place of `path` in one move when the block ends well.
+
+    At every moment, also of a crash, `path` is what it was or what it shall be.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        with open(draft, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error}. Choose a folder you may write to.") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def write_json(path: str | Path, content: object) -> None:
     """Write JSON to a file, whole or not at all.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
-    path = Path(path)
-    with written_whole(path.parent) as draft:
-        (draft / path.name).write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    with replaced(path) as draft:
+        draft.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,119 @@
+"""Choose the settings of the baselines by grid, on episodes of training domains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .domains import Domain
+from .episodes import Episode, cdfsl_episode
+from .evaluation import DomainFeatures, features_of, mean_ci95
+from .finetuning import FineTuning
+from .methods import GRADIENT_METHODS, Target, fine_tuned_accuracies, head_classifier, label_accuracy
+from .saving import write_json
+from .task import evaluating
+
+STEPS = (5, 10, 20, 50, 100)
+LEARNING_RATES = {
+    "bias": (3e-4, 1e-3, 3e-3, 1e-2),
+    "lora": (3e-4, 1e-3, 3e-3, 1e-2),
+    "layernorm": (3e-4, 1e-3, 3e-3, 1e-2),
+    "full": (3e-6, 1e-5, 3e-5, 1e-4),
+}
+HEAD_C = (0.1, 1.0, 10.0, 100.0, 1000.0)
+
+
+def choose_recipes(
+    path: str | Path,
+    target: Target,
+    domains: list[Domain],
+    *,
+    methods: tuple[str, ...] = ("head", *GRADIENT_METHODS),
+    n_episodes: int = 20,
+    n_shot: list[int],
+    n_way: int = 5,
+    n_query: int = 15,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """Run every method over its grid and write the grid and the best settings to a JSON file.
+
+    All settings of all methods meet the same CD-FSL episodes; the best mean over domains, numbers of shots and
+    episodes wins, ties go to the earlier in the grid (fewer steps). The file is written after every run of a learning
+    rate, and a run that is in it already is not done again.
+
+    Args:
+        path: the JSON file; `read_recipes` reads it.
+        domains: training domains, never those that are reported.
+        n_episodes: of each domain and number of shots.
+
+    Returns:
+        The best settings of each method.
+
+    Raises:
+        ValueError: the file there is of another grid or no JSON; or a domain has too few images for an episode.
+    """
+    path = Path(path)
+    settings = {"domains": [d.name for d in domains], "n_episodes": n_episodes, "n_shot": list(n_shot)}
+    settings |= {"n_way": n_way, "n_query": n_query, "seed": seed, "adapter": target.adapter.config.weights_sha256}
+    grid = _known(path, settings)
+    tasks = [
+        (features, cdfsl_episode(features.domain, index, n_way=n_way, n_shot=shots, n_query=n_query, seed=seed))
+        for features in [DomainFeatures(target.split, d, target.adapter.processor) for d in domains]
+        for shots in n_shot
+        for index in range(n_episodes)
+    ]
+    recipes = {}
+    for method in methods:
+        for learning_rate in LEARNING_RATES.get(method, (None,)):
+            if any(e["method"] == method and e.get("learning_rate") == learning_rate for e in grid):
+                continue
+            bar = tqdm(tasks, desc=f"{method} {learning_rate or ''}", disable=None, leave=False)
+            found = [_along_grid(method, learning_rate, target, *task) for task in bar]
+            for point, values in zip(_points(method, learning_rate), zip(*found, strict=True), strict=True):
+                mean, half = mean_ci95(values)
+                measured = {"accuracy": round(mean, 3), "ci95": round(half, 3) if len(values) > 1 else None}
+                grid.append({"method": method} | point | measured | {"n_episodes": len(values)})
+            write_json(path, {"settings": settings, "grid": grid, "recipes": recipes})
+        entries = [e for e in grid if e["method"] == method]
+        best = max(entries, key=lambda e: e["accuracy"])
+        recipes[method] = {key: best[key] for key in _points(method, None)[0]}
+    write_json(path, {"settings": settings, "grid": grid, "recipes": recipes})
+    return recipes
+
+
+def _points(method: str, learning_rate: float | None) -> list[dict[str, float]]:
+    """The points of the grid that one run gives."""
+    if method == "head":
+        return [{"c": c} for c in HEAD_C]
+    return [{"learning_rate": learning_rate, "steps": n} for n in STEPS]
+
+
+def _along_grid(
+    method: str, learning_rate: float | None, target: Target, features: DomainFeatures, episode: Episode
+) -> list[float]:
+    """Accuracies in % at `_points`."""
+    if method != "head":
+        recipe = FineTuning(learning_rate=learning_rate)
+        return fine_tuned_accuracies(method, target, features.domain, episode, recipe, list(STEPS))
+    hidden = features.hidden(torch.cat([episode.support, episode.query]))
+    with torch.no_grad(), evaluating(target.plain()):
+        found = features_of(target.split, hidden)
+    support, query = found[: len(episode.support)], found[len(episode.support) :]
+    return [label_accuracy(head_classifier(support, episode.support_labels, c)(query), episode) for c in HEAD_C]
+
+
+def _known(path: Path, settings: dict) -> list[dict]:
+    """The part of the grid that is in the file."""
+    if not path.is_file():
+        return []
+    try:
+        content = json.loads(path.read_text())
+        known, grid = content["settings"], content["grid"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no grid ({error}): remove it or choose another file.") from error
+    if known != settings:
+        raise ValueError(f"{path} holds a grid of {known}, not of {settings}: remove it or choose another file.")
+    return grid

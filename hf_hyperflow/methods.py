@@ -1,0 +1,236 @@
+"""The methods that the benchmark compares, on one episode each: accuracy, and all the work of getting ready.
+
+`direct` classifies by prototypes with the backbone as it is, `head` fits a logistic regression on its features,
+`hyperflow` follows the flow. `bias`, `lora`, `layernorm` and `full` fine-tune by gradient descent, the first three
+through PEFT in the blocks that the flow adapts. `easyfsl-...` are in `hf_hyperflow.easyfsl_methods`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+from .adapter import HyperFlowAdapter
+from .backbones import SplitBackbone
+from .domains import Domain, normalise
+from .easyfsl_methods import EASYFSL_METHODS, easyfsl_classifier
+from .episodes import Episode
+from .evaluation import DomainFeatures, features_of, flow_weights, prototype_accuracy
+from .finetuning import FineTuning, fine_tune
+from .parameter_space import ParameterSpace, bias_config, layernorm_config, lora_config
+from .prototypes import class_means
+from .recipes import Recipes
+from .task import evaluating
+
+GRADIENT_METHODS = ("bias", "lora", "layernorm", "full")
+METHODS = ("direct", "head", "hyperflow", *GRADIENT_METHODS)
+
+
+def method_list(names: str) -> list[str]:
+    """Methods from a comma-separated list; `easyfsl` stands for all of `EASYFSL_METHODS`.
+
+    Raises:
+        ValueError: an unknown or repeated name, or none.
+    """
+    methods: list[str] = []
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        methods += EASYFSL_METHODS if name == "easyfsl" else [name]
+    unknown = [m for m in methods if m not in (*METHODS, *EASYFSL_METHODS)]
+    repeated = sorted({m for m in methods if methods.count(m) > 1})
+    if unknown or repeated or not methods:
+        what = f"unknown methods {unknown}" if unknown else f"methods {repeated} twice" if repeated else "no methods"
+        raise ValueError(f"{what} in {names!r}: choose from {', '.join((*METHODS, 'easyfsl', *EASYFSL_METHODS))}.")
+    return methods
+
+
+def flow_points(n_steps: int) -> dict[str, tuple[int, float]]:
+    """Points of the flow for the figures, by name: `(solver steps, end time)`.
+
+    Along the flow, at steps as long as those of an adapter with `n_steps` (or shorter, so that quarters of t are
+    ends of steps), also beyond t = 1; and at t = 1 with other numbers of steps.
+    """
+    per_unit = 4 * math.ceil(n_steps / 4)
+    along = {f"hyperflow t={t:g}": (round(t * per_unit), t) for t in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)}
+    return along | {f"hyperflow steps={n}": (n, 1.0) for n in (1, 2, 4, 8, 16, 50)}
+
+
+class Target:
+    """A backbone with its adapter, as the methods find it.
+
+    Args:
+        backbone: on its device; it may hold the adapter or an injection of `bias`, `lora` or `layernorm`, always at
+            its start: every method leaves it so.
+        adapter: on the same device.
+        recipes: settings of the gradient methods and of the head.
+    """
+
+    def __init__(self, backbone: nn.Module, adapter: HyperFlowAdapter, recipes: Recipes):
+        self.backbone = backbone
+        self.adapter = adapter
+        self.recipes = recipes
+        self.split = adapter.split(backbone)
+        self.points = flow_points(adapter.config.n_steps)
+        self._spaces: dict[str, ParameterSpace] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+    def space(self, method: str) -> ParameterSpace:
+        """The parameter space of `bias`, `lora` or `layernorm`: the blocks that the flow adapts."""
+        if method not in self._spaces:
+            make = {"bias": bias_config, "lora": lora_config, "layernorm": layernorm_config}[method]
+            config = make(self.backbone, self.adapter.config.last_blocks)
+            self._spaces[method] = ParameterSpace.from_backbone(self.backbone, config)
+        return self._spaces[method]
+
+    def plain(self) -> nn.Module:
+        """The backbone without any adapter in it."""
+        self.adapter.space.inject(self.backbone).remove()
+        return self.backbone
+
+    @contextmanager
+    def moving(self, method: str) -> Iterator[list[nn.Parameter]]:
+        """The parameters that a gradient method moves, at their start; afterwards they are there again."""
+        if method == "full":
+            parameters = list(self.plain().parameters())
+        else:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Unsupported layer type .*LayerNorm")  # PEFT does support it
+                parameters = self.space(method).inject(self.backbone).parameters
+        start = [p.detach().clone() for p in parameters]
+        try:
+            yield parameters
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, start, strict=True):
+                    parameter.copy_(value)
+
+
+def accuracy(method: str, target: Target, features: DomainFeatures, episode: Episode) -> float:
+    """Accuracy in % of a method on an episode's queries.
+
+    Args:
+        method: one of `METHODS`, `EASYFSL_METHODS` or `target.points`.
+        features: of the episode's domain; the gradient methods take the images themselves.
+    """
+    if method in GRADIENT_METHODS:
+        recipe = target.recipes.fine_tuning(method)
+        return fine_tuned_accuracies(method, target, features.domain, episode, recipe, [recipe.steps])[0]
+    adapter, split = target.adapter, target.split
+    hidden = features.hidden(torch.cat([episode.support, episode.query]))
+    injection = adapter.space.inject(target.backbone)
+    with torch.no_grad(), evaluating(target.backbone), evaluating(adapter):
+        if method.startswith("hyperflow"):
+            n_steps, end_time = target.points.get(method, (None, 1.0))
+            theta = flow_weights(adapter, features, injection.start, episode, n_steps=n_steps, end_time=end_time)
+            injection.write(theta)
+        found = features_of(split, hidden)
+        injection.write(injection.start)
+        if method == "direct" or method.startswith("hyperflow"):
+            return prototype_accuracy(found, episode)
+        n_support = len(episode.support)
+        if method == "head":
+            classify = head_classifier(found[:n_support], episode.support_labels, target.recipes.head_c)
+        else:
+            classify = easyfsl_classifier(method, found[:n_support], episode.support_labels)
+        predicted = classify(found[n_support:])
+    return label_accuracy(predicted, episode)
+
+
+def label_accuracy(predicted: torch.Tensor, episode: Episode) -> float:
+    """Accuracy in % of predicted labels `(n_query,)`."""
+    return 100 * (predicted.cpu() == episode.query_labels).float().mean().item()
+
+
+def head_classifier(features: torch.Tensor, labels: torch.Tensor, c: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A logistic regression on L2-normalised features (Tian et al. 2020), fitted by scikit-learn on the CPU.
+
+    Args:
+        features: `(n, width)` of the support images.
+        labels: `(n,)`.
+        c: scikit-learn's `C`, the inverse of the weight decay.
+
+    Returns:
+        A function from features `(n, width)` to labels `(n,)` on the CPU.
+    """
+
+    def unit(x: torch.Tensor) -> np.ndarray:
+        return F.normalize(x.float(), dim=-1).cpu().numpy()
+
+    head = LogisticRegression(C=c, max_iter=1000).fit(unit(features), labels.cpu().numpy())
+    return lambda x: torch.from_numpy(head.predict(unit(x)))
+
+
+def fine_tuned_accuracies(
+    method: str, target: Target, domain: Domain, episode: Episode, recipe: FineTuning, at_steps: list[int]
+) -> list[float]:
+    """Accuracies in % on an episode's queries after so many gradient steps of one run of fine-tuning, ascending.
+
+    The augmentation of episode i is seeded by i: the accuracies depend on the episode and the recipe alone.
+    """
+    processor = target.adapter.processor
+    images = domain.images[torch.cat([episode.support, episode.query])].to(target.device)
+    labels, n_support = episode.support_labels.to(target.device), len(episode.support)
+    whole = SplitBackbone(target.backbone, 0, target.adapter.config.pooling)
+    found = []
+
+    @torch.no_grad()
+    def note(step: int) -> None:
+        if step in at_steps:
+            parts = [whole.extract(normalise(chunk, processor)) for chunk in images.split(256)]
+            found.append(prototype_accuracy(torch.cat(parts).float(), episode))
+
+    recipe = replace(recipe, steps=at_steps[-1], seed=episode.index)
+    with evaluating(target.backbone), target.moving(method) as parameters:
+        fine_tune(whole, parameters, images[:n_support], labels, processor, recipe, after_step=note)
+    return found
+
+
+def get_ready(
+    method: str, target: Target, images: torch.Tensor, labels: torch.Tensor, steps: int | None = None
+) -> object:
+    """All the work between holding a support set and being able to classify: what a task costs.
+
+    Nothing is taken from a cache. easyfsl's classifiers do their work when they classify: they are given the support
+    set itself to classify.
+
+    Args:
+        images: `(n, 3, height, width)` uint8 on the backbone's device.
+        labels: `(n,)` there.
+        steps: gradient steps, in place of the recipe's.
+
+    Returns:
+        What classifies: prototypes, a head or a task that was reset.
+    """
+    processor = target.adapter.processor
+    pixels = normalise(images, processor)
+    whole = SplitBackbone(target.backbone, 0, target.adapter.config.pooling)
+    if method == "hyperflow":
+        task = target.adapter.adapt(target.backbone, (pixels, labels))
+        _ = task.prototypes
+        task.reset()
+        return task
+    if method in GRADIENT_METHODS:
+        recipe = target.recipes.fine_tuning(method)
+        recipe = recipe if steps is None else replace(recipe, steps=steps)
+        with evaluating(target.backbone), target.moving(method) as parameters:
+            fine_tune(whole, parameters, images, labels, processor, recipe)
+            with torch.no_grad():
+                return class_means(whole.extract(pixels).float(), labels)
+    with torch.no_grad(), evaluating(target.plain()):
+        found = whole.extract(pixels).float()
+        if method == "direct":
+            return class_means(found, labels)
+        if method == "head":
+            return head_classifier(found, labels, target.recipes.head_c)
+        return easyfsl_classifier(method, found, labels)(found)

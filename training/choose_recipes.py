@@ -1,0 +1,61 @@
+"""Choose steps and learning rates of the benchmark's baselines by grid, on episodes of training domains.
+
+    python training/choose_recipes.py --backbone model_cards/vit-s14-focus-70 \
+        --adapter model_cards/hyperflow-vit-s14-70 --dataset TRAINING_DOMAIN [...] --output recipes.json
+    hyperflow benchmark --recipes recipes.json ...
+
+The JSON file holds the whole grid and the best settings. An interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import torch
+from arguments import parse
+from transformers import AutoModel
+
+from hf_hyperflow import HyperFlowAdapter
+from hf_hyperflow.domains import load_domain
+from hf_hyperflow.grid import choose_recipes
+from hf_hyperflow.methods import Target
+from hf_hyperflow.recipes import Recipes
+
+
+@dataclass
+class Arguments:
+    backbone: str = field(metadata={"help": "the target: Hub id or folder"})
+    adapter: str = field(metadata={"help": "the HyperFlow adapter: Hub id or folder"})
+    dataset: list[str] = field(metadata={"help": "training domains, none that is reported: Parquet files, ..."})
+    output: str = field(metadata={"help": "JSON file to write"})
+    n_way: int = field(default=5, metadata={"help": "classes of an episode"})
+    n_shot: list[int] = field(default_factory=lambda: [5], metadata={"help": "support images of a class"})
+    n_query: int = field(default=15, metadata={"help": "query images of a class"})
+    n_episodes: int = field(default=20, metadata={"help": "episodes of each domain and number of shots"})
+    bf16: bool = field(default=False, metadata={"help": "run the models under bfloat16 autocast"})
+    seed: int = field(default=0, metadata={"help": "of the episodes"})
+
+
+def main() -> None:
+    arguments = parse(Arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backbone = AutoModel.from_pretrained(arguments.backbone).float().eval().to(device)
+    adapter = HyperFlowAdapter.from_pretrained(arguments.adapter).eval().to(device)
+    domains = [load_domain(source, adapter.processor) for source in arguments.dataset]
+    with torch.autocast(device, torch.bfloat16, enabled=arguments.bf16):
+        recipes = choose_recipes(
+            arguments.output,
+            Target(backbone, adapter, Recipes()),
+            domains,
+            n_episodes=arguments.n_episodes,
+            n_shot=arguments.n_shot,
+            n_way=arguments.n_way,
+            n_query=arguments.n_query,
+            seed=arguments.seed,
+        )
+    print(json.dumps(recipes, indent=1))
+
+
+if __name__ == "__main__":
+    main()
