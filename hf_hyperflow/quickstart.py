@@ -46,7 +46,7 @@ print(json.dumps(logits.argmax(-1).tolist()))
 METHODS = {
     "direct": "direct transfer",
     "hyperflow": "HyperFlow",
-    "bias": "bias fine-tuning, 50 steps",
+    "bias": "bias fine-tuning, 20 steps",
 }
 
 
@@ -120,7 +120,7 @@ def _prepare_bias(backbone: torch.nn.Module, adapter: HyperFlowAdapter, support:
     split, injection = adapter.split(backbone), adapter.space.inject(backbone)
     images, labels = _images(adapter, support)
     with evaluating(backbone):
-        fine_tune(split, injection.parameters, images, labels, adapter.processor, FineTuning())
+        fine_tune(split, injection.parameters, images, labels, adapter.processor, FineTuning(steps=20))
     return _prepare_direct(backbone, adapter, support)
 
 
