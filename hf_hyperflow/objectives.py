@@ -39,7 +39,7 @@ class TaskObjective(nn.Module):
 
     Args:
         adapter: what is trained.
-        split: the target; the adapter is injected here and stays in.
+        split: the target; the adapter is injected into it.
     """
 
     def __init__(self, adapter: HyperFlowAdapter, split: SplitBackbone):
@@ -54,6 +54,7 @@ class TaskObjective(nn.Module):
 
     def adapted_features(self, theta: torch.Tensor, hidden: Hidden) -> torch.Tensor:
         """Features `(n, width)` of the target with the adapter's weights `theta`, differentiable in theta."""
+        self.adapter.space.inject(self.split.backbone)  # again, if another adapter was in between (a validation)
         tensors = self.adapter.space.to_tensors(theta)
         return functional_call(self.split, {f"backbone.{n}": t for n, t in tensors.items()}, (hidden,))
 
