@@ -1,0 +1,358 @@
+"""The command line as people meet it: every command in a process of its own."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from hub_server import Hub
+from peft import PeftModel
+from tiny import pictures, tiny_adapter, tiny_dinov2, tiny_vit
+from transformers import AutoModel
+
+from hf_hyperflow import AdaptedTask, HyperFlowAdapter, cli
+from hf_hyperflow.parameter_space import layernorm_config
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+class Command:
+    """`hyperflow ...` in a process forked from one that has imported the package: that takes seconds."""
+
+    _context = multiprocessing.get_context("forkserver")
+    _context.set_forkserver_preload(["hf_hyperflow", "hf_hyperflow.cli", "hf_hyperflow.info"])
+
+    def __init__(self, folder: Path, *arguments: str | Path):
+        self.output = folder / f"output-{len(list(folder.glob('output-*')))}"
+        self.output.mkdir()
+        arguments = ["hyperflow", *map(str, arguments)]
+        self.process = self._context.Process(target=run, args=(self.output, folder, arguments))
+        self.process.start()
+
+    def end(self) -> Outcome:
+        self.process.join(60)
+        out, err = [(self.output / name).read_bytes().decode(errors="replace") for name in ("out", "err")]
+        return Outcome(self.process.exitcode, out, err)
+
+
+def run(output: Path, cwd: Path, arguments: list[str]) -> None:
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT), stream.fileno())
+    os.chdir(cwd)
+    sys.argv = arguments
+    cli.main()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of a backbone, an adapter for it, a task, support pictures and new ones."""
+    folder = tmp_path_factory.mktemp("saved")
+    backbone = tiny_dinov2()
+    backbone.save_pretrained(folder / "backbone")
+    tiny_adapter(AutoModel.from_pretrained(folder / "backbone")).save_pretrained(folder / "adapter")
+    tiny_vit().save_pretrained(folder / "vit")
+    for name, images in pictures(n_way=3, n_shot=3).items():
+        (folder / "pictures" / name).mkdir(parents=True)
+        for i, image in enumerate(images):
+            image.save(folder / "pictures" / name / f"{i}.png")
+    (folder / "new").mkdir()
+    for name, images in pictures(n_way=3, n_shot=1, seed=7).items():
+        images[0].save(folder / "new" / f"{name}.png")
+    model = AutoModel.from_pretrained(folder / "backbone").eval()
+    task = HyperFlowAdapter.from_pretrained(folder / "adapter").eval().adapt(model, folder / "pictures")
+    task.save_pretrained(folder / "task")
+    return folder
+
+
+@pytest.fixture
+def hyperflow(tmp_path):
+    """Runs a command in `tmp_path` to its end."""
+    return lambda *arguments: Command(tmp_path, *arguments).end()
+
+
+@pytest.fixture
+def adapting(saved):
+    """The arguments of a complete `adapt` but its output; later ones override."""
+    return ["adapt", "--adapter", saved / "adapter", "--backbone", saved / "backbone", "--support", saved / "pictures"]
+
+
+@pytest.fixture
+def support(saved, tmp_path):
+    """A copy of the support pictures that may be spoiled."""
+    for path in (saved / "pictures").rglob("*.png"):
+        target = tmp_path / "support" / path.relative_to(saved / "pictures")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return tmp_path / "support"
+
+
+def fails(outcome: Outcome, *words: str | Path) -> None:
+    """One line on stderr, after warnings if any, that says `words`; nothing on stdout, exit code 1."""
+    assert outcome.code == 1, outcome
+    assert outcome.out == ""
+    *warnings, error = outcome.err.splitlines()
+    assert all(line.startswith("warning: ") for line in warnings), outcome.err
+    assert error.startswith("error: ")
+    for word in words:
+        assert str(word) in error
+
+
+def names(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir() if not p.name.startswith("output-")}
+
+
+def test_the_installed_command(saved, tmp_path):
+    """From pictures to predictions, as typed into a shell."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    hyperflow = Path(sys.executable).with_name("hyperflow")
+
+    def shell(*arguments: str | Path) -> str:
+        found = subprocess.run([hyperflow, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
+        assert found.stderr == "", "no progress bars where nobody watches"
+        return found.stdout
+
+    said = shell(
+        *("adapt", "--adapter", saved / "adapter", "--backbone", saved / "backbone"),
+        *("--support", saved / "pictures", "--output", "my/task", "--guard", "loo"),
+    )
+    assert "Adapted to 3 classes (blue, green, red) from 9 images in " in said
+    assert "leave-one-out accuracy" in said
+    assert "Saved my/task" in said
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(saved / "backbone"), tmp_path / "my/task")
+    assert model.peft_config["default"].peft_type == "BEFT"
+    records = json.loads(shell("predict", "--task", "my/task", "--json", "--top-k", "2", *(saved / "new").iterdir()))
+    assert len(records) == 3
+    for record in records:
+        assert record["predictions"][0]["label"] == Path(record["image"]).stem
+        assert len(record["predictions"]) == 2
+
+
+def test_predictions_are_those_of_the_library(saved, hyperflow):
+    images = sorted(str(p) for p in (saved / "new").iterdir())
+    backbone = AutoModel.from_pretrained(saved / "backbone").eval()
+    expected = AdaptedTask.from_pretrained(saved / "task", backbone)(images)
+    printed = hyperflow("predict", "--task", saved / "task", "--top-k", "9", "--json", *images)
+    assert printed.code == 0, printed.err
+    for record, image, predictions in zip(json.loads(printed.out), images, expected, strict=True):
+        assert record["image"] == image
+        for found, prediction in zip(record["predictions"], predictions, strict=True):
+            assert found["label"] == prediction["label"]
+            assert found["score"] == pytest.approx(prediction["score"], abs=1e-5)
+    rows = list(csv.DictReader(io.StringIO(hyperflow("predict", "--task", saved / "task", "--csv", *images).out)))
+    assert [(r["image"], r["rank"], r["label"]) for r in rows] == [
+        (image, "1", predictions[0]["label"]) for image, predictions in zip(images, expected, strict=True)
+    ]
+    assert float(rows[0]["score"]) == pytest.approx(expected[0][0]["score"], abs=1e-5)
+    plain = hyperflow("predict", "--task", saved / "task", images[0], images[0]).out.splitlines()
+    assert plain == [f"{images[0]}: {expected[0][0]['label']} {expected[0][0]['score']:.1%}"] * 2
+
+
+def test_adapt_takes_solver_and_format(hyperflow, adapting, tmp_path):
+    arguments = ["--solver", "heun", "--n-steps", "3", "--format", "lora"]
+    assert hyperflow(*adapting, "--output", "task", *arguments).code == 0
+    assert json.loads((tmp_path / "task/adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert hyperflow("predict", "--task", "task", "--json", adapting[-1] / "red/0.png").code == 0
+
+
+def test_a_corrupt_image_in_the_middle(hyperflow, adapting, support, tmp_path):
+    bad = support / "green" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:99])
+    fails(hyperflow(*adapting, "--support", support, "--output", "task"), bad, "cannot be read as an image")
+    assert not (tmp_path / "task").exists()
+    found = hyperflow(*adapting, "--support", support, "--output", "task", "--skip-bad")
+    assert found.code == 0, found.err
+    assert found.err.startswith(f"skipped: {bad} cannot be read")
+    assert found.err.count("\n") == 1
+    assert "from 8 images" in found.out
+    good = support / "red" / "0.png"
+    fails(hyperflow("predict", "--task", "task", good, bad, good), bad)
+    found = hyperflow("predict", "--task", "task", "--skip-bad", "--json", good, bad, good)
+    assert [record["image"] for record in json.loads(found.out)] == [str(good), str(good)]
+    assert f"skipped: {bad}" in found.err
+    found = hyperflow("predict", "--task", "task", "--skip-bad", bad, "nowhere.png")
+    assert found.code == 1
+    assert found.err.splitlines()[-1] == "error: none of the images can be read."
+
+
+def test_bad_support_folders(hyperflow, adapting, support, tmp_path):
+    def refused(folder: Path) -> Outcome:
+        return hyperflow(*adapting, "--support", folder, "--output", "task")
+
+    fails(refused(tmp_path / "nowhere"), tmp_path / "nowhere", "one folder of images per class")
+    fails(refused(support / "red"), support / "red", "has no folders in it")
+    (support / "empty").mkdir()
+    fails(refused(support), "class 'empty' has no images")
+    assert names(tmp_path) == {"support"}
+
+
+def test_what_does_not_fit(hyperflow, adapting, saved, tmp_path):
+    fails(hyperflow(*adapting, "--backbone", saved / "vit", "--output", "task"), "ViTModel has no modules")
+    fails(hyperflow(*adapting, "--backbone", saved / "adapter", "--output", "task"), "is a HyperFlow adapter, not a")
+    fails(hyperflow(*adapting, "--backbone", tmp_path / "nowhere", "--output", "task"), "nowhere", "cannot load the")
+    fails(hyperflow(*adapting, "--adapter", saved / "task", "--output", "task"), "It is an adapted task")
+    fails(hyperflow(*adapting, "--adapter", saved / "backbone", "--output", "task"), "not describe a HyperFlow adapter")
+    fails(hyperflow(*adapting, "--solver", "rk5", "--output", "task"), "rk5")
+    fails(hyperflow(*adapting, "--output", saved / "adapter"), "holds a model (config.json)")
+    assert names(tmp_path) == set()
+    image = saved / "new/red.png"
+    fails(hyperflow("predict", "--task", saved / "task", "--backbone", saved / "vit", image), "ViTModel", "no modules")
+    fails(hyperflow("predict", "--task", saved / "adapter", image), "is not an adapted task")
+    fails(hyperflow("predict", "--task", saved / "task", "nowhere.png"), "nowhere.png", "there is no file")
+
+
+def test_formats_that_cannot_be_written(hyperflow, adapting, saved, tmp_path):
+    backbone = AutoModel.from_pretrained(saved / "backbone")
+    tiny_adapter(backbone, layernorm_config(backbone, 2)).save_pretrained(tmp_path / "norms")
+    found = hyperflow(*adapting, "--adapter", "norms", "--output", "task", "--format", "lora")
+    fails(found, "a LN_TUNING adapter cannot be written as LoRA")
+    assert names(tmp_path) == {"norms"}
+
+
+def test_wrong_usage(hyperflow, adapting, saved, tmp_path):
+    image = saved / "new/red.png"
+    for arguments, words in [
+        (["adap"], "No such command"),
+        (["adapt", "--adapter", "x"], "Missing option"),
+        ([*adapting, "--output", "task", "--format", "onnx"], "'lora'"),
+        ([*adapting, "--output", "task", "--n-steps", "0"], "n-steps"),
+        (["predict", "--task", saved / "task"], "IMAGES"),
+        (["predict", "--task", saved / "task", "--json", "--csv", image], "--json and --csv"),
+        (["predict", "--task", saved / "task", "--top-k", "0", image], "top-k"),
+    ]:
+        found = hyperflow(*arguments)
+        assert found.code == 2, found
+        assert words in found.err
+        assert "Traceback" not in found.err
+    assert names(tmp_path) == set()
+
+
+def test_help_everywhere(hyperflow):
+    commands = ["adapt", "predict", "info", "push", "quickstart"]
+    top = hyperflow("--help")
+    assert top.code == 0
+    assert all(command in top.out for command in commands)
+    for command in commands:
+        found = hyperflow(command, "--help")
+        assert found.code == 0
+        assert f"hyperflow {command}" in found.out
+        assert "--help" in found.out
+    assert "Usage" in hyperflow().out + hyperflow().err
+
+
+def test_debug_shows_where(hyperflow, saved):
+    found = hyperflow("--debug", "predict", "--task", saved / "task", "nowhere.png")
+    assert found.code == 1
+    assert "Traceback (most recent call last)" in found.err
+    assert "ImageError: nowhere.png: there is no file" in found.err
+
+
+def test_info(hyperflow, saved, tmp_path):
+    found = hyperflow("info", saved / "adapter")
+    assert found.code == 0, found.err
+    rows = dict(line.split("  ", 1) for line in found.out.splitlines())
+    rows = {key: value.strip() for key, value in rows.items()}
+    adapter = HyperFlowAdapter.from_pretrained(saved / "adapter")
+    assert rows["what"] == "HyperFlow adapter"
+    assert rows["backbone"] == f"{saved / 'backbone'} (dinov2, 4 blocks of width 32)"
+    assert f"{adapter.space.n_parameters:,} parameters in {adapter.space.n_tokens} tokens" in rows["generates"]
+    assert rows["drift network"].startswith(f"{sum(p.numel() for p in adapter.drift.parameters()):,} parameters")
+    assert rows["solver"] == "euler, 4 steps"
+    said = hyperflow("info", saved / "task").out
+    for words in ("adapted task", "3: blue, green, red", "PEFT BEFT", str(saved / "backbone"), "3 of width 32"):
+        assert words in said
+    fails(hyperflow("info", saved / "vit"), "does not describe a HyperFlow adapter")
+    fails(hyperflow("info", tmp_path), "neither a HyperFlow adapter nor an adapted task")
+    fails(hyperflow("info", "no where"), "there is no folder no where")
+
+
+def test_damage_is_noticed(hyperflow, saved, tmp_path):
+    for name, weights in (("adapter", "model.safetensors"), ("task", "prototypes.safetensors")):
+        damaged = tmp_path / name
+        damaged.mkdir()
+        for path in (saved / name).iterdir():
+            (damaged / path.name).write_bytes(path.read_bytes())
+        (damaged / weights).write_bytes((saved / name / weights).read_bytes()[:-4])
+        fails(hyperflow("info", damaged), weights, "is damaged or incomplete")
+        fails(hyperflow("push", damaged, "alice/x"), weights, "is damaged or incomplete")
+    (damaged / weights).unlink()
+    fails(hyperflow("predict", "--task", damaged, saved / "new/red.png"), weights)
+
+
+def test_two_commands_and_an_interrupt(hyperflow, adapting, support, tmp_path):
+    """The second to write to a folder is turned away, Ctrl-C stops the first, and nothing of either is left."""
+    os.mkfifo(support / "red" / "slow.png")
+    first = Command(tmp_path, *adapting, "--support", support, "--output", "task")
+    slow = opened_by_a_reader(support / "red" / "slow.png")  # the first command is in the middle of it
+    fails(hyperflow(*adapting, "--output", "task"), "another command is writing to task now")
+    os.kill(first.process.pid, signal.SIGINT)
+    found = first.end()
+    os.close(slow)
+    assert found.code == 130, found
+    assert "Traceback" not in found.err
+    assert names(tmp_path) == {"support"}
+    assert hyperflow(*adapting, "--output", "task").code == 0
+
+
+def opened_by_a_reader(fifo: Path) -> int:
+    """The writing end of a named pipe, once somebody has opened it for reading."""
+    for _ in range(3000):
+        try:
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            time.sleep(0.02)
+    raise TimeoutError(fifo)
+
+
+def test_push(saved, tmp_path):
+    """With the real client over HTTP; with and without a token."""
+    with Hub() as hub:
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        environment = {k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | own
+
+        def push(*arguments: str | Path, **token: str) -> subprocess.Popen:
+            command = [Path(sys.executable).with_name("hyperflow"), "push", *arguments]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            return subprocess.Popen(command, env=environment | token, **pipes)
+
+        arguments = [saved / "task", "alice/pets", "--private", "--revision", "v2"]
+        with push(*arguments, HF_TOKEN="hf_alice") as alice, push(saved / "adapter", "alice/flow") as guest:
+            said, complained = alice.communicate()
+            refused = Outcome(0, *guest.communicate())
+        assert (alice.returncode, complained) == (0, "")
+        assert f"{hub.url}/alice/pets/commit/" in said
+        assert hub.repos["alice/pets"].private
+        pushed = hub.files("alice/pets", "v2")
+        for path in (saved / "task").iterdir():
+            assert pushed[path.name] == path.read_bytes()
+        refused.code = guest.returncode
+        fails(refused, "cannot push alice/flow: ", "hf auth login")
+        assert "alice/flow" not in hub.repos
+
+
+def test_push_of_no_folder(hyperflow, tmp_path):
+    fails(hyperflow("push", "nowhere", "alice/x"), "there is no folder nowhere")
+
+
+def test_file_names_of_any_bytes(hyperflow, saved, tmp_path):
+    """A file name that is no UTF-8 is printed as it is."""
+    PIL.Image.open(saved / "new/red.png").save(os.fsencode(tmp_path) + b"/\xff.png", format="png")
+    found = hyperflow("predict", "--task", saved / "task", os.fsdecode(b"\xff.png"))
+    assert found.code == 0, found.err
+    assert (tmp_path / "output-0" / "out").read_bytes().startswith(b"\xff.png: red ")
