@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Iterable
 from functools import cached_property
 
@@ -273,7 +274,8 @@ class Injection:
         own = copy.deepcopy(peft_config)
         own.inference_mode = False  # as loaded from disk it is True, and PEFT would mark nothing as the adapter's
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft to transformers
                 torch.manual_seed(seed)
                 self.peft_model: PeftModel = get_peft_model(backbone, own, ADAPTER_NAME, low_cpu_mem_usage=False)
         except (ValueError, TypeError) as error:
