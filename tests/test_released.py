@@ -1,0 +1,92 @@
+"""The released checkpoints of this repository and the quickstart, as a new user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModel
+
+from hf_hyperflow import HyperFlowAdapter
+from hf_hyperflow.quickstart import digits_episode
+from hf_hyperflow.released import ADAPTER, BACKBONE, released
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return AutoModel.from_pretrained(released(BACKBONE)).eval()
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return HyperFlowAdapter.from_pretrained(released(ADAPTER)).eval()
+
+
+def expected_calibration_error(scores: torch.Tensor, labels: torch.Tensor, n_bins: int = 10) -> float:
+    """Guo et al. 2017: gap between confidence and accuracy, averaged over bins of confidence."""
+    confidence, predicted = scores.max(dim=-1)
+    bins = (confidence * n_bins).long().clamp(max=n_bins - 1)
+    gaps = [
+        ((predicted == labels)[bins == b].float().mean() - confidence[bins == b].mean()).abs()
+        * (bins == b).float().mean()
+        for b in bins.unique()
+    ]
+    return float(sum(gaps))
+
+
+def test_both_fit_in_64_mb_of_half_precision():
+    folders = [released(BACKBONE), released(ADAPTER)]
+    assert sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file()) < 64e6
+    for folder in folders:
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"  # what it is loaded as
+
+
+def test_backbone_loads_with_transformers_alone(backbone):
+    assert next(backbone.parameters()).dtype == torch.float32
+    processor = AutoImageProcessor.from_pretrained(released(BACKBONE), backend="pil")
+    pixels = processor([PIL.Image.new("RGB", (90, 64))], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 70, 70)
+    with torch.no_grad():
+        assert backbone(pixels).last_hidden_state.shape == (1, 26, 384)
+
+
+def test_adapter_beats_direct_transfer_on_digits_and_is_calibrated(backbone, adapter, recwarn):
+    episode = digits_episode(n_query=30, seed=1)
+    labels = torch.from_numpy(episode.query_labels)
+    task = adapter.adapt(backbone, episode.support)
+    scores = task.scores(episode.query)
+    assert not [w for w in recwarn if "not those the adapter was trained for" in str(w.message)]
+    adapted = (scores.argmax(-1) == labels).float().mean()
+    assert expected_calibration_error(scores, labels) < 0.15
+    task.reset()
+    still = adapter.adapt(backbone, episode.support)
+    still.theta = adapter.space.inject(backbone).start
+    direct = (still.scores(episode.query).argmax(-1) == labels).float().mean()
+    still.reset()
+    assert adapted > direct
+
+
+def test_the_adapter_warns_about_other_weights(adapter):
+    other = AutoModel.from_config(AutoModel.from_pretrained(released(BACKBONE)).config)
+    with pytest.warns(UserWarning, match="not those the adapter was trained for"):
+        adapter.adapt(other, digits_episode().support)
+
+
+def test_quickstart_prints_saves_and_reloads(tmp_path):
+    command = [sys.executable, "-m", "hf_hyperflow.cli", "quickstart", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    methods = figures["methods"]
+    assert set(methods) == {"direct", "hyperflow", "bias"}
+    assert methods["hyperflow"]["accuracy"] > methods["direct"]["accuracy"]
+    assert methods["hyperflow"]["seconds"] < methods["bias"]["seconds"]
+    assert methods["hyperflow"]["peak_memory_mb"] < methods["bias"]["peak_memory_mb"]
+    assert figures["plain_peft_agreement"] == 1.0
+    assert (tmp_path / figures["task"] / "adapter_model.safetensors").is_file()
+    assert not list(Path(tmp_path, figures["task"]).glob("*.npy"))
+    assert np.asarray(PIL.Image.open(tmp_path / figures["picture"])).std() > 10
