@@ -206,6 +206,28 @@ def benchmark(context: typer.Context) -> None:
     main(context.args)  # lists such as `--n_shot 1 5 20` are beyond typer: the arguments are those of the script
 
 
+@app.command()
+def demo(
+    adapter: Annotated[
+        str | None, typer.Option(help="HyperFlow adapter: folder or Hub id; by default the released one.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Its backbone: folder or Hub id; by default the released one.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network interface.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+) -> None:
+    """Serve a page on which to adapt to classes of your own and to compare before and after."""
+    _set_up()
+    try:
+        from .demo import main as serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise OSError("the demo needs Gradio, which is not installed: pip install hf-hyperflow[demo]") from error
+    serve(adapter, backbone, host, port)
+
+
 def _say(text: str) -> None:
     typer.echo(text, err=True)
 

@@ -1,0 +1,13 @@
+"""The demo as a Space: the page of `hyperflow demo` with the models of the Space's owner."""
+
+import os
+
+from hf_hyperflow.demo import main
+
+owner = os.environ["SPACE_AUTHOR_NAME"]  # set by Spaces
+main(
+    adapter=f"{owner}/hyperflow-vit-s14-70",
+    backbone=f"{owner}/vit-s14-focus-70",
+    host="0.0.0.0",
+    port=int(os.environ.get("GRADIO_SERVER_PORT", "7860")),
+)
