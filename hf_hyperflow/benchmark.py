@@ -24,6 +24,7 @@ from transformers import AutoModel, HfArgumentParser
 
 from .adapter import HyperFlowAdapter, fingerprint
 from .domains import Domain, load_domain
+from .easyfsl_methods import EASYFSL_METHODS, import_easyfsl
 from .episode_log import EPISODES, EpisodeLog
 from .episodes import Episode, cdfsl_episode, meta_dataset_episode
 from .evaluation import DomainFeatures
@@ -110,6 +111,7 @@ def run(arguments: BenchmarkArguments) -> dict | None:
     Raises:
         CheckpointError: the folder cannot be written, is in use, or its files are damaged or of another benchmark.
         ValueError, FileNotFoundError: a dataset or file of recipes that cannot be used; it is named.
+        ImportError: methods of easyfsl without that package.
     """
     accelerator = Accelerator(cpu=arguments.cpu)
     with claimed(arguments.output_dir) if accelerator.is_main_process else nullcontext():
@@ -118,8 +120,12 @@ def run(arguments: BenchmarkArguments) -> dict | None:
 
 def _run(arguments: BenchmarkArguments, accelerator: Accelerator) -> dict | None:
     recipes = read_recipes(arguments.recipes)
+    if set(EASYFSL_METHODS) & set(method_list(arguments.methods)):
+        import_easyfsl()  # a missing package is told now, not after hours
     adapter = HyperFlowAdapter.from_pretrained(arguments.adapter).eval()
     backbone_name = arguments.backbone or adapter.config.backbone["name_or_path"]
+    if not backbone_name:
+        raise ValueError(f"{arguments.adapter} does not name its backbone: give it with --backbone.")
     backbone = AutoModel.from_pretrained(backbone_name).float().eval()
     settings = _settings(arguments, adapter, backbone, recipes)
     target = Target(backbone.to(accelerator.device), adapter.to(accelerator.device), recipes)
@@ -133,7 +139,8 @@ def _run(arguments: BenchmarkArguments, accelerator: Accelerator) -> dict | None
             try:
                 first = _episode(arguments, domain, n_shot, 0)
             except ValueError as error:
-                accelerator.print(f"{domain.name} has too few images for {n_shot} shots: left out ({error})")
+                what = "an episode" if n_shot is None else f"{n_shot} shots"
+                accelerator.print(f"{domain.name} has too few images for {what}: left out ({error})")
                 left_out.append({"domain": domain.name, "n_shot": n_shot, "reason": str(error)})
                 continue
             if arguments.protocol == "cdfsl" and first.n_way < arguments.n_way:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -25,7 +26,7 @@ SCHEMA = pa.schema(
     }
 )
 
-_SETTINGS = b"hf_hyperflow"
+_SETTINGS, _DIGEST = b"hf_hyperflow", b"hf_hyperflow_sha256"
 
 
 class EpisodeLog:
@@ -48,8 +49,7 @@ class EpisodeLog:
         self.rows: list[dict] = []
         if not self.path.exists():
             return
-        table = _read(self.path)
-        known = json.loads(table.schema.metadata[_SETTINGS])
+        known, rows = _read(self.path)
         different = [
             f"{key} was {known[key]} and is {value}"
             for key, value in self.settings.items()
@@ -60,7 +60,7 @@ class EpisodeLog:
                 f"{self.path} is of another benchmark: {'; '.join(different)}. Choose another folder for the results."
             )
         self.settings = known | self.settings
-        self.rows = table.to_pylist()
+        self.rows = rows
 
     def done(self, domain: str, n_shot: int | None, method: str) -> set[int]:
         """Indices of the episodes that are there."""
@@ -74,19 +74,33 @@ class EpisodeLog:
             CheckpointError: the folder cannot be written.
         """
         self.rows = sorted([*self.rows, *rows], key=lambda r: (r["domain"], r["n_shot"] or 0, r["method"], r["index"]))
-        schema = SCHEMA.with_metadata({_SETTINGS: json.dumps(self.settings).encode()})
-        table = pa.Table.from_pylist(self.rows, schema)
+        settings = json.dumps(self.settings)
+        metadata = {_SETTINGS: settings, _DIGEST: _digest(settings, self.rows)}
+        table = pa.Table.from_pylist(self.rows, SCHEMA.with_metadata(metadata))
         with replaced(self.path) as draft:
-            pq.write_table(table, draft, write_page_checksum=True)
+            pq.write_table(table, draft)
 
 
-def _read(path: Path) -> pa.Table:
+def _digest(settings: str, rows: list[dict]) -> str:
+    return hashlib.sha256((settings + json.dumps(rows)).encode()).hexdigest()
+
+
+def _read(path: Path) -> tuple[dict, list[dict]]:
+    """Settings and rows, after a check that they are what was written."""
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        table = pq.read_table(path)
+        metadata = table.schema.metadata or {}
+        if _SETTINGS not in metadata:
+            raise CheckpointError(f"{path} is not the record of a benchmark. Choose another folder for the results.")
+        if not table.schema.remove_metadata().equals(SCHEMA):
+            raise ValueError(f"its columns are {table.schema.names}")
+        settings, rows = metadata[_SETTINGS].decode(), table.to_pylist()
+        if metadata[_DIGEST].decode() != _digest(settings, rows):
+            raise ValueError("its SHA-256 is not the one noted in it")
+        return json.loads(settings), rows
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(
             f"{path} is damaged ({error}). Restore it, or remove it to run its episodes again."
         ) from error
-    if table.schema.remove_metadata() != SCHEMA or _SETTINGS not in (table.schema.metadata or {}):
-        raise CheckpointError(f"{path} is not the record of a benchmark. Choose another folder for the results.")
-    return table

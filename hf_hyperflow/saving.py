@@ -150,7 +150,8 @@ def replaced(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}. Choose a folder you may write to.") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
 
 
 def write_json(path: str | Path, content: object) -> None:
