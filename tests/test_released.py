@@ -77,7 +77,7 @@ def test_the_adapter_warns_about_other_weights(adapter):
 
 
 def test_quickstart_prints_saves_and_reloads(tmp_path):
-    command = [sys.executable, "-m", "hf_hyperflow.cli", "quickstart", "--json"]
+    command = [Path(sys.executable).with_name("hyperflow"), "quickstart", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
