@@ -110,3 +110,17 @@ def test_unknown_key_in_a_preset_is_named(tmp_path):
     done = run_plain("train_drift.py", "--config", tmp_path / "preset.yaml")
     assert done.returncode == 2
     assert "stepz" in done.stderr
+
+
+def test_calibrate_moves_the_scale_alone(ground, tmp_path):
+    trained = run("train_drift.py", *drift_arguments(ground, tmp_path / "adapter"), "--steps", 2)
+    assert trained.returncode == 0, trained.stderr
+    before = load_file(tmp_path / "adapter" / "model.safetensors")
+    common = ["--backbone", ground / "backbone", "--adapter", tmp_path / "adapter", "--dataset", ground / "beta"]
+    done = run_plain("calibrate.py", *common, "--n_episodes", 3)
+    assert done.returncode == 0, done.stderr
+    after = load_file(tmp_path / "adapter" / "model.safetensors")
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"log_scale"}
+    said = float(done.stdout.split("->")[1])
+    assert after["log_scale"].float().exp().item() == pytest.approx(said, rel=0.01)  # stored in half precision
+    HyperFlowAdapter.from_pretrained(tmp_path / "adapter")  # its digest is the new one
