@@ -244,7 +244,7 @@ def test_wrong_usage(hyperflow, adapting, saved, tmp_path):
 
 
 def test_help_everywhere(hyperflow):
-    commands = ["adapt", "predict", "info", "push", "quickstart"]
+    commands = ["adapt", "predict", "info", "push", "quickstart", "benchmark", "demo"]
     top = hyperflow("--help")
     assert top.code == 0
     assert all(command in top.out for command in commands)
