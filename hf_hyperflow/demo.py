@@ -265,7 +265,7 @@ def build_demo(adapter: HyperFlowAdapter, backbone: nn.Module) -> gr.Blocks:
         try:
             images = read_files(files)
         except PageError as error:
-            return alert(error)
+            return alert(f"New images: {error}")
         before, after = models.compare(session, images)
         return comparison([Path(path).name for path, _ in files], images, before, after)
 

@@ -27,6 +27,7 @@ STYLE = """<style>
 .hf-results :is(th, td) { padding: 8px 6px !important; border: 0 solid var(--border-color-primary) !important;
   text-align: left; vertical-align: top; overflow-wrap: anywhere; font-weight: normal; }
 .hf-results tbody :is(th, td) { border-top-width: 1px !important; }
+.hf-results :is(thead, tbody, tr) { border: 0 !important; }
 .hf-results thead th { font-weight: 600; }
 .hf-results .hf-image { width: 84px; }
 .hf-results img { width: 56px; height: 56px; object-fit: contain; display: block; margin: 0 !important; }

@@ -292,7 +292,7 @@ def test_a_bad_new_image_is_named(open_page, folder):
     page.adapt(support_files(folder, "red", "green"))
     assert "no new images" in page.alert("predict", "results")
     page.upload("queries", folder / "query-red-1.png", folder / "notes.png")
-    assert page.alert("predict", "results").startswith("Notes.png cannot be read as an image")
+    assert page.alert("predict", "results").startswith("New images: notes.png cannot be read as an image")
 
 
 @needs_gradio
