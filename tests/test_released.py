@@ -12,6 +12,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
+from hf_hyperflow.prototypes import PrototypeClassifier
 from hf_hyperflow.quickstart import digits_episode
 from hf_hyperflow.released import ADAPTER, BACKBONE, released
 
@@ -43,22 +44,32 @@ def test_backbone_loads_with_transformers_alone(backbone):
 
 
 def test_adapter_beats_direct_transfer_on_digits(backbone, adapter, recwarn):
-    episode = digits_episode(n_query=30, seed=1)
-    labels = torch.from_numpy(episode.query_labels)
-    task = adapter.adapt(backbone, episode.support)
-    scores = task.scores(episode.query)
-    assert not [w for w in recwarn if "not those the adapter was trained for" in str(w.message)]
-    hits = (scores.argmax(-1) == labels).float()
-    adapted = hits.mean()
+    """On the mean of three episodes: single ones go either way."""
+    adapted, direct, sure_hits, unsure_hits = [], [], [], []
+    for seed in (0, 1, 2):
+        episode = digits_episode(n_query=15, seed=seed)
+        labels = torch.from_numpy(episode.query_labels)
+        task = adapter.adapt(backbone, episode.support)
+        scores = task.scores(episode.query)
+        task.reset()
+        hits = (scores.argmax(-1) == labels).float()
+        sure = scores.amax(-1) >= scores.amax(-1).median()
+        adapted.append(hits.mean())
+        sure_hits.append(hits[sure].mean())
+        unsure_hits.append(hits[~sure].mean())
+        support = [image for images in episode.support.values() for image in images]
+        features = []
+        for pictures in (support, episode.query):
+            rgb = [picture.convert("RGB") for picture in pictures]
+            with torch.no_grad():
+                output = backbone(adapter.processor(rgb, return_tensors="pt")["pixel_values"])
+            features.append(output.last_hidden_state[:, 0])
+        classifier = PrototypeClassifier.from_support(features[0], torch.arange(10).repeat_interleave(5))
+        direct.append((classifier(features[1]).argmax(-1) == labels).float().mean())
+    assert sum(adapted) > sum(direct)
     # Scores mean something: the surer half of the answers is right more often, by far.
-    sure = scores.amax(-1) >= scores.amax(-1).median()
-    assert hits[sure].mean() > hits[~sure].mean() + 0.05
-    task.reset()
-    still = adapter.adapt(backbone, episode.support)
-    still.theta = adapter.space.inject(backbone).start
-    direct = (still.scores(episode.query).argmax(-1) == labels).float().mean()
-    still.reset()
-    assert adapted > direct
+    assert sum(sure_hits) > sum(unsure_hits) + 0.15
+    assert not [w for w in recwarn if "not those the adapter was trained for" in str(w.message)]
 
 
 def test_the_adapter_warns_about_other_weights(adapter):
