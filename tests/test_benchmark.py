@@ -14,6 +14,7 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from tiny import picture, tiny_adapter, tiny_dinov2, tiny_processor
 from transformers import AutoModel
 
@@ -27,7 +28,7 @@ from hf_hyperflow.saving import CheckpointError
 from hf_hyperflow.task_cost import CostSetting, device_name, task_cost
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
