@@ -198,7 +198,9 @@ def test_two_processes_end_with_the_results_of_one(ground, finished, tmp_path):
     assert done.stdout.count("three has 3 classes to use") == 2  # once per number of shots: one process speaks
     assert episodes(tmp_path) == episodes(finished[0])
     found = json.loads((tmp_path / "results.json").read_text())
-    assert found["records"] == finished[1]["records"]
+    costs = {"seconds_per_task", "peak_memory_mb", "flops_per_task"}  # of the device: its threads may differ
+    mine, theirs = ([{k: r[k] for k in r.keys() - costs} for r in x["records"]] for x in (found, finished[1]))
+    assert mine == theirs
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "text"])
