@@ -115,7 +115,9 @@ def run(arguments: BenchmarkArguments) -> dict | None:
     """
     accelerator = Accelerator(cpu=arguments.cpu)
     with claimed(arguments.output_dir) if accelerator.is_main_process else nullcontext():
-        return _run(arguments, accelerator)
+        results = _run(arguments, accelerator)
+    accelerator.end_training()  # a process that ends with its group open can be aborted by the group's threads
+    return results
 
 
 def _run(arguments: BenchmarkArguments, accelerator: Accelerator) -> dict | None:

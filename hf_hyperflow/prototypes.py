@@ -32,13 +32,20 @@ class PrototypeClassifier:
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """Logits `(n, n_way)` of features `(n, width)`."""
-        return self.scale * F.normalize(features, dim=-1) @ F.normalize(self.prototypes, dim=-1).T
+        with exact(features):
+            return self.scale * F.normalize(features, dim=-1) @ F.normalize(self.prototypes, dim=-1).T
 
 
 def class_means(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """`(n_way, width)` means of features `(n, width)` over labels 0..n_way-1; invariant to the order of images."""
     one_hot = F.one_hot(labels).to(features.dtype)
-    return (one_hot.T @ features) / one_hot.sum(dim=0).unsqueeze(1)
+    with exact(features):
+        return (one_hot.T @ features) / one_hot.sum(dim=0).unsqueeze(1)
+
+
+def exact(features: torch.Tensor) -> torch.autocast:
+    """No autocast within: bfloat16 cosines of like classes are full of ties."""
+    return torch.autocast(features.device.type, enabled=False)
 
 
 def leave_one_out_logits(features: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
@@ -47,10 +54,11 @@ def leave_one_out_logits(features: torch.Tensor, labels: torch.Tensor, scale: to
     An image that is alone in its class has no prototype of its own left: its row is NaN.
     """
     one_hot = F.one_hot(labels).to(features.dtype)
-    sums, counts = one_hot.T @ features, one_hot.sum(dim=0)
-    prototypes = (sums / counts.unsqueeze(1)).expand(len(features), -1, -1).clone()
-    rows = torch.arange(len(features))
-    prototypes[rows, labels] = (sums[labels] - features) / (counts[labels] - 1).unsqueeze(1)
-    cosines = torch.einsum("nd,ncd->nc", F.normalize(features, dim=-1), F.normalize(prototypes, dim=-1))
+    with exact(features):
+        sums, counts = one_hot.T @ features, one_hot.sum(dim=0)
+        prototypes = (sums / counts.unsqueeze(1)).expand(len(features), -1, -1).clone()
+        rows = torch.arange(len(features))
+        prototypes[rows, labels] = (sums[labels] - features) / (counts[labels] - 1).unsqueeze(1)
+        cosines = torch.einsum("nd,ncd->nc", F.normalize(features, dim=-1), F.normalize(prototypes, dim=-1))
     alone = counts[labels] == 1
     return (scale * cosines).masked_fill(alone.unsqueeze(1), float("nan"))

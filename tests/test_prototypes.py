@@ -79,3 +79,12 @@ def test_leave_one_out_of_a_class_with_one_image_is_nan(features):
     found = leave_one_out_logits(features, labels, 1.0)
     assert found[8].isnan().all()
     assert found[:8].isfinite().all()
+
+
+def test_autocast_leaves_the_cosines_exact(features):
+    single = features.float()
+    expected = PrototypeClassifier.from_support(single, UNBALANCED)(single)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = PrototypeClassifier.from_support(single, UNBALANCED)(single)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
