@@ -26,12 +26,11 @@ from transformers import AutoImageProcessor, AutoModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_hyperflow import HyperFlowAdapter
-from hf_hyperflow.augmentation import made_domain
-from hf_hyperflow.domains import Domain, load_domain, normalise
-from hf_hyperflow.episodes import Episode, cdfsl_episode, episode_generator
+from hf_hyperflow.domains import Domain, normalise
 from hf_hyperflow.evaluation import compare_flow
 from hf_hyperflow.objectives import EpisodeImages, TaskObjective
 from hf_hyperflow.parameter_space import bias_config
+from hf_hyperflow.training_tasks import draw_task, load_domains, task_images
 
 
 @dataclass
@@ -64,50 +63,14 @@ class Arguments:
     seed: int = field(default=0, metadata={"help": "of the episodes and of the drift network's start"})
 
 
-def load_domains(arguments: Arguments, processor: BaseImageProcessor) -> tuple[list[Domain], list[Domain]]:
-    """Training and validation domains."""
-    training, validation = [], []
-    holdout = dict((*entry.split(":"), "")[:2] for entry in arguments.holdout)
-    for source in arguments.dataset:
-        domain = load_domain(source, processor, max_per_class=arguments.max_per_class)
-        if domain.name not in holdout:
-            training.append(domain)
-        elif holdout[domain.name] == "":
-            validation.append(domain)
-        else:
-            every, classes = int(holdout[domain.name]), range(len(domain.class_names))
-            training.append(domain.with_classes([c for c in classes if c % every]))
-            validation.append(domain.with_classes([c for c in classes if c % every == 0], f"{domain.name}-held-out"))
-    return training, validation
-
-
-def draw_episode(domains: list[Domain], index: int, arguments: Arguments) -> tuple[Domain, Episode]:
-    """Training episode `index`: 3 to 10 ways, 1 to 10 shots, about 40 queries, from a random domain."""
-    generator = episode_generator(arguments.seed, "training", index)
-    domain = domains[int(generator.integers(len(domains)))]
-    if "/" in domain.class_names[0] and generator.random() < 0.5:  # Omniglot: half the time within one alphabet
-        groups = sorted({name.split("/")[0] for name in domain.class_names})
-        group = groups[int(generator.integers(len(groups)))]
-        domain = domain.with_classes([c for c, n in enumerate(domain.class_names) if n.split("/")[0] == group])
-    n_way = int(generator.integers(3, 11))
-    n_shot = round(math.exp(generator.uniform(0, math.log(10))))
-    n_query = max(4, min(8, 40 // n_way))
-    return domain, cdfsl_episode(domain, index, n_way=n_way, n_shot=n_shot, n_query=n_query, seed=arguments.seed)
-
-
 def episode_images(
     domains: list[Domain], index: int, arguments: Arguments, processor: BaseImageProcessor, device: torch.device
 ) -> EpisodeImages:
-    """The pixels of training episode `index`, its domain changed into a new one for a share of the episodes."""
-    domain, episode = draw_episode(domains, index, arguments)
-    images = domain.images[torch.cat([episode.support, episode.query])].to(device).float()
-    generator = torch.Generator().manual_seed(arguments.seed * 1_000_003 + index)
-    if torch.rand((), generator=generator) < arguments.made_share:
-        images = made_domain(images, generator)
-    if torch.rand((), generator=generator) < 0.5:
-        images = images.flip(-1)
-    pixel_values = normalise(images, processor)
-    return EpisodeImages(pixel_values, episode.support_labels.to(device), episode.query_labels.to(device))
+    """The pixels of training task `index`."""
+    task = draw_task(domains, index, seed=arguments.seed, made_share=arguments.made_share)
+    domain = next(d for d in domains if d.name == task.episode.domain)
+    pixel_values = normalise(task_images(task, domain, device), processor)
+    return EpisodeImages(pixel_values, task.episode.support_labels.to(device), task.episode.query_labels.to(device))
 
 
 def learning_rate_at(step: int, arguments: Arguments) -> float:
@@ -125,7 +88,9 @@ def main() -> None:
     output = Path(arguments.output_dir)
 
     processor = AutoImageProcessor.from_pretrained(arguments.backbone, backend="pil")
-    training, validation = load_domains(arguments, processor)
+    training, validation = load_domains(
+        arguments.dataset, processor, holdout=arguments.holdout, max_per_class=arguments.max_per_class
+    )
     for kind, domains in (("train", training), ("validate", validation)):
         accelerator.print(f"{kind} on", ", ".join(f"{d.name} ({len(d.class_names)}/{len(d)})" for d in domains))
 

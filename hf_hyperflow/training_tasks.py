@@ -1,0 +1,180 @@
+"""Training tasks: few-shot tasks drawn from labelled image datasets, half real, half made up.
+
+Task `index` is a function of `(seed, index)` alone, so that collecting trajectories and training on them, any number
+of processes and a resumed run see the same tasks. Images are never stored: a task names its domain and rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .augmentation import made_domain
+from .domains import Domain, load_domain
+from .episodes import Episode, cdfsl_episode, episode_generator
+
+#: Ways and shots of drawn tasks (shots log-uniform).
+MIN_WAY, MAX_WAY, MAX_SHOT = 3, 10, 10
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """A task of the training of the flow.
+
+    Attributes:
+        episode: which images, as indices into the domain it names.
+        made_seed: of `made_domain`, which changes what the images look like; None: the real images.
+        flip: whether all images are mirrored.
+    """
+
+    episode: Episode
+    made_seed: int | None
+    flip: bool
+
+
+def load_domains(
+    sources: list[str], processor: BaseImageProcessor, *, holdout: list[str] = (), max_per_class: int | None = None
+) -> tuple[list[Domain], list[Domain]]:
+    """Training and validation domains.
+
+    Args:
+        sources: labelled image datasets, see `hf_hyperflow.domains.open_dataset`.
+        holdout: NAME keeps that domain for validation, NAME:K only every K-th class of it.
+        max_per_class: images of a class that are used at most.
+
+    Raises:
+        ValueError: a holdout is not among the domains, two domains have one name, or none is left to train on.
+    """
+    training, validation = [], []
+    kept = dict((*entry.split(":"), "")[:2] for entry in holdout)
+    for source in sources:
+        domain = load_domain(source, processor, max_per_class=max_per_class)
+        if domain.name not in kept:
+            training.append(domain)
+        elif kept[domain.name] == "":
+            validation.append(domain)
+        else:
+            every, classes = int(kept[domain.name]), range(len(domain.class_names))
+            training.append(domain.with_classes([c for c in classes if c % every]))
+            validation.append(domain.with_classes([c for c in classes if c % every == 0], f"{domain.name}-held-out"))
+    names = [domain.name for domain in (*training, *validation)]
+    unknown = sorted(set(kept) - set(names))
+    if unknown:
+        raise ValueError(f"holdout names {unknown}, but the domains are {names}.")
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ValueError(f"several datasets are called {doubled}: a task names its domain, so rename the files.")
+    if not training:
+        raise ValueError("no domain is left to train on: give more datasets, or hold fewer out.")
+    return training, validation
+
+
+def query_count(n_way: int) -> int:
+    """Queries of each class: about 40 of a task, at least 4."""
+    return max(4, min(8, 40 // n_way))
+
+
+def draw_shape(generator: np.random.Generator) -> tuple[int, int]:
+    """Ways (3 to 10) and shots (1 to 10, log-uniform)."""
+    n_way = int(generator.integers(MIN_WAY, MAX_WAY + 1))
+    return n_way, round(math.exp(generator.uniform(0, math.log(MAX_SHOT))))
+
+
+def usable_classes(domain: Domain, n_images: int) -> int:
+    """How many classes of a domain have `n_images` images."""
+    return int((torch.bincount(domain.labels, minlength=len(domain.class_names)) >= n_images).sum())
+
+
+def require_enough(domains: list[Domain], n_way: int, n_shot: int, n_query: int) -> None:
+    """Check that every domain has the classes and images of an episode.
+
+    Raises:
+        ValueError: one has not; it says what there is and how many are needed.
+    """
+    needed = n_shot + n_query
+    for domain in domains:
+        usable = usable_classes(domain, needed)
+        if usable < n_way:
+            sizes = sorted(torch.bincount(domain.labels, minlength=len(domain.class_names)).tolist(), reverse=True)
+            raise ValueError(
+                f"domain {domain.name!r} has {usable} classes of at least {needed} images, and a {n_way}-way {n_shot}-"
+                f"shot task with {n_query} queries of each class needs {n_way} classes of {needed} images. It has "
+                f"{len(sizes)} classes, the largest of {', '.join(map(str, sizes[:5]))} images. Give more images or "
+                "classes, or leave the dataset out."
+            )
+
+
+def draw_task(
+    domains: list[Domain],
+    index: int,
+    *,
+    seed: int,
+    made_share: float,
+    n_way: int | None = None,
+    n_shot: int | None = None,
+) -> TrainingTask:
+    """Training task `index`: 3 to 10 ways, 1 to 10 shots, about 40 queries, from a random domain.
+
+    Of domains whose class names are `<group>/<class>` (Omniglot's alphabets), half the tasks keep to one group.
+
+    Args:
+        made_share: share of the tasks whose domain is made from a real one.
+        n_way, n_shot: of the task, both or none. A task with given numbers has exactly these and is drawn from the
+            domains that have them; without, a domain of fewer classes gives a task of all it has.
+
+    Raises:
+        ValueError: no domain, or the drawn one, has classes and images enough.
+    """
+    generator = episode_generator(seed, "training", index)
+    fixed = n_way is not None
+    if fixed:
+        needed = n_shot + query_count(n_way)
+        enough = [domain for domain in domains if usable_classes(domain, needed) >= n_way]
+        if not enough:
+            require_enough(domains, n_way, n_shot, query_count(n_way))
+        domains = enough
+    domain = domains[int(generator.integers(len(domains)))]
+    rows, classes, part = None, None, domain
+    if "/" in domain.class_names[0] and generator.random() < 0.5:
+        groups = _groups(domain)
+        classes = groups[int(generator.integers(len(groups)))]
+        part = domain.with_classes(classes)
+        if fixed and usable_classes(part, needed) < n_way:
+            classes, part = None, domain
+    if not fixed:
+        n_way, n_shot = draw_shape(generator)
+    episode = cdfsl_episode(part, index, n_way=n_way, n_shot=n_shot, n_query=query_count(n_way), seed=seed)
+    if classes is not None:
+        rows, classes = torch.nonzero(torch.isin(domain.labels, torch.tensor(classes))).flatten(), torch.tensor(classes)
+        episode = dataclasses.replace(
+            episode, classes=classes[episode.classes], support=rows[episode.support], query=rows[episode.query]
+        )
+    made_seed = int(generator.integers(2**31)) if generator.random() < made_share else None
+    return TrainingTask(episode, made_seed, flip=bool(generator.random() < 0.5))
+
+
+def _groups(domain: Domain) -> list[list[int]]:
+    groups: dict[str, list[int]] = {}
+    for c, name in enumerate(domain.class_names):
+        groups.setdefault(name.split("/")[0], []).append(c)
+    return [groups[name] for name in sorted(groups)]
+
+
+def task_images(task: TrainingTask, domain: Domain, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The pixels of a task: `(n_support + n_query, 3, height, width)` float32 in 0..255, the support set first.
+
+    Raises:
+        ValueError: `domain` is not the one the task was drawn from.
+    """
+    episode = task.episode
+    if domain.name != episode.domain:
+        raise ValueError(f"the task was drawn from {episode.domain!r}, not from {domain.name!r}.")
+    images = domain.images[torch.cat([episode.support, episode.query])].to(device).float()
+    if task.made_seed is not None:
+        images = made_domain(images, torch.Generator().manual_seed(task.made_seed))
+    return images.flip(-1) if task.flip else images
