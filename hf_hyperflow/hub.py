@@ -25,6 +25,7 @@ from .version import __version__
 def fetch(
     name_or_folder: str | os.PathLike,
     *patterns: str,
+    repo_type: str = "model",
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -38,6 +39,7 @@ def fetch(
     Args:
         name_or_folder: a folder, or else a Hub id ("owner/name").
         patterns: the files to download, like "*.json".
+        repo_type: "model" or "dataset".
         revision: a branch, a tag or a commit; the folder's name is the sha of the commit.
         token: of a user who may read the repository; None takes the one of `hf auth login` or HF_TOKEN.
         cache_dir: another cache than that of `huggingface_hub`.
@@ -52,6 +54,7 @@ def fetch(
     try:
         folder = snapshot_download(
             str(name_or_folder),
+            repo_type=repo_type,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
@@ -71,19 +74,21 @@ def push_folder(
     folder: str | os.PathLike,
     repo_id: str,
     *,
+    repo_type: str = "model",
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
 ) -> CommitInfo:
-    """Push all files of a folder but hidden ones to a model repository, as one commit: all of them or none.
+    """Push all files of a folder but hidden ones to a repository, as one commit: all of them or none.
 
-    The repository and the branch are made if need be. Files that are there already are not sent again, and a model
-    card that somebody wrote on the Hub is kept (see `hf_hyperflow.model_card`).
+    The repository and the branch are made if need be. Files that are there already are not sent again, and a card
+    that somebody wrote on the Hub is kept (see `hf_hyperflow.model_card`).
 
     Args:
         folder: what to push.
         repo_id: "owner/name", or "name" for one of your own.
+        repo_type: "model" or "dataset".
         private: whether a new repository is private; None leaves it to your settings on the Hub.
         token: of a user who may write to it; None takes the one of `hf auth login` or HF_TOKEN.
         revision: the branch; None is "main".
@@ -103,24 +108,25 @@ def push_folder(
     files = [file for file in files if not any(p.startswith((".", "__pycache__")) for p in file.parts)]
     api = HfApi(token=token, library_name="hf_hyperflow", library_version=__version__)
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        if Path(CARD) in files and is_generated(folder / CARD) and _has_own_card(api, repo_id, revision):
+            api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+        if Path(CARD) in files and is_generated(folder / CARD) and _has_own_card(api, repo_id, repo_type, revision):
             files.remove(Path(CARD))
         return api.create_commit(
             repo_id,
             [CommitOperationAdd(file.as_posix(), folder / file) for file in files],
             commit_message=commit_message or "Upload with hf_hyperflow",
+            repo_type=repo_type,
             revision=revision,
         )
     except Exception as error:  # as above
         raise _explained(error, "push", repo_id, revision, offline=constants.HF_HUB_OFFLINE) from error
 
 
-def _has_own_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
+def _has_own_card(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> bool:
     try:
-        return not is_generated(api.hf_hub_download(repo_id, CARD, revision=revision))
+        return not is_generated(api.hf_hub_download(repo_id, CARD, repo_type=repo_type, revision=revision))
     except EntryNotFoundError:
         return False
 

@@ -148,7 +148,9 @@ def replaced(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(draft, path)
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error}. Choose a folder you may write to.") from error
+        raise CheckpointError(
+            f"cannot write {path}: {error}. Choose a folder you may write to, with room left."
+        ) from error
     finally:
         with suppress(OSError):
             draft.unlink()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from datasets.exceptions import DatasetsError
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .augmentation import made_domain
@@ -48,12 +49,17 @@ def load_domains(
         max_per_class: images of a class that are used at most.
 
     Raises:
-        ValueError: a holdout is not among the domains, two domains have one name, or none is left to train on.
+        ValueError: a dataset cannot be read or is too small for a task (it says how many images are needed), a
+            holdout is not among the domains, two domains have one name, or none is left to train on.
     """
     training, validation = [], []
     kept = dict((*entry.split(":"), "")[:2] for entry in holdout)
     for source in sources:
-        domain = load_domain(source, processor, max_per_class=max_per_class)
+        try:
+            domain = load_domain(source, processor, max_per_class=max_per_class)
+        except (DatasetsError, FileNotFoundError, ValueError) as error:
+            needed = f"{MIN_WAY} classes of {1 + query_count(MIN_WAY)} images"
+            raise ValueError(f"cannot train on {source}, a domain of at least {needed} is needed: {error}") from error
         if domain.name not in kept:
             training.append(domain)
         elif kept[domain.name] == "":
@@ -71,18 +77,13 @@ def load_domains(
         raise ValueError(f"several datasets are called {doubled}: a task names its domain, so rename the files.")
     if not training:
         raise ValueError("no domain is left to train on: give more datasets, or hold fewer out.")
+    require_enough(training, MIN_WAY, 1, query_count(MIN_WAY))
     return training, validation
 
 
 def query_count(n_way: int) -> int:
     """Queries of each class: about 40 of a task, at least 4."""
     return max(4, min(8, 40 // n_way))
-
-
-def draw_shape(generator: np.random.Generator) -> tuple[int, int]:
-    """Ways (3 to 10) and shots (1 to 10, log-uniform)."""
-    n_way = int(generator.integers(MIN_WAY, MAX_WAY + 1))
-    return n_way, round(math.exp(generator.uniform(0, math.log(MAX_SHOT))))
 
 
 def usable_classes(domain: Domain, n_images: int) -> int:
@@ -109,6 +110,29 @@ def require_enough(domains: list[Domain], n_way: int, n_shot: int, n_query: int)
             )
 
 
+def draw_shape(domain: Domain, generator: np.random.Generator) -> tuple[int, int]:
+    """Ways (3 to 10) and shots (1 to 10, log-uniform) of a task, fewer where the domain has no more.
+
+    The domain has enough for the smallest task (see `require_enough`).
+    """
+    n_way = int(generator.integers(MIN_WAY, MAX_WAY + 1))
+    n_shot = round(math.exp(generator.uniform(0, math.log(MAX_SHOT))))
+    while (usable := usable_classes(domain, n_shot + query_count(n_way))) < n_way:
+        if n_way > MIN_WAY and (usable >= MIN_WAY or n_shot == 1):
+            n_way -= 1
+        elif n_shot > 1:
+            n_shot -= 1
+        else:
+            require_enough([domain], n_way, n_shot, query_count(n_way))
+    return n_way, n_shot
+
+
+def draw_group_shape(domains: list[Domain], group: int, *, seed: int) -> tuple[int, int]:
+    """Ways and shots that the tasks of group `group` share: those of a task of a random domain."""
+    generator = episode_generator(seed, "group", group)
+    return draw_shape(domains[int(generator.integers(len(domains)))], generator)
+
+
 def draw_task(
     domains: list[Domain],
     index: int,
@@ -125,29 +149,29 @@ def draw_task(
     Args:
         made_share: share of the tasks whose domain is made from a real one.
         n_way, n_shot: of the task, both or none. A task with given numbers has exactly these and is drawn from the
-            domains that have them; without, a domain of fewer classes gives a task of all it has.
+            domains that have them; without, a small domain gives smaller tasks.
 
     Raises:
-        ValueError: no domain, or the drawn one, has classes and images enough.
+        ValueError: no domain has classes and images enough.
     """
     generator = episode_generator(seed, "training", index)
-    fixed = n_way is not None
-    if fixed:
+    if n_way is not None:
         needed = n_shot + query_count(n_way)
         enough = [domain for domain in domains if usable_classes(domain, needed) >= n_way]
         if not enough:
             require_enough(domains, n_way, n_shot, query_count(n_way))
         domains = enough
     domain = domains[int(generator.integers(len(domains)))]
-    rows, classes, part = None, None, domain
+    classes, part = None, domain
     if "/" in domain.class_names[0] and generator.random() < 0.5:
         groups = _groups(domain)
         classes = groups[int(generator.integers(len(groups)))]
         part = domain.with_classes(classes)
-        if fixed and usable_classes(part, needed) < n_way:
+        smallest = (n_way, needed) if n_way is not None else (MIN_WAY, 1 + query_count(MIN_WAY))
+        if usable_classes(part, smallest[1]) < smallest[0]:
             classes, part = None, domain
-    if not fixed:
-        n_way, n_shot = draw_shape(generator)
+    if n_way is None:
+        n_way, n_shot = draw_shape(part, generator)
     episode = cdfsl_episode(part, index, n_way=n_way, n_shot=n_shot, n_query=query_count(n_way), seed=seed)
     if classes is not None:
         rows, classes = torch.nonzero(torch.isin(domain.labels, torch.tensor(classes))).flatten(), torch.tensor(classes)
