@@ -27,6 +27,7 @@ from hf_hyperflow.cost import flops, in_fresh_process, measured
 from hf_hyperflow.domains import normalise
 from hf_hyperflow.finetuning import FineTuning, fine_tune
 from hf_hyperflow.prototypes import class_means
+from hf_hyperflow.task_cost import device_name
 
 METHODS = ("direct", "hyperflow adapt", "hyperflow ready", "bias fine-tuning", "full fine-tuning")
 
@@ -92,7 +93,7 @@ def measure(method: str, backbone_name: str, adapter_name: str, side: int, timed
 
 def main() -> None:
     arguments = parse(Arguments)
-    result = {}
+    result = {"hardware": device_name("cuda" if torch.cuda.is_available() else "cpu")}
     for side in arguments.resolution:
         rows = {}
         for method in METHODS:
