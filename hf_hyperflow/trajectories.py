@@ -237,9 +237,9 @@ tags:
 
 # Fine-tuning trajectories of {backbone}
 
-{rows:,} few-shot tasks, each fine-tuned for {steps} steps ({diverged} diverged): what the flow of {paper} is matched to.
-Collected with `training/collect_trajectories.py` of hf_hyperflow; recipe, domains, checksums and costs are in
-`{collection}`. Images are not stored: a row names its domain and the rows of its images there.
+{rows:,} few-shot tasks, each fine-tuned for {steps} steps ({diverged} diverged): what the flow of
+{paper} is matched to. Collected with `training/collect_trajectories.py` of hf_hyperflow; recipe, domains, checksums
+and costs are in `{collection}`. Images are not stored: a row names its domain and the rows of its images there.
 
 ```python
 from datasets import load_dataset

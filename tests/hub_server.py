@@ -1,4 +1,4 @@
-"""A small Hub: enough of huggingface.co's HTTP that the real `huggingface_hub` client can push and load models.
+"""A small Hub: enough of huggingface.co's HTTP that the real client can push and load models and datasets.
 
 Modelled on what the client calls and checks: repositories with commits, branches and tags, preupload, NDJSON commits,
 git LFS (basic and multipart), `resolve` with ETag and X-Repo-Commit, large files behind a redirect to another host,
@@ -21,7 +21,7 @@ import yaml
 
 #: token -> (user, may write)
 TOKENS = {"hf_alice": ("alice", True), "hf_alice_read": ("alice", False), "hf_bob": ("bob", True)}
-LFS_SUFFIXES = (".safetensors", ".bin")
+LFS_SUFFIXES = (".safetensors", ".bin", ".parquet")
 #: Objects above this many bytes are uploaded in parts of this size.
 PART_SIZE = 5_000_000
 
@@ -125,19 +125,19 @@ class Handler(BaseHTTPRequestHandler):
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/repos/create", "create_repo"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
-        ("GET", r"/api/models/([^/]+/[^/]+)", "info"),
-        ("GET", r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", "info"),
-        ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", "tree"),
-        ("POST", r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
-        ("POST", r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", "commit"),
-        ("POST", r"/api/models/([^/]+/[^/]+)/branch/([^/]+)", "create_branch"),
-        ("POST", r"/api/models/([^/]+/[^/]+)/tag/([^/]+)", "create_tag"),
-        ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
+        ("GET", r"/api/(?:models|datasets)/([^/]+/[^/]+)", "info"),
+        ("GET", r"/api/(?:models|datasets)/([^/]+/[^/]+)/revision/([^/]+)", "info"),
+        ("GET", r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/]+)", "tree"),
+        ("POST", r"/api/(?:models|datasets)/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
+        ("POST", r"/api/(?:models|datasets)/([^/]+/[^/]+)/commit/([^/]+)", "commit"),
+        ("POST", r"/api/(?:models|datasets)/([^/]+/[^/]+)/branch/([^/]+)", "create_branch"),
+        ("POST", r"/api/(?:models|datasets)/([^/]+/[^/]+)/tag/([^/]+)", "create_tag"),
+        ("POST", r"/(?:datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/lfs/([0-9a-f]{64})", "lfs_put"),
         ("PUT", r"/lfs/([0-9a-f]{64})/(\d+)", "lfs_put_part"),
         ("POST", r"/lfs/([0-9a-f]{64})/complete", "lfs_complete"),
         ("POST", r"/lfs/([0-9a-f]{64})/verify", "lfs_verify"),
-        ("GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
+        ("GET", r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
         ("GET", r"/cdn/([0-9a-f]{64})", "cdn"),
     )
 
@@ -206,16 +206,17 @@ class Handler(BaseHTTPRequestHandler):
         wanted = json.loads(self.body)
         owner = wanted["organization"] or user
         name = f"{owner}/{wanted['name']}"
+        url = f"{self.hub.url}/{'datasets/' if wanted.get('type') == 'dataset' else ''}{name}"
         if owner != user or not may_write:
             raise Refused(403, f"You don't have the rights to create a model under the namespace {owner!r}")
         with self.hub.lock:
             if name in self.hub.repos:
-                answer = {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
+                answer = {"error": "You already created this model repo", "url": url}
                 return self._json(answer, 409)
             private = wanted.get("private", False) or wanted.get("visibility") == "private"
             repo = self.hub.repos[name] = Repo(owner, private)
             repo.add("main", {".gitattributes": {"data": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}})
-        self._json({"url": f"{self.hub.url}/{name}"})
+        self._json({"url": url})
 
     def validate_yaml(self) -> None:
         content = json.loads(self.body)["content"]
