@@ -50,9 +50,9 @@ def write_shard(folder: str | os.PathLike, number: int, columns: dict[str, list]
     """
     path = shard_path(folder, number)
     _, n_points, n_parameters = columns["theta"].shape
-    table = Dataset.from_dict(columns, features=_features(n_points, n_parameters))
+    table = Dataset.from_dict(columns, features=_features(n_points, n_parameters)).with_format("arrow")[:]
     with replaced(path) as draft:
-        table.to_parquet(str(draft))
+        pyarrow.parquet.write_table(table, draft)
     with replaced(_checksum_path(path)) as draft:
         draft.write_text(_checksum_line(path))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .augmentation import random_views
 from .backbones import Hidden, SplitBackbone
@@ -126,11 +127,13 @@ def fine_tune_tasks(
     n_support = support_labels.shape[1]
     start = space.inject(split.backbone).start
     chances = [Chance.draw(space, task[:n_support], teacher, g) for task, g in zip(images, generators, strict=True)]
-    with evaluating(split.backbone):
+    # vmap runs the fused attention of CPUs one task after the other; plain matrix products it batches.
+    with evaluating(split.backbone), sdpa_kernel(SDPBackend.MATH):
         clean, rest = _hidden(split, images, processor)
         views, _ = _hidden(split, torch.stack([chance.views for chance in chances]), processor)
         choices = torch.stack([chance.choices for chance in chances], dim=1)
-        rows, columns = torch.arange(len(images)).unsqueeze(1), torch.arange(n_support)
+        rows = torch.arange(len(images), device=images.device).unsqueeze(1)
+        columns = torch.arange(n_support, device=images.device)
 
         def one_task(theta: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
             tensors = {f"backbone.{name}": tensor for name, tensor in space.to_tensors(theta).items()}

@@ -245,7 +245,7 @@ and costs are in `{collection}`. Images are not stored: a row names its domain a
 from datasets import load_dataset
 
 trajectories = load_dataset("<this repository or folder>", split="train").with_format("torch")
-trajectories[0]["theta"]  # ({n_points}, {n_parameters}) float16: the adapter's {n_parameters:,} numbers minus its start
+trajectories[0]["theta"]  # ({n_points}, {n_parameters}): the adapter's numbers minus its start, stored as float16
 ```
 
 | | |

@@ -99,8 +99,8 @@ def test_datasets_opens_the_folder(collection, space, tmp_path):
     folder, tasks, deltas = collection
     rows = load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache")).with_format("numpy")
     assert rows["index"][:].tolist() == [task.episode.index for task in tasks]
-    assert rows[0]["theta"].dtype == "float16"
-    assert torch.equal(torch.from_numpy(rows[0]["theta"]), deltas[0][:, space.mask].half())
+    assert rows.features["theta"].dtype == "float16"
+    assert torch.equal(torch.from_numpy(rows[0]["theta"]).half(), deltas[0][:, space.mask].half())
     assert rows["diverged"][:].tolist() == [False, False, False, True, False, False]
     assert rows[0]["bytes"] == 3 * space.n_parameters * 2
 

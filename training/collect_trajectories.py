@@ -220,14 +220,14 @@ def collect(collector: Collector) -> None:
         if problem is not None and shard_path(a.output_dir, group).exists():
             print(f"warning: {problem}; it is collected again.", file=sys.stderr)
     missing = [group for group in mine if problems[group] is not None]
-    bar = tqdm(missing, desc="groups", disable=not accelerator.is_main_process, mininterval=5)
-    for group in bar:
-        try:
-            collector.write(group)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{error} The whole shards in {a.output_dir} are kept: when there is room, the same command goes on."
-            ) from error
+    with tqdm(missing, desc="groups", disable=not accelerator.is_main_process, mininterval=5) as bar:
+        for group in bar:
+            try:
+                collector.write(group)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{error} Whole shards in {a.output_dir} are kept: when there is room, the same command goes on."
+                ) from error
 
 
 def finish(collector: Collector, collection: dict) -> None:
