@@ -49,7 +49,9 @@ def made_domain(images: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     """A new domain out of an old one: one random chain of one to three changes, the same for all images.
 
     Labels keep their meaning; what the images look like does not. Against overfitting the flow to the few domains it
-    is trained on (random convolutions: Lee et al. 2020; made-up tasks: Wang & Deng 2021).
+    is trained on (random convolutions: Lee et al. 2020; made-up tasks: Wang & Deng 2021). A change that would leave
+    one of the images without content (thresholded to one grey, zoomed into its margin) is left out for all of them,
+    so that no image comes out constant that did not go in so.
 
     Args:
         images: `(n, 3, h, w)` in 0..255, uint8 or float.
@@ -59,10 +61,22 @@ def made_domain(images: torch.Tensor, generator: torch.Generator) -> torch.Tenso
         `(n, 3, h, w)` float32 in 0..255.
     """
     images = images.float()
+    content = _contrast(images) >= _LEAST_CONTRAST
     length = int(torch.randint(1, 4, (), generator=generator))
     for choice in torch.randperm(len(_CHANGES), generator=generator)[:length].tolist():
-        images = _CHANGES[choice](images, generator)
-    return images.clamp(0, 255)
+        changed = _CHANGES[choice](images, generator).clamp(0, 255)
+        if (_contrast(changed)[content] >= _LEAST_CONTRAST).all():
+            images = changed
+    return images.contiguous()
+
+
+#: Grey levels between the darkest and the brightest pixel (of a channel) below which a picture shows nothing.
+_LEAST_CONTRAST = 8
+
+
+def _contrast(images: torch.Tensor) -> torch.Tensor:
+    pixels = images.flatten(2)
+    return (pixels.amax(2) - pixels.amin(2)).amax(1)
 
 
 def _number(generator: torch.Generator, low: float, high: float) -> float:

@@ -82,3 +82,30 @@ def test_each_change_keeps_the_shape_and_changes_something(images, change):
 
 def test_every_change_is_used():
     assert {i for seed in range(120) for i in chain(seed)} == set(range(len(_CHANGES)))
+
+
+def pictures_of_every_kind() -> torch.Tensor:
+    """Bright, dark, nearly empty, low in contrast, of one stroke, of one colour but for a corner."""
+    images = torch.full((7, 3, 24, 24), 255.0)
+    images[0] = 235 + 20 * torch.rand(3, 24, 24, generator=seeded(1))
+    images[1] = 20 * torch.rand(3, 24, 24, generator=seeded(2))
+    images[2, :, 3:6, 4] = 0
+    images[3] = 120 + 10 * torch.rand(3, 24, 24, generator=seeded(3))
+    images[4, :, 12] = 0
+    images[5] = 0
+    images[5, :, :4, :4] = 60
+    images[6] = torch.randint(0, 256, (3, 24, 24), generator=seeded(4))
+    return images
+
+
+def test_a_made_domain_leaves_content_in_every_image():
+    images = pictures_of_every_kind()
+    for seed in range(500):
+        made = made_domain(images, seeded(seed))
+        pixels = made.flatten(2)
+        assert (pixels.amax(2) - pixels.amin(2)).amax(1).min() >= 8, f"seed {seed}: {chain(seed)}"
+
+
+def test_a_picture_without_content_does_not_stop_the_changes():
+    blank = torch.cat([pictures_of_every_kind()[6:], torch.full((1, 3, 24, 24), 90.0)])
+    assert sum(not torch.equal(made_domain(blank, seeded(seed)), blank) for seed in range(40)) == 40
