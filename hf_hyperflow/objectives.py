@@ -11,8 +11,12 @@ from torch.func import functional_call
 
 from .adapter import HyperFlowAdapter
 from .backbones import Hidden, SplitBackbone
+from .domains import Domain, normalise
+from .paths import PATHS
 from .prototypes import PrototypeClassifier
 from .task_encoder import stack
+from .training_tasks import task_images
+from .trajectories import Trajectories
 
 
 @dataclass(frozen=True)
@@ -92,3 +96,65 @@ class TaskObjective(nn.Module):
             logits = self.query_logits(self.start, self.split.prefix(episode.pixel_values), episode)
             accuracies.append((logits.argmax(-1) == episode.query_labels).float().mean())
         return torch.stack(accuracies).mean()
+
+
+class MatchingObjective(nn.Module):
+    """Squared error between the drift and the velocity of recorded fine-tuning (HyperFlow, arXiv 2504.15323, eq. 5).
+
+    Velocities are compared in scaled units, z = (theta - start) / token_scale, at points of a path through the
+    recorded ones. From t = 1 on the velocity to learn is zero: the flow stays where the teacher stopped.
+
+    Args:
+        adapter: what is trained.
+        times: `(n_points,)`, when the points of the trajectories were recorded, 0 to 1.
+        path: "linear", "piecewise" or "cubic", see `hf_hyperflow.paths`.
+
+    Raises:
+        ValueError: an unknown path.
+    """
+
+    def __init__(self, adapter: HyperFlowAdapter, times: torch.Tensor, *, path: str = "linear"):
+        super().__init__()
+        if path not in PATHS:
+            raise ValueError(f"unknown path {path!r}: use one of {', '.join(PATHS)}.")
+        self.adapter = adapter
+        self.path = PATHS[path]
+        self.register_buffer("times", times.float(), persistent=False)
+
+    def forward(
+        self, support: list[tuple[torch.Tensor, torch.Tensor]], deltas: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """The mean over rows and over parameters, padding left out.
+
+        Args:
+            support: of each row the features `(n_support, feature_dim)` and labels `(n_support,)` of its images.
+            deltas: `(n_rows, n_points, n_tokens, token_dim)`, recorded theta minus the adapter's start.
+            t: `(n_rows,)`, 0 or more.
+        """
+        tasks = stack([self.adapter.task_encoder(features, labels) for features, labels in support])
+        points = deltas.float() / self.adapter.token_scale
+        z, velocity = self.path(points, self.times.to(t.device), t)
+        mask = self.adapter.space.mask.to(z.device)
+        difference = (self.adapter.drift(z, t, tasks).float() - velocity) * mask
+        return difference.square().sum() / (len(t) * mask.sum())
+
+
+@torch.no_grad()
+def support_features_of(
+    adapter: HyperFlowAdapter, split: SplitBackbone, trajectories: Trajectories, domains: list[Domain]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What the support encoder, which is frozen, makes of every recorded task's support images.
+
+    Returns:
+        For each row features `(n_support, feature_dim)`, float16 on the CPU, and labels `(n_support,)`.
+    """
+    by_name = {domain.name: domain for domain in domains}
+    parameter = next(split.backbone.parameters())
+    found = []
+    for task in trajectories.tasks:
+        episode = task.episode
+        images = task_images(task, by_name[episode.domain], parameter.device)[: len(episode.support)]
+        pixel_values = normalise(images, adapter.processor).to(parameter.dtype)
+        features, _ = adapter.support_features(split, pixel_values)
+        found.append((features.half().cpu(), episode.support_labels))
+    return found
