@@ -22,6 +22,7 @@ def linear(points: torch.Tensor, times: torch.Tensor, t: torch.Tensor) -> tuple[
     Raises:
         ValueError: see `piecewise_linear`.
     """
+    _require_path(points, times)
     return piecewise_linear(points[:, [0, -1]], times[[0, -1]], t)
 
 
@@ -73,16 +74,20 @@ def _piece(
     points: torch.Tensor, times: torch.Tensor, t: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of each t the piece it falls in, that piece's width, and whether the path moves there."""
+    _require_path(points, times)
+    if not (t >= 0).all():
+        raise ValueError(f"a path starts at t = 0, and t = {t.min()} was asked for.")
+    piece = (torch.searchsorted(times, t.contiguous(), right=True) - 1).clamp(max=len(times) - 2)
+    return piece, times[piece + 1] - times[piece], t < 1
+
+
+def _require_path(points: torch.Tensor, times: torch.Tensor) -> None:
     if len(times) < 2 or points.shape[1] != len(times):
         raise ValueError(
             f"a path needs two points or more and a time for each: {points.shape[1]} points, {len(times)}."
         )
     if times[0] != 0 or times[-1] != 1 or not (times[1:] > times[:-1]).all():
         raise ValueError(f"the times of a path ascend from 0 to 1, not {times.tolist()}.")
-    if not (t >= 0).all():
-        raise ValueError(f"a path starts at t = 0, and t = {t.min()} was asked for.")
-    piece = (torch.searchsorted(times, t.contiguous(), right=True) - 1).clamp(max=len(times) - 2)
-    return piece, times[piece + 1] - times[piece], t < 1
 
 
 def _as(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -97,7 +102,7 @@ def _curvatures(times: torch.Tensor) -> torch.Tensor:
     with the slopes s of the pieces; at both ends they are zero.
     """
     n, h = len(times), (times[1:] - times[:-1]).double()
-    system, slopes = torch.eye(n, dtype=torch.float64, device=times.device), torch.zeros_like(h.new_zeros(n, n))
+    system, slopes = torch.eye(n, dtype=torch.float64, device=times.device), h.new_zeros(n, n)
     for i in range(1, n - 1):
         system[i, i - 1 : i + 2] = torch.stack([h[i - 1], 2 * (h[i - 1] + h[i]), h[i]])
         slopes[i, i - 1 : i + 2] = 6 * torch.stack([1 / h[i - 1], -1 / h[i - 1] - 1 / h[i], 1 / h[i]])
