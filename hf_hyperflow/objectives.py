@@ -13,7 +13,7 @@ from .adapter import HyperFlowAdapter
 from .backbones import Hidden, SplitBackbone
 from .domains import Domain, normalise
 from .paths import PATHS
-from .prototypes import PrototypeClassifier
+from .prototypes import PrototypeClassifier, exact
 from .task_encoder import stack
 from .training_tasks import task_images
 from .trajectories import Trajectories
@@ -133,7 +133,8 @@ class MatchingObjective(nn.Module):
         """
         tasks = stack([self.adapter.task_encoder(features, labels) for features, labels in support])
         points = deltas.float() / self.adapter.token_scale
-        z, velocity = self.path(points, self.times.to(t.device), t)
+        with exact(points):
+            z, velocity = self.path(points, self.times.to(t.device), t)
         mask = self.adapter.space.mask.to(z.device)
         difference = (self.adapter.drift(z, t, tasks).float() - velocity) * mask
         return difference.square().sum() / (len(t) * mask.sum())
