@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tempfile
@@ -23,13 +24,14 @@ from .hub import fetch, push_folder
 from .images import load_processor
 from .model_card import adapter_card, write_card
 from .parameter_space import ParameterSpace, config_to_dict, take_out
-from .saving import CheckpointError, require_sha256, sha256, written_whole
+from .saving import CheckpointError, require_sha256, sha256, write_json, written_whole
 from .solvers import Trajectory, integrate
 from .support import read_support
 from .task import CHECKSUMS, AdaptedTask, evaluating
 from .task_encoder import TaskEncoder, TaskTokens, pooled_tokens
 
 WEIGHTS = "model.safetensors"
+TRAINING_RECORD = "training.json"
 
 
 class HyperFlowAdapter(PreTrainedModel):
@@ -40,6 +42,8 @@ class HyperFlowAdapter(PreTrainedModel):
     Attributes:
         space: the parameters that move, see `ParameterSpace`.
         processor: the image processor of the backbone, saved with the adapter; None if it was made without.
+        training_record: how it was trained and what that cost, saved as `training.json` and told by the model card;
+            None if that is not known.
         encoder: the separate support encoder, or None when the first blocks of the target are shared.
         token_scale: `(n_tokens, 1)`, what one unit of the flow is worth in each row of theta.
         log_scale: logarithm of the scale of the cosine logits.
@@ -62,6 +66,7 @@ class HyperFlowAdapter(PreTrainedModel):
             seed=config.adapter_seed,
         )
         self.processor: BaseImageProcessor | None = None
+        self.training_record: dict | None = None
         if config.encoder is None:
             self.encoder, feature_dim = None, 2 * config.backbone["hidden_size"]
         else:
@@ -274,7 +279,7 @@ class HyperFlowAdapter(PreTrainedModel):
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: object) -> None:
-        """Write config, weights (safetensors), image processor and a model card, all or nothing.
+        """Write config, weights (safetensors), image processor, training record and a model card, all or nothing.
 
         A README.md that somebody wrote there is kept.
 
@@ -290,7 +295,9 @@ class HyperFlowAdapter(PreTrainedModel):
             self.config.save_pretrained(draft)
             if self.processor is not None:
                 self.processor.save_pretrained(draft)
-            write_card(adapter_card(self.config, self.space), draft, save_directory)
+            if self.training_record is not None:
+                write_json(draft / TRAINING_RECORD, self.training_record)
+            write_card(adapter_card(self.config, self.space, self.training_record), draft, save_directory)
         if push:
             self.push_to_hub(repo_id, **target)
 
@@ -365,7 +372,22 @@ class HyperFlowAdapter(PreTrainedModel):
             )
         model.config.name_or_path = model.name_or_path = str(name)
         model.processor = load_processor(folder)
+        model.training_record = read_record(folder / TRAINING_RECORD)
         return (model, info) if kwargs.get("output_loading_info") else model
+
+
+def read_record(path: Path) -> dict | None:
+    """A training record, or None if there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Download or copy it again.") from error
 
 
 def fingerprint(backbone: nn.Module) -> list[float]:

@@ -124,6 +124,19 @@ def push_folder(
         raise _explained(error, "push", repo_id, revision, offline=constants.HF_HUB_OFFLINE) from error
 
 
+def make_repo(repo_id: str, *, token: str | bool | None = None) -> str:
+    """Make a model repository unless it is there, and return its whole id; before long work, to see that it will go.
+
+    Raises:
+        CheckpointError: as `push_folder`.
+    """
+    api = HfApi(token=token, library_name="hf_hyperflow", library_version=__version__)
+    try:
+        return api.create_repo(repo_id, exist_ok=True).repo_id
+    except Exception as error:  # as above
+        raise _explained(error, "push", repo_id, None, offline=constants.HF_HUB_OFFLINE) from error
+
+
 def _has_own_card(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> bool:
     try:
         return not is_generated(api.hf_hub_download(repo_id, CARD, repo_type=repo_type, revision=revision))

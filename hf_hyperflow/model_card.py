@@ -78,8 +78,8 @@ The feature of an image is {feature} of the last hidden state; its score for a c
 """
 
 
-def adapter_card(config: HyperFlowConfig, space: ParameterSpace) -> str:
-    """The card of an adapter."""
+def adapter_card(config: HyperFlowConfig, space: ParameterSpace, training: dict | None = None) -> str:
+    """The card of an adapter; `training` is what `training/train_drift.py` noted of its run, told in sections."""
     backbone = config.backbone
     text = ADAPTER.format(
         **_names(backbone["name_or_path"], backbone["model_type"]),
@@ -92,7 +92,75 @@ def adapter_card(config: HyperFlowConfig, space: ParameterSpace) -> str:
         encoder=f"a {config.encoder['model_type']} of its own" if config.encoder else "the backbone's first blocks",
         paper=PAPER,
     )
-    return _card(text, backbone["name_or_path"], "adapter")
+    datasets: list[str] = []
+    if training is not None and "phases" in training:
+        text += training_sections(training)
+        datasets = [name for name in training["arguments"]["dataset"] if _is_hub_id(name)]
+    return _card(text, backbone["name_or_path"], "adapter", datasets)
+
+
+def training_sections(training: dict) -> str:
+    """Data, validation, settings and offline cost of a run, from its `training.json`."""
+    arguments, hardware = training["arguments"], training["hardware"]
+    lines = ["", "## How it was trained", "", f"On the domains {_listed(arguments['dataset'])}."]
+    if arguments["holdout"]:
+        lines.append(f"Kept for validation (a number: every so-manieth class): {_listed(arguments['holdout'])}.")
+    lines += _validation_table(training["history"])
+    lines += ["", "| offline cost | runs | trajectories | episodes | time | FLOPs |", "|---|---|---|---|---|---|"]
+    collections = (training["trajectories"] or {}).get("collections", [])
+    for collection in collections:
+        totals = collection["totals"]
+        lines.append(
+            f"| collecting `{collection['name']}` ({collection['hardware']['device']}) | | {totals['rows']:,} | | "
+            f"{_duration(totals['seconds'])} | {totals['flops']:.3g} |"
+        )
+    for name, phase in training["phases"].items():
+        lines.append(
+            f"| {name} | {phase['runs']:,} | {phase.get('rows', 0):,} | {phase.get('episodes', 0):,} | "
+            f"{_duration(phase['seconds'])} | {phase['flops']:.3g} |"
+        )
+    stored = sum(collection["totals"]["bytes"] for collection in collections)
+    storage = f"The trajectories take {stored / 1e6:,.1f} MB. " if collections else ""
+    lines += [
+        "",
+        f"{storage}Trained on {hardware['device']}, {hardware['processes']} process(es), {hardware['mixed_precision']} "
+        "mixed precision. Time is wall-clock, data loading included; FLOPs are of matrix products, convolutions and "
+        "attention, counted in every fiftieth step and extrapolated.",
+        "",
+        "<details><summary>All settings</summary>",
+        "",
+        "| argument | value |",
+        "|---|---|",
+        *(f"| `{key}` | {_listed(value)} |" for key, value in arguments.items()),
+        "",
+        "Versions: " + ", ".join(f"{name} {number}" for name, number in training["versions"].items()) + ".",
+        "",
+        "</details>",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _validation_table(history: list[dict]) -> list[str]:
+    """The last validation of every domain, if there was one."""
+    last = history[-1] if history else {}
+    domains = {name: found for name, found in last.items() if isinstance(found, dict)}
+    if not domains:
+        return []
+    lines = ["", f"Validation after {last['step']:,} steps: 5-way 5-shot accuracy in %, differences paired by episode."]
+    lines += ["", "| domain | direct transfer | HyperFlow | difference, points |", "|---|---|---|---|"]
+    for name, found in domains.items():
+        direct, adapted = (f"{found[key]:.1f} ± {found[f'{key}_ci95']:.1f}" for key in ("direct", "hyperflow"))
+        lines.append(f"| {name} | {direct} | {adapted} | {found['difference']:+.2f} ± {found['difference_ci95']:.2f} |")
+    return lines
+
+
+def _listed(value: object) -> str:
+    return ", ".join(f"`{item}`" for item in (value if isinstance(value, list) else [value]))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 def task_card(name_or_path: str, model_type: str, space: ParameterSpace, class_names: list[str], pooling: str) -> str:
@@ -141,9 +209,10 @@ def _is_hub_id(name_or_path: str) -> bool:
     return "/" in name_or_path and not os.path.isdir(name_or_path)
 
 
-def _card(text: str, name_or_path: str, tag: str) -> str:
+def _card(text: str, name_or_path: str, tag: str, datasets: list[str] | None = None) -> str:
     data = ModelCardData(
         library_name="hf_hyperflow",
+        datasets=datasets or None,
         base_model=name_or_path if _is_hub_id(name_or_path) else None,
         pipeline_tag="image-classification",
         tags=["hyperflow", "few-shot-learning", tag],

@@ -12,6 +12,7 @@ from transformers import Dinov2Config, Dinov2Model
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.model_card import MARK, is_generated, task_card
 from hf_hyperflow.parameter_space import bias_config
+from hf_hyperflow.saving import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +98,42 @@ def test_our_card_is_renewed_and_that_of_a_person_kept(adapter, task, tmp_path):
         card.write_bytes(b"my own words \xe9")
         thing.save_pretrained(tmp_path)
         assert card.read_bytes() == b"my own words \xe9"
+
+
+def training_record() -> dict:
+    accuracies = {"direct": 60.04, "direct_ci95": 1.0, "hyperflow": 62.0, "hyperflow_ci95": 1.1}
+    totals = {"rows": 1024, "diverged": 0, "seconds": 7200.0, "flops": 4.0e15, "bytes": 300_000_000}
+    phase = {"runs": 600, "seconds": 90.0, "flops": 1.5e14, "rows": 0, "episodes": 2400}
+    return {
+        "arguments": {"dataset": ["owner/birds", "photos"], "holdout": ["scans"], "learning_rate": 0.0005},
+        "history": [{"step": 600, "loss": 1.0, "scans": accuracies | {"difference": 1.96, "difference_ci95": 0.5}}],
+        "phases": {"task": phase},
+        "trajectories": {"collections": [{"name": "rows", "totals": totals, "hardware": {"device": "a CPU"}}]},
+        "hardware": {"device": "a GPU", "processes": 2, "mixed_precision": "bf16"},
+        "versions": {"torch": "2.13.0"},
+    }
+
+
+def test_card_of_a_trained_adapter_tells_data_validation_settings_and_cost(adapter, tmp_path):
+    adapter.training_record = training_record()
+    adapter.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.datasets == ["owner/birds"], "what is on the Hub"
+    assert "On the domains `owner/birds`, `photos`." in card.text
+    assert "every so-manieth class): `scans`." in card.text
+    assert "| scans | 60.0 ± 1.0 | 62.0 ± 1.1 | +1.96 ± 0.50 |" in card.text
+    assert "| collecting `rows` (a CPU) | | 1,024 | | 2.0 h | 4e+15 |" in card.text
+    assert "| task | 600 | 0 | 2,400 | 1.5 min | 1.5e+14 |" in card.text
+    assert "The trajectories take 300.0 MB. Trained on a GPU, 2 process(es), bf16 mixed precision." in card.text
+    assert "| `learning_rate` | `0.0005` |" in card.text
+    assert "Versions: torch 2.13.0." in card.text
+    loaded = HyperFlowAdapter.from_pretrained(tmp_path)
+    assert loaded.training_record == training_record(), "it stays with the adapter"
+
+
+def test_damaged_training_record_is_named(adapter, tmp_path):
+    adapter.training_record = training_record()
+    adapter.save_pretrained(tmp_path)
+    (tmp_path / "training.json").write_text('{"arguments"')
+    with pytest.raises(CheckpointError, match=r"training\.json is damaged"):
+        HyperFlowAdapter.from_pretrained(tmp_path)

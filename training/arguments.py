@@ -14,9 +14,17 @@ T = TypeVar("T")
 
 def described(arguments: object) -> dict:
     """Arguments as a record of the run: of files and folders their names, for paths mean nothing elsewhere."""
-    found = {key: value for key, value in vars(arguments).items() if key not in ("output_dir", "resume")}
-    found["dataset"] = [Path(source).stem for source in found["dataset"]]
-    return found | {"backbone": Path(found["backbone"]).name}
+    elsewhere = ("output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id")
+    found = {key: value for key, value in vars(arguments).items() if key not in elsewhere}
+    for key in ("dataset", "trajectories"):
+        if key in found:
+            found[key] = [named(source) for source in found[key]]
+    return found | {"backbone": named(found["backbone"])}
+
+
+def named(source: str) -> str:
+    """A Hub id as it is, a file or folder without where it lies."""
+    return Path(source).stem if Path(source).exists() else source
 
 
 def parse(kind: type[T], argv: list[str] | None = None) -> T:
@@ -38,6 +46,8 @@ def parse(kind: type[T], argv: list[str] | None = None) -> T:
         for action in parser._actions:
             if action.dest in preset:
                 action.required = False
+                if action.choices and preset[action.dest] not in action.choices:
+                    parser.error(f"{path}: {action.dest} is {preset[action.dest]!r}, choose from {action.choices}")
         parser.set_defaults(**preset)
     found = vars(parser.parse_args(argv))
     found.pop("config")

@@ -4,15 +4,13 @@
         --dataset FILE_OR_HUB_ID [...] --output_dir backbone
 
 Classes whose label is a multiple of `--holdout_every` are not trained on: 5-way episodes of them measure the
-backbone before and after. A killed run goes on from its last checkpoint with `--resume`, image for image as if it
-had not been interrupted.
+backbone before and after. A killed run goes on from its last checkpoint with `--resume_from_checkpoint latest`, image
+for image as if it had not been interrupted.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import time
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,9 +20,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from arguments import described, parse
 from checkpoints import load_checkpoint, save_checkpoint
+from offline_cost import OfflineCost, hardware, versions
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, get_scheduler
 from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_hyperflow.augmentation import random_views
@@ -32,6 +31,7 @@ from hf_hyperflow.backbones import SplitBackbone, find_blocks
 from hf_hyperflow.domains import Domain, joined, load_domain, normalise
 from hf_hyperflow.episodes import cdfsl_episode
 from hf_hyperflow.prototypes import PrototypeClassifier
+from hf_hyperflow.saving import CheckpointError, claimed, write_json
 
 
 @dataclass
@@ -48,15 +48,19 @@ class Arguments:
     holdout_every: int = field(default=4, metadata={"help": "every so-manieth class is kept apart; 0: none"})
     steps: int = field(default=1500, metadata={"help": "optimiser steps"})
     batch_size: int = field(default=128, metadata={"help": "images a step, over all processes"})
-    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate (cosine decay)"})
+    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "a schedule of transformers.get_scheduler"})
     warmup_steps: int = field(default=100, metadata={"help": "steps of linear warmup"})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay of matrices"})
     label_smoothing: float = field(default=0.1, metadata={"help": "cross-entropy label smoothing"})
     temperature: float = field(default=16.0, metadata={"help": "scale of the cosine logits"})
-    save_every: int = field(default=200, metadata={"help": "steps between checkpoints"})
+    checkpointing_steps: int = field(default=200, metadata={"help": "steps between checkpoints"})
+    checkpoints_total_limit: int | None = field(default=2, metadata={"help": "how many of the last ones are kept"})
     mixed_precision: str = field(default="bf16", metadata={"help": "no, bf16 or fp16"})
     cpu: bool = field(default=False, metadata={"help": "stay on the CPU also where there is a GPU"})
-    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "go on from a checkpoint: its folder, or `latest` in output_dir"}
+    )
     seed: int = field(default=0, metadata={"help": "of the order, the crops and the head"})
 
 
@@ -108,17 +112,19 @@ def held_out_accuracy(
     return result
 
 
-def learning_rate_at(step: int, arguments: Arguments) -> float:
-    """Linear warmup, then a cosine to zero; relative to the peak."""
-    if step < arguments.warmup_steps:
-        return (step + 1) / arguments.warmup_steps
-    progress = (step - arguments.warmup_steps) / max(1, arguments.steps - arguments.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def main() -> None:
-    arguments = parse(Arguments)
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(Arguments, argv)
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=arguments.cpu)
+    try:
+        with claimed(arguments.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
+            pretrain(arguments, accelerator)
+    except (CheckpointError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    accelerator.end_training()
+
+
+def pretrain(arguments: Arguments, accelerator: Accelerator) -> None:
+    """The whole run, from the data to the saved backbone."""
     set_seed(arguments.seed)
     output = Path(arguments.output_dir)
 
@@ -149,13 +155,13 @@ def main() -> None:
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_at(step, arguments))
+    scheduler = get_scheduler(arguments.lr_scheduler_type, optimizer, arguments.warmup_steps, arguments.steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(scheduler)
-    first, history = 0, []
-    progress = load_checkpoint(accelerator, output) if arguments.resume else None
+    first, history, cost = 0, [], OfflineCost(accelerator)
+    progress = load_checkpoint(accelerator, output, arguments.resume_from_checkpoint)
     if progress is not None:
-        first, history = progress["step"], progress["history"]
+        first, history, cost = progress["step"], progress["history"], OfflineCost(accelerator, progress["cost"])
     elif held_out_domain is not None and accelerator.is_main_process:
         before = held_out_accuracy(
             accelerator.unwrap_model(model), held_out_domain, processor, accelerator, arguments.seed
@@ -164,34 +170,35 @@ def main() -> None:
         accelerator.print(history[-1])
 
     model.train()
-    started = time.time()
-    bar = tqdm(range(first, arguments.steps), disable=not accelerator.is_local_main_process, mininterval=10)
+    bar = tqdm(range(first, arguments.steps), disable=not accelerator.is_main_process, mininterval=10)
     for step in bar:
         indices = batch_indices(len(domain), step, arguments.batch_size, arguments.seed)
         mine = indices[accelerator.process_index :: accelerator.num_processes]
         generator = torch.Generator().manual_seed((arguments.seed * 1_000_003 + step) * 97 + accelerator.process_index)
-        images = domain.images[mine].to(accelerator.device)
-        pixels = normalise(random_views(images, generator), processor)
-        with accelerator.autocast():
-            logits = model(pixels)
-        labels = domain.labels[mine].to(accelerator.device)
-        loss = F.cross_entropy(logits, labels, label_smoothing=arguments.label_smoothing)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
+        with cost.phase("pretraining", images=len(indices)):
+            images = domain.images[mine].to(accelerator.device)
+            pixels = normalise(random_views(images, generator), processor)
+            labels = domain.labels[mine].to(accelerator.device)
+            with accelerator.autocast():
+                logits = model(pixels)
+            loss = F.cross_entropy(logits, labels, label_smoothing=arguments.label_smoothing)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
         if (step + 1) % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         done = step + 1 == arguments.steps
-        if (step + 1) % arguments.save_every == 0 or done:
-            record = {"step": step + 1, "loss": round(loss.item(), 4), "seconds": round(time.time() - started)}
+        if (step + 1) % arguments.checkpointing_steps == 0 or done:
+            record = {"step": step + 1, "loss": round(loss.item(), 4)}
             if done and held_out_domain is not None and accelerator.is_main_process:
                 whole = accelerator.unwrap_model(model)
                 record |= held_out_accuracy(whole, held_out_domain, processor, accelerator, arguments.seed)
             history.append(record)
             accelerator.print(record)
-            save_checkpoint(accelerator, output, step + 1, {"history": history})
+            state = {"history": history, "cost": cost.state}
+            save_checkpoint(accelerator, output, step + 1, state, arguments.checkpoints_total_limit)
 
     if accelerator.is_main_process:
         # Half precision on disk (rounded once, here), single precision when loaded: CPUs are slow in half.
@@ -199,11 +206,15 @@ def main() -> None:
         backbone.config.dtype = torch.float32
         backbone.save_pretrained(output, state_dict=rounded)
         processor.save_pretrained(output)
-        (output / "pretraining.json").write_text(
-            json.dumps({"arguments": described(arguments), "history": history}, indent=1)
-        )
+        record = {
+            "arguments": described(arguments),
+            "history": history,
+            "phases": cost.summary(),
+            "hardware": hardware(accelerator),
+            "versions": versions(),
+        }
+        write_json(output / "pretraining.json", record)
         accelerator.print(f"wrote {output}")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,110 +1,140 @@
-"""Train a HyperFlow adapter for a backbone on labelled image datasets (task objective).
+"""Train a HyperFlow adapter for a backbone on labelled image datasets.
 
     accelerate launch training/train_drift.py --config training/configs/hyperflow-vit-s14-70.yaml \
         --backbone FOLDER_OR_HUB_ID --dataset FILE_OR_HUB_ID [...] --output_dir adapter
 
-Episode i is a function of (seed, i), so a killed run goes on with `--resume` as if it had not been interrupted and
-several processes share the episodes of each step.
+The flow is trained by the task objective and, with `--trajectories` of `collect_trajectories.py`, first by matching
+what a teacher did (`--matching_steps`, `--blend_steps`). Episodes and rows of a step are functions of (seed, step): a
+killed run goes on with `--resume_from_checkpoint latest` as if it had not been interrupted, and any number of
+processes and of accumulated parts share the work of each step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import time
-from dataclasses import dataclass, field
+import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from arguments import described, parse
 from checkpoints import load_checkpoint, save_checkpoint
+from drift_arguments import Arguments
+from drift_data import StepBatches, load_recorded
+from offline_cost import OfflineCost, hardware, versions
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModel
-from transformers.image_processing_utils import BaseImageProcessor
+from tracking import flat, logging_folder, require_tracker, start_tracker
+from transformers import AutoImageProcessor, AutoModel, get_scheduler
 
 from hf_hyperflow import HyperFlowAdapter
-from hf_hyperflow.domains import Domain, normalise
+from hf_hyperflow.domains import Domain
 from hf_hyperflow.evaluation import compare_flow
-from hf_hyperflow.objectives import EpisodeImages, TaskObjective
-from hf_hyperflow.parameter_space import bias_config
-from hf_hyperflow.training_tasks import draw_task, load_domains, task_images
+from hf_hyperflow.hub import make_repo, push_folder
+from hf_hyperflow.objectives import MatchingObjective, TaskObjective
+from hf_hyperflow.parameter_space import bias_config, layernorm_config, lora_config
+from hf_hyperflow.saving import CheckpointError, claimed
+from hf_hyperflow.schedule import METRICS, Schedule, ScheduledObjective
+from hf_hyperflow.training_tasks import MIN_WAY, load_domains, query_count, require_enough
+from hf_hyperflow.trajectories import token_scale
+
+#: Means in the history are over so many steps.
+WINDOW = 50
+#: Ways, shots and queries that every domain must have: of the smallest training task, of a validation of 5 shots.
+SMALLEST_TASK, VALIDATION_TASK = (MIN_WAY, 1, query_count(MIN_WAY)), (2, 5, 15)
 
 
-@dataclass
-class Arguments:
-    backbone: str = field(metadata={"help": "the target: a transformers vision model, Hub id or folder"})
-    dataset: list[str] = field(metadata={"help": "training domains: Parquet files, image folders, Hub ids"})
-    output_dir: str = field(metadata={"help": "folder for checkpoints and the trained adapter"})
-    holdout: list[str] = field(
-        default_factory=list,
-        metadata={"help": "NAME: this domain is kept for validation; NAME:K: only every K-th class of it is"},
-    )
-    max_per_class: int = field(default=300, metadata={"help": "images of a class that are used at most"})
-    last_blocks: int = field(default=4, metadata={"help": "the last so many blocks are adapted"})
-    norms: bool = field(default=True, metadata={"help": "also adapt the LayerNorms, not only the biases"})
-    drift_width: int = field(default=192, metadata={"help": "width of the drift network"})
-    drift_depth: int = field(default=4, metadata={"help": "its blocks"})
-    n_steps: int = field(default=4, metadata={"help": "solver steps, in training and by default in use"})
-    steps: int = field(default=1000, metadata={"help": "optimiser steps"})
-    episodes_per_step: int = field(default=4, metadata={"help": "over all processes"})
-    made_share: float = field(default=0.6, metadata={"help": "share of episodes whose domain is made from a real one"})
-    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate (cosine decay)"})
-    warmup_steps: int = field(default=50, metadata={"help": "steps of linear warmup"})
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay of matrices"})
-    ema_decay: float = field(default=0.98, metadata={"help": "of the averaged weights that are saved"})
-    validate_every: int = field(default=250, metadata={"help": "steps between validations and checkpoints"})
-    validation_episodes: int = field(default=60, metadata={"help": "5-way 5-shot episodes of each validation domain"})
-    mixed_precision: str = field(default="bf16", metadata={"help": "no, bf16 or fp16"})
-    cpu: bool = field(default=False, metadata={"help": "stay on the CPU also where there is a GPU"})
-    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
-    seed: int = field(default=0, metadata={"help": "of the episodes and of the drift network's start"})
-
-
-def episode_images(
-    domains: list[Domain], index: int, arguments: Arguments, processor: BaseImageProcessor, device: torch.device
-) -> EpisodeImages:
-    """The pixels of training task `index`."""
-    task = draw_task(domains, index, seed=arguments.seed, made_share=arguments.made_share)
-    domain = next(d for d in domains if d.name == task.episode.domain)
-    pixel_values = normalise(task_images(task, domain, device), processor)
-    return EpisodeImages(pixel_values, task.episode.support_labels.to(device), task.episode.query_labels.to(device))
-
-
-def learning_rate_at(step: int, arguments: Arguments) -> float:
-    """Linear warmup, then a cosine to zero; relative to the peak."""
-    if step < arguments.warmup_steps:
-        return (step + 1) / arguments.warmup_steps
-    progress = (step - arguments.warmup_steps) / max(1, arguments.steps - arguments.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def main() -> None:
-    arguments = parse(Arguments)
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=arguments.cpu)
-    set_seed(arguments.seed)
-    output = Path(arguments.output_dir)
-
-    processor = AutoImageProcessor.from_pretrained(arguments.backbone, backend="pil")
-    training, validation = load_domains(
-        arguments.dataset, processor, holdout=arguments.holdout, max_per_class=arguments.max_per_class
-    )
-    for kind, domains in (("train", training), ("validate", validation)):
-        accelerator.print(f"{kind} on", ", ".join(f"{d.name} ({len(d.class_names)}/{len(d)})" for d in domains))
-
-    backbone = AutoModel.from_pretrained(arguments.backbone).float().eval().requires_grad_(False).to(accelerator.device)
-    adapter = HyperFlowAdapter.from_backbone(
+def new_adapter(arguments: Arguments, backbone: nn.Module, processor: object) -> HyperFlowAdapter:
+    """The untrained adapter that the arguments describe."""
+    if arguments.parameters == "bias":
+        peft_config = bias_config(backbone, arguments.last_blocks, norms=arguments.norms)
+    elif arguments.parameters == "lora":
+        peft_config = lora_config(backbone, arguments.last_blocks)
+    else:
+        peft_config = layernorm_config(backbone, arguments.last_blocks)
+    return HyperFlowAdapter.from_backbone(
         backbone,
-        bias_config(backbone, arguments.last_blocks, norms=arguments.norms),
+        peft_config,
         last_blocks=arguments.last_blocks,
         processor=processor,
         drift_width=arguments.drift_width,
         drift_depth=arguments.drift_depth,
         n_steps=arguments.n_steps,
     )
-    objective = TaskObjective(adapter, adapter.split(backbone))
+
+
+def validated(
+    accelerator: Accelerator, adapter: HyperFlowAdapter, backbone: nn.Module, domains: list[Domain], n_episodes: int
+) -> dict[str, dict]:
+    """5-way 5-shot accuracies of each domain, dealt out to the processes."""
+    mine = domains[accelerator.process_index :: accelerator.num_processes]
+    with accelerator.autocast():
+        found = [
+            (domain.name, compare_flow(adapter, backbone, domain, n_episodes=n_episodes, n_shot=5).summary())
+            for domain in mine
+        ]
+    by_name = dict(gather_object(found))
+    return {domain.name: by_name[domain.name] for domain in domains}
+
+
+def save_adapter(adapter: HyperFlowAdapter, folder: str | Path) -> None:
+    """Save with half precision on disk (rounded once, here) and single in use: CPUs are slow in half."""
+    rounded = {name: t.half() if t.is_floating_point() else t for name, t in adapter.state_dict().items()}
+    adapter.config.dtype = torch.float32
+    adapter.save_pretrained(folder, state_dict=rounded)
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        arguments = parse(Arguments, argv)
+        require_tracker(arguments.report_to)
+        accelerator = Accelerator(
+            mixed_precision=arguments.mixed_precision,
+            cpu=arguments.cpu,
+            log_with=None if arguments.report_to == "none" else arguments.report_to,
+            project_dir=logging_folder(Path(arguments.output_dir), arguments.report_to),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # a long validation is no failure
+        )
+        with claimed(arguments.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
+            train(arguments, accelerator)
+    except (CheckpointError, ImportError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    accelerator.end_training()
+
+
+def train(arguments: Arguments, accelerator: Accelerator) -> None:
+    """The whole run, from the data to the saved adapter."""
+    set_seed(arguments.seed)
+    output = Path(arguments.output_dir)
+    repo_id = arguments.hub_model_id or output.name
+    if arguments.push_to_hub and accelerator.is_main_process:
+        repo_id = make_repo(repo_id)  # what is wrong with the token should be known before, not after the training
+
+    processor = AutoImageProcessor.from_pretrained(arguments.backbone, backend="pil")
+    training, validation = load_domains(
+        arguments.dataset, processor, holdout=arguments.holdout, max_per_class=arguments.max_per_class
+    )
+    for kind, domains, needed in (("train", training, SMALLEST_TASK), ("validate", validation, VALIDATION_TASK)):
+        require_enough(domains, *needed)
+        accelerator.print(f"{kind} on", ", ".join(f"{d.name} ({len(d.class_names)}/{len(d)})" for d in domains))
+
+    backbone = AutoModel.from_pretrained(arguments.backbone).float().eval().requires_grad_(False).to(accelerator.device)
+    adapter = new_adapter(arguments, backbone, processor)
+    schedule = Schedule(arguments.matching_steps, arguments.blend_steps)
+    recorded = load_recorded(arguments.trajectories, adapter, training)
+    if arguments.token_scale is not None:
+        adapter.token_scale.fill_(arguments.token_scale)
+    elif recorded is not None:
+        adapter.token_scale.copy_(token_scale(recorded))
+    split = adapter.split(backbone)
+    task = TaskObjective(adapter, split)
+    matching = None if recorded is None else MatchingObjective(adapter, recorded.times, path=arguments.path)
+    objective = ScheduledObjective(adapter, task, matching)
     parameters = [p for p in adapter.parameters() if p.requires_grad]
     accelerator.print(
         f"{adapter.space.n_tokens} tokens, {adapter.space.n_parameters} adapted parameters, "
@@ -115,56 +145,86 @@ def main() -> None:
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_at(step, arguments))
+    scheduler = get_scheduler(arguments.lr_scheduler_type, optimizer, arguments.warmup_steps, arguments.steps)
     objective, optimizer = accelerator.prepare(objective, optimizer)
     averaged = AveragedModel(adapter, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay))
     accelerator.register_for_checkpointing(averaged, scheduler)
-    first, history, recent = 0, [], []
-    progress = load_checkpoint(accelerator, output) if arguments.resume else None
+
+    record = described(arguments)
+    progress = load_checkpoint(accelerator, output, arguments.resume_from_checkpoint)
+    first, history, recent, cost = 0, [], {}, OfflineCost(accelerator)
     if progress is not None:
         first, history, recent = progress["step"], progress["history"], progress["recent"]
+        cost = OfflineCost(accelerator, progress["cost"])
+        changed = sorted(key for key in record if record[key] != progress["arguments"].get(key))
+        if changed:
+            accelerator.print(f"warning: other than when the checkpoint was written: {', '.join(changed)}")
+    start_tracker(accelerator, record)
+    batches = StepBatches(arguments, training, processor, recorded, accelerator)
+    if first < schedule.matching_steps + schedule.blend_steps:
+        with cost.phase("preparation", every=1), accelerator.autocast():
+            batches.encode_support(adapter, split)
 
-    started = time.time()
-    bar = tqdm(range(first, arguments.steps), disable=not accelerator.is_local_main_process, mininterval=10)
+    bar = tqdm(range(first, arguments.steps), disable=not accelerator.is_main_process, mininterval=10)
     for step in bar:
-        indices = range(step * arguments.episodes_per_step, (step + 1) * arguments.episodes_per_step)
-        mine = indices[accelerator.process_index :: accelerator.num_processes]
-        episodes = [episode_images(training, i, arguments, processor, accelerator.device) for i in mine]
-        with accelerator.autocast():
-            loss, accuracy = objective(episodes)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-        averaged.update_parameters(adapter)
-        recent = [*recent[-49:], (loss.item(), accuracy.item())]
-        loss_mean, accuracy_mean = (sum(column) / len(recent) for column in zip(*recent, strict=True))
-        bar.set_postfix(loss=f"{loss_mean:.3f}", accuracy=f"{accuracy_mean:.3f}")
+        weight, phase = schedule.weight(step), schedule.phase(step)
+        sizes = batches.sizes(step)
+        with cost.phase(phase, **sizes):
+            metrics = torch.zeros(len(METRICS), device=accelerator.device)
+            for part in range(arguments.gradient_accumulation_steps):
+                last = part + 1 == arguments.gradient_accumulation_steps
+                with contextlib.nullcontext() if last else accelerator.no_sync(objective):
+                    episodes, rows = batches.share(step, part)
+                    loss, measured = objective(episodes, rows, weight, sizes["episodes"], sizes["rows"])
+                    accelerator.backward(loss * accelerator.num_processes)  # DDP takes the mean of the processes
+                    metrics += measured
+            accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            averaged.update_parameters(adapter)
+            values = dict(zip(METRICS, accelerator.reduce(metrics).tolist(), strict=True))
+        if not math.isfinite(values["loss"]):
+            raise ValueError(
+                f"the loss of step {step + 1} is {values['loss']}. Lower --learning_rate, lengthen --warmup_steps or "
+                "use --mixed_precision no, and go on from the last checkpoint."
+            )
+        unused = {"task_loss", "accuracy"} if weight == 1 else {"matching_loss"} if weight == 0 else set()
+        recent = {key: [*recent.get(key, [])[1 - WINDOW :], v] for key, v in values.items() if key not in unused}
+        means = {key: sum(column) / len(column) for key, column in recent.items()}
+        bar.set_postfix({key: f"{mean:.3f}" for key, mean in means.items()})
+        now = {key: column[-1] for key, column in recent.items()} | {"matching_weight": weight}
+        accelerator.log(now | {"learning_rate": scheduler.get_last_lr()[0]}, step=step + 1)
         done = step + 1 == arguments.steps
         if (step + 1) % arguments.validate_every == 0 or done:
-            record = {"step": step + 1, "loss": loss_mean, "accuracy": accuracy_mean}
-            record |= {"scale": adapter.log_scale.exp().item(), "seconds": round(time.time() - started)}
-            if accelerator.is_main_process:
-                with accelerator.autocast():
-                    for domain in validation:
-                        record[domain.name] = compare_flow(
-                            averaged.module, backbone, domain, n_episodes=arguments.validation_episodes, n_shot=5
-                        ).summary()
-            history.append(record)
-            accelerator.print(json.dumps(record))
-            save_checkpoint(accelerator, output, step + 1, {"history": history, "recent": recent})
+            n_episodes = arguments.validation_episodes
+            with cost.phase("validation", every=1, episodes=n_episodes * len(validation)):
+                accuracies = validated(accelerator, averaged.module, backbone, validation, n_episodes)
+            found = {"step": step + 1, "phase": phase} | means | {"scale": adapter.log_scale.exp().item()} | accuracies
+            history.append(found)
+            accelerator.print(json.dumps(found))
+            accelerator.log(flat({"validation": accuracies}), step=step + 1)
+        if (step + 1) % arguments.checkpointing_steps == 0 or done:
+            state = {"history": history, "recent": recent, "cost": cost.state, "arguments": record}
+            save_checkpoint(accelerator, output, step + 1, state, arguments.checkpoints_total_limit)
 
     if accelerator.is_main_process:
-        averaged.module.processor = processor
-        rounded = {name: t.half() if t.is_floating_point() else t for name, t in averaged.module.state_dict().items()}
-        averaged.module.config.dtype = torch.float32  # half on disk, single in use
-        averaged.module.save_pretrained(output, state_dict=rounded)
-        (output / "training.json").write_text(
-            json.dumps({"arguments": described(arguments), "history": history}, indent=1)
-        )
+        trained = averaged.module
+        trained.training_record = {
+            "arguments": record,
+            "history": history,
+            "phases": cost.summary(),
+            "trajectories": None if recorded is None else recorded.collection,
+            "hardware": hardware(accelerator),
+            "versions": versions(),
+        }
+        save_adapter(trained, output)
         accelerator.print(f"wrote {output}")
-    accelerator.end_training()
+        if arguments.push_to_hub:
+            with tempfile.TemporaryDirectory() as folder:
+                save_adapter(trained, folder)
+                accelerator.print(f"pushed to {push_folder(folder, repo_id).commit_url}")
+    accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""The arguments of `train_drift.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tracking import Tracker
+
+
+@dataclass
+class Arguments:
+    backbone: str = field(metadata={"help": "the target: a transformers vision model, Hub id or folder"})
+    dataset: list[str] = field(metadata={"help": "training domains: Parquet files, image folders, Hub ids"})
+    output_dir: str = field(metadata={"help": "folder for checkpoints and the trained adapter"})
+    holdout: list[str] = field(
+        default_factory=list,
+        metadata={"help": "NAME: this domain is kept for validation; NAME:K: only every K-th class of it is"},
+    )
+    max_per_class: int = field(default=300, metadata={"help": "images of a class that are used at most"})
+    trajectories: list[str] = field(
+        default_factory=list, metadata={"help": "recorded by collect_trajectories.py: folders or Hub ids"}
+    )
+    path: Literal["linear", "piecewise", "cubic"] = field(
+        default="piecewise", metadata={"help": "what connects the recorded points"}
+    )
+    matching_steps: int = field(default=0, metadata={"help": "first steps, which only match the trajectories"})
+    blend_steps: int = field(default=0, metadata={"help": "steps after them, of matching less and less"})
+    matching_batch_size: int = field(default=64, metadata={"help": "trajectories of a step, over all processes"})
+    parameters: Literal["bias", "lora", "layernorm"] = field(
+        default="bias", metadata={"help": "what is generated: biases, LoRA factors or LayerNorms"}
+    )
+    norms: bool = field(default=True, metadata={"help": "with biases: the LayerNorms, too"})
+    last_blocks: int = field(default=4, metadata={"help": "the last so many blocks are adapted"})
+    drift_width: int = field(default=192, metadata={"help": "width of the drift network"})
+    drift_depth: int = field(default=4, metadata={"help": "its blocks"})
+    n_steps: int = field(default=4, metadata={"help": "solver steps, in training and by default in use"})
+    token_scale: float | None = field(
+        default=None, metadata={"help": "one unit of the flow; default: measured on the trajectories, else 0.02"}
+    )
+    steps: int = field(default=1000, metadata={"help": "optimiser steps, those of matching included"})
+    episodes_per_step: int = field(default=4, metadata={"help": "over all processes and accumulated parts"})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "a step's batch is run in so many parts: less memory, the same result"}
+    )
+    made_share: float = field(default=0.6, metadata={"help": "share of episodes whose domain is made from a real one"})
+    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "a schedule of transformers.get_scheduler"})
+    warmup_steps: int = field(default=50, metadata={"help": "steps of linear warmup"})
+    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay of matrices"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
+    ema_decay: float = field(default=0.98, metadata={"help": "of the averaged weights that are saved"})
+    validate_every: int = field(default=250, metadata={"help": "steps between validations"})
+    validation_episodes: int = field(default=60, metadata={"help": "5-way 5-shot episodes of each validation domain"})
+    checkpointing_steps: int = field(default=250, metadata={"help": "steps between checkpoints"})
+    checkpoints_total_limit: int | None = field(default=2, metadata={"help": "how many of the last ones are kept"})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "go on from a checkpoint: its folder, or `latest` in output_dir"}
+    )
+    report_to: Tracker = field(default="none", metadata={"help": "where the curves go"})
+    push_to_hub: bool = field(default=False, metadata={"help": "push the trained adapter to the Hub"})
+    hub_model_id: str | None = field(default=None, metadata={"help": "its repository; default: output_dir's name"})
+    mixed_precision: Literal["no", "bf16", "fp16"] = field(default="bf16", metadata={"help": "of autocast"})
+    cpu: bool = field(default=False, metadata={"help": "stay on the CPU also where there is a GPU"})
+    seed: int = field(default=0, metadata={"help": "of the episodes and of the drift network's start"})
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the settings contradict each other."""
+        if self.trajectories and not self.matching_steps + self.blend_steps:
+            raise ValueError("--trajectories are given but never used: set --matching_steps or --blend_steps.")
+        if self.matching_steps + self.blend_steps and not self.trajectories:
+            raise ValueError("matching needs --trajectories: record some with collect_trajectories.py.")
+        positive = ("steps", "episodes_per_step", "matching_batch_size", "gradient_accumulation_steps")
+        positive += ("validate_every", "validation_episodes", "checkpointing_steps")
+        wrong = [f"--{name} {value}" for name, value in vars(self).items() if name in positive and value < 1]
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            wrong.append(f"--checkpoints_total_limit {self.checkpoints_total_limit}")
+        if self.validation_episodes == 1:
+            wrong.append("--validation_episodes 1 (there is no interval of one)")
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: must be at least 1.")
