@@ -120,7 +120,7 @@ def bill_markdown(found: dict) -> str:
     without = " (without the backbone, which every method needs)" if found["backbone"] else ""
     lines += [
         f"| **offline cost**{without} | | **{_hours(total['seconds'])}** | **{_flops(total['flops'])}** | "
-        f"{_count(total['trajectories'])} recorded | {_count(total['episodes'])} |",
+        f"{total['trajectories']:,} recorded | {total['episodes']:,} |",
         "",
         f"Stored trajectories: {total['bytes'] / 1e6:,.1f} MB.",
         "",
@@ -135,6 +135,12 @@ def bill_markdown(found: dict) -> str:
                 f"| {size} | {rival} | {_task(other)} | {_task(own)} | {_tasks(tasks['seconds'])} | "
                 f"{_tasks(tasks['flops'])} |"
             )
+    if len(found["break_even"]) > 1:
+        lines += [
+            "",
+            "The offline cost is that of the image size the adapter was trained at; lines of other sizes say what the "
+            "same offline cost would be worth there.",
+        ]
     if not found["same_hardware"]:
         lines += [
             "",

@@ -94,11 +94,18 @@ def test_markdown_says_it_all():
     assert "| 70 px | bias fine-tuning | 26 s, 3,020 G | 1 s, 20 G | after 40 tasks | after 4 tasks |" in text
     assert "| 70 px | full fine-tuning | 1 s, 10 G | 1 s, 20 G | never | never |" in text
     assert "machine" not in text
+    assert "image size" not in text
 
 
 def test_other_hardware_per_task_is_said():
     text = bill_markdown(bill(training(), cost() | {"hardware": "a GPU"}))
     assert "those per task: a GPU" in text
+
+
+def test_other_image_sizes_share_the_offline_cost():
+    text = bill_markdown(bill(training(), cost() | {"224 px": cost()["70 px"]}))
+    assert text.count("after 40 tasks") == 2
+    assert "the image size the adapter was trained at" in text
 
 
 def test_without_trajectories():

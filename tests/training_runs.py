@@ -67,7 +67,7 @@ def run(script: str, *arguments: object, fault: Callable[[], None] | None = None
     context.set_forkserver_preload(["training_runs", "accelerate", "datasets", "torch.utils.flop_counter"])
     child = context.Process(target=_child, args=(script, [str(a) for a in arguments], fault, str(log)))
     child.start()
-    child.join(300)
+    child.join(900)
     if child.is_alive():
         child.kill()
         child.join()
