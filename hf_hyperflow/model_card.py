@@ -104,7 +104,7 @@ def training_sections(training: dict) -> str:
     arguments, hardware = training["arguments"], training["hardware"]
     lines = ["", "## How it was trained", "", f"On the domains {_listed(arguments['dataset'])}."]
     if arguments["holdout"]:
-        lines.append(f"Kept for validation (a number: every so-manieth class): {_listed(arguments['holdout'])}.")
+        lines.append(f"Kept for validation (`name:k`: every k-th class of it): {_listed(arguments['holdout'])}.")
     lines += _validation_table(training["history"])
     lines += ["", "| offline cost | runs | trajectories | episodes | time | FLOPs |", "|---|---|---|---|---|---|"]
     collections = (training["trajectories"] or {}).get("collections", [])

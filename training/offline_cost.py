@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_hyperflow.task_cost import device_name
 
-#: Operations are counted in every so-manieth run of a phase, the first included: counting slows small models down.
+#: Operations are counted in every n-th run of a phase, the first included: counting slows small models down.
 COUNTED_EVERY = 50
 PACKAGES = ("hf_hyperflow", "torch", "transformers", "peft", "accelerate", "datasets")
 
@@ -35,7 +35,7 @@ class OfflineCost:
         """Count what happens in the block as one run of a phase; all processes must take part.
 
         Args:
-            every: operations are counted in every so-manieth run of the phase.
+            every: operations are counted in every n-th run of the phase.
             counts: further things to add up, like episodes.
         """
         entry = self.state.setdefault(name, {"runs": 0, "seconds": 0.0, "counted_runs": 0, "counted_flops": 0.0})

@@ -45,7 +45,7 @@ class Arguments:
     )
     from_scratch: bool = field(default=False, metadata={"help": "keep the architecture, forget the weights"})
     trained_blocks: int = field(default=6, metadata={"help": "the last so many blocks are trained, the rest is frozen"})
-    holdout_every: int = field(default=4, metadata={"help": "every so-manieth class is kept apart; 0: none"})
+    holdout_every: int = field(default=4, metadata={"help": "every n-th class is kept apart; 0: none"})
     steps: int = field(default=1500, metadata={"help": "optimiser steps"})
     batch_size: int = field(default=128, metadata={"help": "images a step, over all processes"})
     learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate"})
