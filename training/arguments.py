@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import TypeVar
@@ -31,14 +32,17 @@ def parse(kind: type[T], argv: list[str] | None = None) -> T:
     """Parse `--config preset.yaml --flag value ...` into the dataclass `kind`.
 
     Raises:
-        SystemExit: an unknown flag, an unknown key in the preset or a required value that neither gives.
+        SystemExit: an unknown flag, a preset that cannot be read or has unknown keys, or a required value that
+            neither gives.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(kind)
     parser.add_argument("--config", help="a YAML preset; flags override it")
-    if "--config" in argv:
-        path = Path(argv[argv.index("--config") + 1])
-        preset = yaml.safe_load(path.read_text())
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    path = first.parse_known_args(argv)[0].config
+    if path is not None:
+        preset = _read_preset(path, parser)
         known = set(kind.__dataclass_fields__)
         unknown = sorted(set(preset) - known)
         if unknown:
@@ -52,3 +56,13 @@ def parse(kind: type[T], argv: list[str] | None = None) -> T:
     found = vars(parser.parse_args(argv))
     found.pop("config")
     return kind(**found)
+
+
+def _read_preset(path: str, parser: argparse.ArgumentParser) -> dict:
+    try:
+        preset = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"cannot read the preset {path}: {error}")
+    if not isinstance(preset, dict):
+        parser.error(f"the preset {path} is not a list of `name: value` lines.")
+    return preset
