@@ -104,6 +104,12 @@ class MatchingObjective(nn.Module):
     Velocities are compared in scaled units, z = (theta - start) / token_scale, at points of a path through the
     recorded ones. From t = 1 on the velocity to learn is zero: the flow stays where the teacher stopped.
 
+    Where a trajectory is tells where it is going: on a straight path the velocity is (z - z(0)) / t, whatever the
+    task. A drift network that learns this is right on the recorded paths and lost off them, where the flow is. So
+    for some of the rows z is hidden (zero), and the velocity must come from the support set. Measured on 256
+    trajectories of a ViT-S without: cosine 0.78 on the recorded path and 0.26 along the flow, which ended farther
+    from the teacher's endpoint (1.11) than it began (1).
+
     Args:
         adapter: what is trained.
         times: `(n_points,)`, when the points of the trajectories were recorded, 0 to 1.
@@ -122,7 +128,11 @@ class MatchingObjective(nn.Module):
         self.register_buffer("times", times.float(), persistent=False)
 
     def forward(
-        self, support: list[tuple[torch.Tensor, torch.Tensor]], deltas: torch.Tensor, t: torch.Tensor
+        self,
+        support: list[tuple[torch.Tensor, torch.Tensor]],
+        deltas: torch.Tensor,
+        t: torch.Tensor,
+        hidden: torch.Tensor,
     ) -> torch.Tensor:
         """The mean over rows and over parameters, padding left out.
 
@@ -130,11 +140,13 @@ class MatchingObjective(nn.Module):
             support: of each row the features `(n_support, feature_dim)` and labels `(n_support,)` of its images.
             deltas: `(n_rows, n_points, n_tokens, token_dim)`, recorded theta minus the adapter's start.
             t: `(n_rows,)`, 0 or more.
+            hidden: `(n_rows,)` bool, where the drift network gets zero instead of z.
         """
         tasks = stack([self.adapter.task_encoder(features, labels) for features, labels in support])
         points = deltas.float() / self.adapter.token_scale
         with exact(points):
             z, velocity = self.path(points, self.times.to(t.device), t)
+        z = z * ~hidden.view(-1, 1, 1)
         mask = self.adapter.space.mask.to(z.device)
         difference = (self.adapter.drift(z, t, tasks).float() - velocity) * mask
         return difference.square().sum() / (len(t) * mask.sum())

@@ -49,11 +49,13 @@ class MatchingRows:
         support: of each row the support images' features `(n_support, feature_dim)` and labels `(n_support,)`.
         deltas: `(n_rows, n_points, n_tokens, token_dim)`, theta minus the adapter's start.
         t: `(n_rows,)`, the time at which the velocity of each is compared.
+        hidden: `(n_rows,)` bool, whether the drift network must do without knowing where the trajectory is.
     """
 
     support: list[tuple[torch.Tensor, torch.Tensor]]
     deltas: torch.Tensor
     t: torch.Tensor
+    hidden: torch.Tensor
 
 
 def rows_of_step(n_rows: int, step: int, batch_size: int, seed: int) -> list[int]:
@@ -106,6 +108,6 @@ class ScheduledObjective(nn.Module):
             share = len(episodes) / n_episodes
             task_loss, accuracy = (share * value for value in task(episodes))
         if weight > 0:
-            matching_loss = len(rows.t) / n_rows * matching(rows.support, rows.deltas, rows.t)
+            matching_loss = len(rows.t) / n_rows * matching(rows.support, rows.deltas, rows.t, rows.hidden)
         loss = zero + weight * matching_loss + (1 - weight) * task_loss
         return loss, torch.stack([loss, task_loss, accuracy, matching_loss]).detach()

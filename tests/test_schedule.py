@@ -42,7 +42,8 @@ def batch(adapter):
     episodes = [EpisodeImages(torch.randn(8, 3, 28, 28, generator=generator), labels, labels) for _ in range(5)]
     support = [(torch.randn(4, 64, generator=generator), labels) for _ in range(5)]
     deltas = torch.randn(5, 3, *adapter.space.mask.shape, generator=generator) * adapter.space.mask
-    return episodes, MatchingRows(support, deltas, 1.5 * torch.rand(5, generator=generator))
+    hidden = torch.tensor([True, False, False, True, False])
+    return episodes, MatchingRows(support, deltas, 1.5 * torch.rand(5, generator=generator), hidden)
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_unequal_shares_add_up_to_the_whole(adapter, objective, batch, weight):
     whole = gradients(adapter)
     sums = torch.zeros(len(METRICS))
     for share in (slice(0, 3), slice(3, 5)):
-        some = MatchingRows(rows.support[share], rows.deltas[share], rows.t[share])
+        some = MatchingRows(rows.support[share], rows.deltas[share], rows.t[share], rows.hidden[share])
         loss, measured = objective(episodes[share], some, weight, 5, 5)
         loss.backward()
         sums += measured
@@ -82,7 +83,7 @@ def test_what_is_measured(adapter, objective, batch):
     assert 0 <= accuracy <= 1
     task, matching = objective._objectives
     assert task_loss == pytest.approx(task(episodes)[0].item(), rel=1e-4)
-    assert matching_loss == pytest.approx(matching(rows.support, rows.deltas, rows.t).item(), rel=1e-4)
+    assert matching_loss == pytest.approx(matching(rows.support, rows.deltas, rows.t, rows.hidden).item(), rel=1e-4)
 
 
 def test_what_has_no_weight_is_not_run_and_everything_has_a_gradient(adapter, objective, batch):

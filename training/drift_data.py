@@ -18,6 +18,8 @@ from hf_hyperflow.trajectories import Trajectories, load_trajectories
 
 #: Velocities are matched at times up to here; beyond 1 they are zero, so that the flow stays where it lands.
 END_TIME = 1.5
+#: Share of the rows whose place on the path the drift network does not get to see, see `MatchingObjective`.
+HIDDEN_SHARE = 0.5
 
 
 def load_recorded(sources: list[str], adapter: HyperFlowAdapter, domains: list[Domain]) -> Trajectories | None:
@@ -120,6 +122,8 @@ class StepBatches:
     def _rows(self, step: int, mine: slice) -> MatchingRows:
         size, seed = self.arguments.matching_batch_size, self.arguments.seed
         rows = rows_of_step(len(self.recorded), step, size, seed)[mine]
-        t = END_TIME * torch.rand(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))[mine]
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        t = END_TIME * torch.rand(size, generator=generator)[mine].to(self.device)
+        hidden = (torch.rand(size, generator=generator) < HIDDEN_SHARE)[mine].to(self.device)
         support = [tuple(tensor.to(self.device) for tensor in self.support[row]) for row in rows]
-        return MatchingRows(support, self.recorded.deltas[rows].float().to(self.device), t.to(self.device))
+        return MatchingRows(support, self.recorded.deltas[rows].float().to(self.device), t, hidden)
