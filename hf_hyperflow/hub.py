@@ -125,14 +125,16 @@ def push_folder(
 
 
 def make_repo(repo_id: str, *, token: str | bool | None = None) -> str:
-    """Make a model repository unless it is there, and return its whole id; before long work, to see that it will go.
+    """Make a model repository unless it is there, and return its whole id; before long work whose result goes there.
 
     Raises:
         CheckpointError: as `push_folder`.
     """
     api = HfApi(token=token, library_name="hf_hyperflow", library_version=__version__)
     try:
-        return api.create_repo(repo_id, exist_ok=True).repo_id
+        repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
+        api.auth_check(repo_id, write=True)  # where there is a repository, a token that may only read got this far
+        return repo_id
     except Exception as error:  # as above
         raise _explained(error, "push", repo_id, None, offline=constants.HF_HUB_OFFLINE) from error
 

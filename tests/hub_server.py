@@ -126,6 +126,7 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/repos/create", "create_repo"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
         ("GET", r"/api/(?:models|datasets)/([^/]+/[^/]+)", "info"),
+        ("GET", r"/api/(?:models|datasets)/([^/]+/[^/]+)/auth-check/write", "may_write"),
         ("GET", r"/api/(?:models|datasets)/([^/]+/[^/]+)/revision/([^/]+)", "info"),
         ("GET", r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/]+)", "tree"),
         ("POST", r"/api/(?:models|datasets)/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
@@ -235,6 +236,10 @@ class Handler(BaseHTTPRequestHandler):
         sha = self._commit(repo, revision)
         siblings = [{"rfilename": path} for path in repo.commits[sha]]
         self._json({"_id": "0", "id": name, "sha": sha, "private": repo.private, "tags": [], "siblings": siblings})
+
+    def may_write(self, name: str) -> None:
+        self._repo(name, write=True)
+        self._json({})
 
     def tree(self, name: str, revision: str) -> None:
         repo = self._repo(name)

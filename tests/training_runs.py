@@ -22,6 +22,9 @@ from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "training"
 SIDE = 28
+#: Nearly all that the scripts import.
+PRELOADED = ["training_runs", "accelerate", "datasets", "torch.optim.swa_utils", "torch.utils.flop_counter"]
+PRELOADED += [f"hf_hyperflow.{room}" for room in ("evaluation", "trajectories", "task_cost")]
 
 
 def make_ground(folder: Path) -> Path:
@@ -64,7 +67,7 @@ def run(script: str, *arguments: object, fault: Callable[[], None] | None = None
         log: file that gets what it prints.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_runs", "accelerate", "datasets", "torch.utils.flop_counter"])
+    context.set_forkserver_preload(PRELOADED)
     child = context.Process(target=_child, args=(script, [str(a) for a in arguments], fault, str(log)))
     child.start()
     child.join(900)

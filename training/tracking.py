@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
 PROJECT = "hf_hyperflow"
@@ -18,7 +18,7 @@ def require_tracker(report_to: Tracker) -> None:
     Raises:
         ImportError: it is not; the message says how to install it.
     """
-    if report_to != "none" and find_spec(report_to) is None:
+    if report_to != "none" and report_to not in map(str, get_available_trackers()):
         raise ImportError(
             f"--report_to {report_to} needs the package {report_to}: pip install {report_to}, or --report_to none."
         )
