@@ -182,7 +182,7 @@ def test_damage_is_repaired_and_a_collection_is_extended(ground, whole, tmp_path
     path.write_bytes(data)
     with Hub() as hub:
         env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_alice", "HF_HUB_OFFLINE": "0"}
-        env |= {"HF_HUB_DISABLE_XET": "1"}
+        env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         more = flags(ground, tmp_path, n_trajectories=13, push_to_hub="alice/trajectories")
         done = run(*more, **env)
         assert done.returncode == 0, done.stderr
