@@ -1,11 +1,11 @@
-# Two commands for a fresh machine: `make quickstart` and `make test`. Everything is installed into .venv.
+# For a fresh machine: `make quickstart`, `make train-demo` and `make test`. Everything is installed into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 # The release that the figures in this repository were measured with. On Linux, PyPI's wheel brings CUDA along.
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test quality style clean
+.PHONY: quickstart train-demo test quality style clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -19,8 +19,14 @@ $(VENV)/.installed-%: $(BIN)/python pyproject.toml
 quickstart: $(VENV)/.installed-ode
 	$(BIN)/hyperflow quickstart
 
+# Yours instead of the images that are drawn: make train-demo DATA="a.parquet folder" UNSEEN="b.parquet" OUT=outputs/mine
+OUT ?= outputs/demo
+train-demo: $(VENV)/.installed-train
+	$(BIN)/python training/train_demo.py $(if $(DATA),--dataset $(DATA)) $(if $(UNSEEN),--unseen $(UNSEEN)) --output_dir $(OUT)
+
+# Two processes of one thread each are faster than one of two: much of the time is the start of Python.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tiny import SIZE, pictures, tiny_adapter, tiny_dinov2, tiny_processor
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps its first settings for the life of a process, and tests share one."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -123,6 +123,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     ROUTES = (
         ("GET", r"/api/whoami-v2", "whoami"),
+        ("GET", r"/api/agent-harnesses", "agent_harnesses"),
         ("POST", r"/api/repos/create", "create_repo"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
         ("GET", r"/api/(?:models|datasets)/([^/]+/[^/]+)", "info"),
@@ -199,6 +200,10 @@ class Handler(BaseHTTPRequestHandler):
         if user is None:
             raise Refused(401, "Invalid username or password.")
         self._json({"type": "user", "name": user, "orgs": []})
+
+    def agent_harnesses(self) -> None:
+        """What newer clients ask for once a day, to name the program they run in."""
+        self._json({"standardEnvVars": [], "harnesses": {}})
 
     def create_repo(self) -> None:
         user, may_write = self._user()
