@@ -32,6 +32,8 @@ from .trajectories import Trajectories
 GRID = [i / 8 for i in range(13)]
 #: The grid's place of t = 1, where the teacher stopped.
 ARRIVAL = GRID.index(1.0)
+#: Where the target is run with the flow's weights, which takes far longer than the flow.
+QUERY_GRID = GRID[::2]
 #: Steps from t = 0 to t = 1 that the solvers are compared with, and those of the RK4 they are compared to.
 N_STEPS, REFERENCE_STEPS = (1, 2, 4, 8, 16, 50), 100
 
@@ -43,7 +45,7 @@ class Followed:
     """A flow over `n` recorded tasks, measured in scaled units.
 
     Attributes:
-        deltas: `(n, len(GRID), n_tokens, token_dim)` on the CPU: theta minus the adapter's start along the flow.
+        deltas: `(n, len(QUERY_GRID), n_tokens, token_dim)` on the CPU: theta minus the adapter's start along the flow.
         distance: `(n,)`, of z(1) to the recorded endpoint, relative to that of z(0) = 0.
         distance_from_start: `(n,)`, the same where the flow begins at the teacher's own, noisy start.
         distance_of_mean: `(n,)`, of one displacement for all tasks, the mean of the training trajectories.
@@ -131,7 +133,7 @@ def follow(
             cosine_path.append(_cosine(velocity(place, t), target))
             cosine_flow.append(_cosine(on_flow, target))
     return Followed(
-        deltas=(torch.stack(states, dim=1) * adapter.token_scale).cpu(),
+        deltas=(torch.stack(states[::2], dim=1) * adapter.token_scale).cpu(),
         distance=_numpy(_norm(states[ARRIVAL] - end) / went),
         distance_from_start=_numpy(_norm(own - end) / _norm(start - end)),
         distance_of_mean=_numpy(_norm(_scaled(adapter, mean_end) - end) / went),
@@ -218,38 +220,45 @@ def arrival_record(followed: Followed, curve: QueryCurve, teacher: QueryCurve) -
     `teacher_...` is from the teacher's first recorded point to its last.
     """
     names = ("distance", "distance_from_start", "distance_of_mean", "drifted")
-    record = {"n_tasks": len(followed.distance)}
+    record, arrival = {"n_tasks": len(followed.distance)}, QUERY_GRID.index(1.0)
     for name in names:
         record |= _mean(name, vars(followed)[name])
     for kind in ("loss", "accuracy"):
         values, reference = vars(curve)[kind], vars(teacher)[kind]
-        record |= _mean(f"{kind}_gain", values[:, ARRIVAL] - values[:, 0])
-        record |= _mean(f"{kind}_after", values[:, -1] - values[:, ARRIVAL])
+        record |= _mean(f"{kind}_gain", values[:, arrival] - values[:, 0])
+        record |= _mean(f"{kind}_after", values[:, -1] - values[:, arrival])
         record |= _mean(f"teacher_{kind}_gain", reference[:, -1] - reference[:, 0])
     return record
 
 
 def along_records(followed: Followed, curve: QueryCurve) -> list[Record]:
-    """One record for each time of `GRID`, means over tasks and 95 % intervals; cosines are None from t = 1 on."""
+    """One record for each time of `GRID`, means over tasks and 95 % intervals.
+
+    Cosines are None from t = 1 on, loss and accuracy between the times of `QUERY_GRID`.
+    """
     records = []
     for i, t in enumerate(GRID):
         record = {"t": t}
         for name in ("cosine_path", "cosine_flow"):
-            nothing = {name: None, f"{name}_ci95": None}
-            record |= _mean(name, vars(followed)[name][:, i]) if t < 1 else nothing
+            record |= _mean(name, vars(followed)[name][:, i]) if t < 1 else _nothing(name)
         for name in ("speed", "recorded_speed"):
             record |= _mean(name, vars(followed)[name][:, i])
-        records.append(record | _at(curve, i))
+        for name in ("loss", "accuracy"):
+            record |= _mean(name, vars(curve)[name][:, QUERY_GRID.index(t)]) if t in QUERY_GRID else _nothing(name)
+        records.append(record)
     return records
 
 
 def teacher_records(teacher: QueryCurve, times: torch.Tensor) -> list[Record]:
     """One record for each recorded point of the teacher."""
-    return [{"t": round(t, 4)} | _at(teacher, i) for i, t in enumerate(times.tolist())]
+    return [
+        {"t": round(t, 4)} | _mean("loss", teacher.loss[:, i]) | _mean("accuracy", teacher.accuracy[:, i])
+        for i, t in enumerate(times.tolist())
+    ]
 
 
-def _at(curve: QueryCurve, i: int) -> Record:
-    return _mean("loss", curve.loss[:, i]) | _mean("accuracy", curve.accuracy[:, i])
+def _nothing(name: str) -> Record:
+    return {name: None, f"{name}_ci95": None}
 
 
 def _mean(name: str, values: np.ndarray) -> dict[str, float]:

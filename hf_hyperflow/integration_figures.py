@@ -67,9 +67,8 @@ def draw_cosine(report: dict[str, list[Record]]) -> Figure:
     for column, tasks in enumerate(sets):
         for i, adapter in enumerate(adapters):
             records = _of(report["along"], adapter=adapter, tasks=tasks)
-            moving = [r for r in records if r["cosine_path"] is not None]
-            _line(axes[0][column], moving, "cosine_path", COLOURS[i % 10], label=adapter)
-            _line(axes[0][column], moving, "cosine_flow", COLOURS[i % 10], linestyle="--")
+            _line(axes[0][column], records, "cosine_path", COLOURS[i % 10], label=adapter)
+            _line(axes[0][column], records, "cosine_flow", COLOURS[i % 10], linestyle="--")
             _line(axes[1][column], records, "speed", COLOURS[i % 10])
             _line(axes[1][column], records, "recorded_speed", COLOURS[i % 10], linestyle=":")
         axes[0][column].set_title(_title(report, tasks))
@@ -143,7 +142,8 @@ def _grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure,
 
 
 def _line(axis: Axes, records: list[Record], key: str, colour: object, *, band: bool = True, **style: object) -> None:
-    """A curve along t, with its 95 % interval as a band."""
+    """A curve along t where it is known, with its 95 % interval as a band."""
+    records = [r for r in records if r[key] is not None]
     t = [r["t"] for r in records]
     values, halves = (np.array([r[name] for r in records]) for name in (key, f"{key}_ci95"))
     axis.plot(t, values, color=colour, markersize=4, **style)

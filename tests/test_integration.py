@@ -17,6 +17,7 @@ from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.integration import (
     ARRIVAL,
     GRID,
+    QUERY_GRID,
     along_records,
     arrival_record,
     compare_solvers,
@@ -65,7 +66,7 @@ def test_a_flow_that_is_the_teacher_arrives(adapter, backbone, domains, path):
     np.testing.assert_allclose(found.recorded_speed, [[float(t < 1) for t in GRID]] * 4, atol=5e-3)
     np.testing.assert_allclose(found.drifted, 0.5, atol=1e-3)  # it does not know when to stop
     assert found.distance_of_mean.max() < 1e-3  # the same way for all
-    expected = torch.tensor(GRID).view(1, -1, 1, 1) * adapter.token_scale * velocity
+    expected = torch.tensor(QUERY_GRID).view(1, -1, 1, 1) * adapter.token_scale * velocity
     torch.testing.assert_close(found.deltas, expected.expand_as(found.deltas), rtol=1e-4, atol=1e-5)
 
 
@@ -196,11 +197,13 @@ def test_records(adapter, backbone, domains):
     )
     record = arrival_record(found, curve, teacher)
     assert record["n_tasks"] == 4
-    assert record["loss_gain"] == pytest.approx((curve.loss[:, ARRIVAL] - curve.loss[:, 0]).mean(), abs=1e-5)
-    assert record["accuracy_after"] == pytest.approx((curve.accuracy[:, -1] - curve.accuracy[:, ARRIVAL]).mean())
+    assert record["loss_gain"] == pytest.approx((curve.loss[:, 4] - curve.loss[:, 0]).mean(), abs=1e-5)
+    assert record["accuracy_after"] == pytest.approx((curve.accuracy[:, -1] - curve.accuracy[:, 4]).mean())
     along = along_records(found, curve)
     assert [entry["t"] for entry in along] == GRID
     assert [entry["cosine_path"] is None for entry in along] == [t >= 1 for t in GRID]
+    assert [entry["t"] for entry in along if entry["loss"] is not None] == QUERY_GRID
+    assert along[-1]["loss"] == pytest.approx(curve.loss[:, -1].mean(), abs=1e-5)
     json.dumps([record, along], allow_nan=False)
 
 

@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from arguments import named, parse
 from offline_cost import hardware, versions
+from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
@@ -157,6 +158,7 @@ def report_on(
     mean_end: torch.Tensor,
     n_solver_tasks: int,
     autocast: AbstractContextManager,
+    bar: tqdm,
 ) -> dict[str, list[Record]]:
     """The records of all adapters on one set of tasks."""
     recorded, few = tasks.recorded, some_of(tasks.recorded, n_solver_tasks)
@@ -169,6 +171,7 @@ def report_on(
         some = task_tokens(adapter, [support[row] for row in some_rows(len(support), n_solver_tasks)])
         labels = {"adapter": name, "tasks": tasks.name, "n_tasks": len(few)}
         solvers += [labels | record for record in compare_solvers(adapter, some, few)]
+        bar.update()
     first = next(iter(adapters.values()))
     with autocast:
         teacher, *curves = query_curves(
@@ -179,6 +182,7 @@ def report_on(
             tasks.domains,
             [recorded.deltas, *(found.deltas for found in followed.values())],
         )
+    bar.update()
     arrival, along = [], []
     for (name, found), curve in zip(followed.items(), curves, strict=True):
         labels = {"adapter": name, "tasks": tasks.name}
@@ -222,11 +226,12 @@ def run(arguments: Arguments) -> None:
     adapters = load_adapters(arguments.adapter, backbone.to(accelerator.device))
     sets, mean_end = load_sets(arguments, next(iter(adapters.values())), processor)
     report: dict[str, list[Record]] = {"arrival": [], "along": [], "teacher": [], "solvers": []}
-    for tasks in sets:
-        autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=arguments.mixed_precision == "bf16")
-        found = report_on(adapters, tasks, backbone, mean_end, arguments.solver_tasks, autocast)
-        for key, records in found.items():
-            report[key] += records
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=arguments.mixed_precision == "bf16")
+    with tqdm(total=len(sets) * (len(adapters) + 1), desc="flows, then queries") as bar:
+        for tasks in sets:
+            found = report_on(adapters, tasks, backbone, mean_end, arguments.solver_tasks, autocast, bar)
+            for key, records in found.items():
+                report[key] += records
     about = {
         "backbone": named(arguments.backbone),
         "adapters": {name: {"path": training_path(adapter)} for name, adapter in adapters.items()},
