@@ -181,7 +181,7 @@ def test_damage_is_repaired_and_a_collection_is_extended(ground, whole, tmp_path
     data[len(data) // 2] ^= 255
     path.write_bytes(data)
     with Hub() as hub:
-        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_alice", "HF_HUB_OFFLINE": "0"}
+        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(ground / "home"), "HF_TOKEN": "hf_alice", "HF_HUB_OFFLINE": "0"}
         env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         more = flags(ground, tmp_path, n_trajectories=13, push_to_hub="alice/trajectories")
         done = run(*more, **env)
@@ -260,3 +260,20 @@ def test_other_parameters_and_a_teacher_that_diverges(ground, tmp_path, collect,
     assert all(row["diverged"] for row in rows(tmp_path))
     names = [name for name, _ in json.loads((tmp_path / "collection.json").read_text())["parameter_space"]["tensors"]]
     assert all(("lora" in name) == (parameters == "lora") for name in names)
+
+
+def test_teacher_against_a_plain_loop(ground, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    import benchmark_teacher
+
+    arguments = flags(ground, tmp_path, n_trajectories=6, teacher_steps=6)
+    monkeypatch.setattr(sys, "argv", ["benchmark_teacher.py", *arguments])
+    benchmark_teacher.main()
+    found = json.loads((tmp_path / "teacher.json").read_text())
+    assert set(found["methods"]) == {"batched_fp32", "batched_bf16", "loop_fp32", "loop_bf16"}
+    for entry in found["methods"].values():
+        assert entry["trajectories"] == 6
+        assert entry["per_second"] == pytest.approx(6 / entry["seconds"], rel=0.2)
+    start = [entry["query_accuracy"]["start"] for entry in found["methods"].values()]
+    assert max(start) - min(start) < 10  # the same tasks, from nearly the same start
