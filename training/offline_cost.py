@@ -59,7 +59,7 @@ class OfflineCost:
         for name, entry in self.state.items():
             flops = entry["counted_flops"] / entry["counted_runs"] * entry["runs"]
             rest = {key: value for key, value in entry.items() if not key.startswith("counted_")}
-            result[name] = rest | {"seconds": round(entry["seconds"], 1), "flops": flops}
+            result[name] = rest | {"seconds": round(entry["seconds"], 3), "flops": flops}
         return result
 
 
