@@ -271,7 +271,7 @@ class HyperFlowAdapter(PreTrainedModel):
 
     def _warn_if_other_weights(self, backbone: nn.Module, found: list[float]) -> None:
         expected = self.config.backbone.get("fingerprint")
-        if expected and any(abs(a - b) > 0.01 * abs(a) for a, b in zip(expected, found, strict=True)):
+        if expected and not same_fingerprint(expected, found):
             warnings.warn(
                 f"the weights of this {type(backbone).__name__} are not those the adapter was trained for "
                 f"({self.config.backbone['name_or_path']}): expect no gain.",
@@ -388,6 +388,13 @@ def read_record(path: Path) -> dict | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}). Download or copy it again.") from error
+
+
+def same_fingerprint(expected: list[float], found: list[float]) -> bool:
+    """Whether two fingerprints are of the same weights, up to the rounding of devices and precisions."""
+    return len(expected) == len(found) and all(
+        abs(a - b) <= 0.01 * abs(a) for a, b in zip(expected, found, strict=True)
+    )
 
 
 def fingerprint(backbone: nn.Module) -> list[float]:

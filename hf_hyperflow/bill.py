@@ -85,7 +85,7 @@ def _collected(collection: dict) -> dict:
         collection["hardware"],
         totals["seconds"],
         totals["flops"],
-        trajectories=totals["rows"],
+        trajectories=totals["rows"] - totals["diverged"],
         recorded=True,
     )
 

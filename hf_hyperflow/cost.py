@@ -13,9 +13,26 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 T = TypeVar("T")
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(
+    gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
+) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+#: The attention of CPUs, which PyTorch's counter leaves out.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 
 @dataclass(frozen=True)
@@ -58,9 +75,14 @@ def measured(function: Callable[[], T], device: torch.device | str = "cpu") -> t
     return result, Cost(seconds, max(0, peak - before) / 2**20)
 
 
+def flop_counter() -> FlopCounterMode:
+    """Counts the operations of matrix products, convolutions and attention within (a multiply-add counts two)."""
+    return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+
+
 def flops(function: Callable[[], object]) -> int:
-    """Floating-point operations of matrix products, convolutions and attention in a run (a multiply-add counts two)."""
-    with FlopCounterMode(display=False) as counter:
+    """Floating-point operations of a run, see `flop_counter`."""
+    with flop_counter() as counter:
         function()
     return counter.get_total_flops()
 

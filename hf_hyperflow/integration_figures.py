@@ -53,7 +53,7 @@ def draw_distance(report: dict[str, list[Record]]) -> Figure:
         axis.axvline(0, color=TEACHER, linewidth=0.8, linestyle=":")
         axis.set_ylim(-0.6, len(adapters) - 0.4)
         axis.set_yticks(range(len(adapters)), adapters[::-1] if axis is axes[0][0] else [])
-        axis.set_title(_title(report, tasks))
+        axis.set_title(_title(report["arrival"], tasks))
         axis.set_xlabel("distance to the teacher's endpoint\n(0: arrived, 1: not moved; 95 % interval)")
     handles = [axes[0][0].plot([], [], marker, color="grey", label=label)[0] for marker, label in kinds.values()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
@@ -71,7 +71,7 @@ def draw_cosine(report: dict[str, list[Record]]) -> Figure:
             _line(axes[0][column], records, "cosine_flow", COLOURS[i % 10], linestyle="--")
             _line(axes[1][column], records, "speed", COLOURS[i % 10])
             _line(axes[1][column], records, "recorded_speed", COLOURS[i % 10], linestyle=":")
-        axes[0][column].set_title(_title(report, tasks))
+        axes[0][column].set_title(_title(report["arrival"], tasks))
         axes[0][column].axhline(0, color="grey", linewidth=0.8)
         axes[1][column].set_xlabel("t")
         axes[1][column].axvline(1, color="grey", linewidth=0.8, linestyle=":")
@@ -93,7 +93,7 @@ def draw_loss(report: dict[str, list[Record]]) -> Figure:
                 records = _of(report["along"], adapter=adapter, tasks=tasks)
                 _line(axis, records, key, COLOURS[i % 10], marker="o", label=adapter, band=False)
             axis.axvline(1, color="grey", linewidth=0.8, linestyle=":")
-        axes[0][column].set_title(_title(report, tasks))
+        axes[0][column].set_title(_title(report["arrival"], tasks))
         axes[1][column].set_xlabel("t")
     axes[0][0].set_ylabel("query loss")
     axes[1][0].set_ylabel("query accuracy, %")
@@ -127,7 +127,7 @@ def draw_solvers(report: dict[str, list[Record]]) -> Figure:
     handles, labels = axes[0][0].get_legend_handles_labels()
     for j, tasks in enumerate(sets):
         handles.append(axes[0][0].plot([], [], color="grey", linestyle=styles[j % 4])[0])
-        labels.append(_title(report, tasks))
+        labels.append(_title(report["solvers"], tasks))
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     return figure
 
@@ -155,8 +155,8 @@ def _names(report: dict[str, list[Record]], key: str) -> list[str]:
     return list(dict.fromkeys(record[key] for record in report["arrival"]))
 
 
-def _title(report: dict[str, list[Record]], tasks: str) -> str:
-    return f"{tasks}, {_of(report['arrival'], tasks=tasks)[0]['n_tasks']} tasks"
+def _title(records: list[Record], tasks: str) -> str:
+    return f"{tasks}, {_of(records, tasks=tasks)[0]['n_tasks']} tasks"
 
 
 def _of(records: list[Record], **values: object) -> list[Record]:

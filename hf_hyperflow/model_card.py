@@ -110,8 +110,9 @@ def training_sections(training: dict) -> str:
     collections = (training["trajectories"] or {}).get("collections", [])
     for collection in collections:
         totals = collection["totals"]
+        used = totals["rows"] - totals["diverged"]
         lines.append(
-            f"| collecting `{collection['name']}` ({collection['hardware']['device']}) | | {totals['rows']:,} | | "
+            f"| collecting `{collection['name']}` ({collection['hardware']['device']}) | | {used:,} | | "
             f"{_duration(totals['seconds'])} | {totals['flops']:.3g} |"
         )
     for name, phase in training["phases"].items():
@@ -124,8 +125,8 @@ def training_sections(training: dict) -> str:
     lines += [
         "",
         f"{storage}Trained on {hardware['device']}, {hardware['processes']} process(es), {hardware['mixed_precision']} "
-        "mixed precision. Time is wall-clock, data loading included; FLOPs are of matrix products, convolutions and "
-        "attention, counted in every fiftieth step and extrapolated.",
+        "mixed precision. Time is wall-clock, without reading the datasets; FLOPs are of matrix products, convolutions "
+        "and attention; those of training steps are counted in every fiftieth and extrapolated.",
         "",
         "<details><summary>All settings</summary>",
         "",

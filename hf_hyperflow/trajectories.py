@@ -23,13 +23,14 @@ import numpy as np
 import pyarrow.parquet
 import torch
 
+from .adapter import same_fingerprint
 from .domains import Domain
 from .episodes import Episode
 from .hub import fetch
 from .model_card import MARK, PAPER
 from .parameter_space import ParameterSpace, config_to_dict
 from .saving import CheckpointError
-from .shards import DATA, shard_path, shard_problem
+from .shards import DATA, shard_path, shard_problem, totals
 from .training_tasks import TrainingTask
 
 COLLECTION = "collection.json"
@@ -102,6 +103,8 @@ def load_trajectories(
     tables = [pyarrow.parquet.read_table(shard_path(folder, n), columns=_NEEDED) for n in wanted if n not in bad]
     if not tables:
         raise CheckpointError(f"{source} has no whole shard. Run training/collect_trajectories.py on that folder.")
+    if bad or not collection["totals"]:  # as it was collected so far
+        collection["totals"] = totals(folder, collection["groups"])
     tasks, deltas, diverged = [], [], 0
     for table in tables:
         rows = table.drop_columns(["theta"]).to_pylist()
@@ -124,7 +127,7 @@ def read_collection(folder: str | os.PathLike) -> dict:
         raise CheckpointError(f"{folder} holds no trajectories: there is no {COLLECTION} in it.")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not {"parameter_space", "domains", "backbone", "times", "groups"} <= set(found):
+        if not {"parameter_space", "domains", "backbone", "times", "groups", "totals"} <= set(found):
             raise ValueError("it has not the keys of a collection")
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}). Download or collect it again.") from error
@@ -174,7 +177,7 @@ def _require_same(
             "backbone and the parameter set they were collected with, or collect anew."
         )
     expected = collection["backbone"]["fingerprint"]
-    if fingerprint is not None and fingerprint != expected:
+    if fingerprint is not None and not same_fingerprint(expected, fingerprint):
         raise ValueError(
             f"the trajectories of {source} were collected on {collection['backbone']['name']}, and this backbone has "
             f"other weights (fingerprint {fingerprint}, expected {expected}). Use that backbone, or collect anew."

@@ -6,10 +6,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
+import collect_trajectories
+import drift_arguments
+import pretrain_backbone
 from arguments import parse
+
+CONFIGS = Path(__file__).parent.parent / "training/configs"
+#: Whose presets they are, by the beginning of their names.
+PRESETS = {
+    "hyperflow-": drift_arguments.Arguments,
+    "matched-": drift_arguments.Arguments,
+    "trajectories-": collect_trajectories.Arguments,
+    "vit-": pretrain_backbone.Arguments,
+}
 
 
 @dataclass
@@ -31,6 +44,16 @@ def test_flags_override_the_preset_and_the_preset_the_defaults(preset, form):
     assert parse(Arguments, config) == Arguments("from-preset", 7)
     assert parse(Arguments, [*config, "--steps", "9"]) == Arguments("from-preset", 9)
     assert parse(Arguments, ["--backbone", "given"]) == Arguments("given", 3)
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_our_presets(config):
+    (kind,) = (kind for start, kind in PRESETS.items() if config.name.startswith(start))
+    needed = ["--dataset", "a.parquet", "--output_dir", "out"]
+    if config.name.startswith("matched-"):
+        needed += ["--trajectories", "rows"]
+    arguments = parse(kind, ["--config", str(config), *needed])
+    assert all(vars(arguments)[key] == value for key, value in yaml.safe_load(config.read_text()).items())
 
 
 @pytest.mark.parametrize(

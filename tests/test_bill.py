@@ -56,7 +56,7 @@ def test_bill_adds_up():
         "seconds": 1000.0,
         "flops": 1e13,
         "episodes": 80,
-        "trajectories": 100,
+        "trajectories": 99,
         "bytes": 5_000_000,
     }
     assert found["break_even"] == {
@@ -88,8 +88,8 @@ def test_backbone_is_listed_but_paid_by_nobody():
 def test_markdown_says_it_all():
     text = bill_markdown(bill(training(), cost(), {"history": [{"seconds": 7200}]}))
     assert "| pretraining the backbone | not recorded | 2.00 h | not recorded |" in text
-    assert "| collecting rows | a CPU, 2 threads | 0.10 h | 4.0 T | 100 |  |" in text
-    assert "**0.28 h** | **10.0 T** | 100 recorded | 80 |" in text
+    assert "| collecting rows | a CPU, 2 threads | 0.10 h | 4.0 T | 99 |  |" in text
+    assert "**0.28 h** | **10.0 T** | 99 recorded | 80 |" in text
     assert "Stored trajectories: 5.0 MB." in text
     assert "| 70 px | bias fine-tuning | 26 s, 3,020 G | 1 s, 20 G | after 40 tasks | after 4 tasks |" in text
     assert "| 70 px | full fine-tuning | 1 s, 10 G | 1 s, 20 G | never | never |" in text
@@ -135,3 +135,6 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "bill.json").read_text())["total"]["seconds"] == 1000
     with pytest.raises(SystemExit, match=r"nowhere\.json"):
         script.main([*common, "--cost", str(tmp_path / "nowhere.json")])
+    write_json(tmp_path / "adapter/training.json", {"phases": training()["phases"]})
+    with pytest.raises(SystemExit, match="has no 'hardware'"):
+        script.main([*common, "--cost", str(tmp_path / "cost.json")])

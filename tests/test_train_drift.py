@@ -16,7 +16,16 @@ import torch
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from training_runs import SCRIPTS, die_in_step, die_while_saving, files_of_at_most, make_ground, make_images, run
+from training_runs import (
+    SCRIPTS,
+    die_in_step,
+    die_while_saving,
+    files_of_at_most,
+    infinite_gradient,
+    make_ground,
+    make_images,
+    run,
+)
 from transformers import AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
@@ -119,6 +128,32 @@ def test_damaged_checkpoint_is_named_and_passed_over(settings, whole, tmp_path):
     assert same(weights(whole), weights(tmp_path / "out"))
 
 
+def test_an_infinite_gradient_harms_nothing(settings, tmp_path):
+    done = run("train_drift", *settings(tmp_path / "out"), fault=partial(infinite_gradient, 2), log=tmp_path / "log")
+    assert done.exitcode == 1
+    assert "the loss of step 2 is 0." in done.output
+    assert "the norm of its gradient" in done.output
+    assert [f.name for f in (tmp_path / "out").glob("checkpoint*")] == ["checkpoint-1"]
+    assert all(t.isfinite().all() for t in weights(tmp_path / "out/checkpoint-1").values())
+
+
+def test_resumed_with_another_network_or_other_data_is_refused(settings, whole, recorded, ground, tmp_path):
+    shutil.copytree(whole, tmp_path / "out")
+    again = [tmp_path / "out", "--resume_from_checkpoint", "latest"]
+    done = run("train_drift", *settings(*again, "--drift_width", 24), log=tmp_path / "log")
+    assert done.exitcode == 1
+    assert "checkpoint-5 does not fit this run" in done.output
+    shutil.copytree(recorded, tmp_path / "rows")
+    shutil.rmtree(tmp_path / "rows/data")
+    (tmp_path / "rows/data").mkdir()
+    for path in (recorded / "data").glob("shard-00000*"):
+        shutil.copy(path, tmp_path / "rows/data")
+    done = run("train_drift", *settings(*again, "--trajectories", tmp_path / "rows"), log=tmp_path / "log")
+    assert done.exitcode == 1
+    assert "was trained so far on" in done.output
+    assert "{'rows': 4}" in done.output
+
+
 def losses(folder: Path) -> list[float]:
     keys = ("loss", "task_loss", "matching_loss")
     return [found[key] for found in record(folder)["history"] for key in keys if key in found]
@@ -153,6 +188,8 @@ def test_two_processes_equal_one(settings, whole, tmp_path):
     assert two["flops"] == pytest.approx(one["flops"], rel=0.1), "the two have shared the work"
     assert found["history"][-1].keys() == record(whole)["history"][-1].keys(), "validated there, too"
     assert done.stdout.count("train on") == 1, "the main process speaks"
+    assert done.stderr.count(f"{STEPS}/{STEPS}") == 1, "and shows its progress"
+    assert done.stderr.count("Loading weights: 100%") <= 1
 
 
 def test_record_of_the_run(whole, recorded):
@@ -247,12 +284,16 @@ def test_other_parameters(ground, parameters, tmp_path):
 
 
 def test_pushed_to_the_hub_with_its_card(settings, whole, tmp_path):
-    """Of a finished run resumed nothing is left to train: the adapter is pushed. Who may not push hears so at once."""
+    """Of a finished run resumed nothing is left to train: the adapter is pushed. Who may not push hears so at once.
+
+    As it is usually started, by `accelerate launch`.
+    """
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
 
     def push(name: str, token: str) -> subprocess.CompletedProcess:
         shutil.copytree(whole, tmp_path / name)
         more = ["--resume_from_checkpoint", "latest", "--push_to_hub", "--hub_model_id", "alice/adapter", "--cpu"]
-        command = [sys.executable, str(SCRIPTS / "train_drift.py"), *map(str, settings(tmp_path / name, *more))]
+        command = [*launcher, str(SCRIPTS / "train_drift.py"), *map(str, settings(tmp_path / name, *more))]
         own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / name), "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
         environment = os.environ | own | {"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -276,7 +317,7 @@ def test_pushed_to_the_hub_with_its_card(settings, whole, tmp_path):
         (["--blend_steps", 1], "needs --trajectories"),
         (["--validation_episodes", 1], "--validation_episodes 1"),
         (["--resume_from_checkpoint", "checkpoint-7"], "there is no checkpoint checkpoint-7"),
-        (["--lr_scheduler_type", "spiral"], "spiral"),
+        (["--backbone", "nowhere"], "nowhere"),
     ],
 )
 def test_bad_settings_are_named_before_training(ground, more, said, tmp_path):

@@ -139,6 +139,14 @@ def test_damaged_shards_are_named_and_left_out(collection, space, harm):
     with pytest.warns(UserWarning, match=r"lacks 1 of 3 shards.*shard-00001.parquet"):
         found = load_trajectories(folder, space)
     assert [task.episode.index for task in found.tasks] == [tasks[i].episode.index for i in (0, 1, 4, 5)]
+    assert found.collection["totals"]["rows"] == 4, "the bill is of what there is"
+
+
+def test_a_collection_that_is_not_finished_has_totals(collection, space):
+    folder, *_ = collection
+    described = json.loads((folder / COLLECTION).read_text())
+    write_json(folder / COLLECTION, described | {"totals": None})
+    assert load_trajectories(folder, space).collection["totals"] == described["totals"]
 
 
 def test_nothing_whole_is_an_error(collection, space):

@@ -107,6 +107,20 @@ def die_while_saving(checkpoint: int) -> None:
     Accelerator.save_state = _deadly(Accelerator.save_state, checkpoint)
 
 
+def infinite_gradient(step: int) -> None:
+    """A gradient that overflows in step number `step`, of a loss that does not."""
+    from accelerate import Accelerator
+
+    backward, calls = Accelerator.backward, 0
+
+    def overflowing(self: Accelerator, loss: torch.Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        backward(self, loss if calls < step else loss + (loss - loss.detach()) * float("inf"))
+
+    Accelerator.backward = overflowing
+
+
 def _deadly(function: Callable, call: int) -> Callable:
     calls = 0
 

@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
             backbone = read(fetch(arguments.backbone, "pretraining.json") / "pretraining.json")
         found = bill(training, read(Path(arguments.cost)), backbone)
         write_json(arguments.output, found)
+    except KeyError as error:
+        raise SystemExit(f"error: one of the files has no {error}: it was written by something else.") from error
     except (CheckpointError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     print(bill_markdown(found))

@@ -41,8 +41,8 @@ def save_checkpoint(
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError on a full disk
         shutil.rmtree(draft, ignore_errors=True)
         raise CheckpointError(
-            f"cannot write {final}: {error}. Make room or choose another --output_dir; what was saved before is "
-            "untouched: go on from it with --resume_from_checkpoint latest."
+            f"cannot write {final}: {error}. If the disk is full, make room or choose another --output_dir; what was "
+            "saved before is untouched: go on from it with --resume_from_checkpoint latest."
         ) from error
     if accelerator.is_main_process:
         kept = [folder for folder in checkpoints(output) if step_of(folder) <= step]
@@ -114,6 +114,12 @@ def damage(folder: Path) -> str | None:
 
 
 def _restored(accelerator: Accelerator, folder: Path) -> dict:
-    accelerator.load_state(str(folder))
+    try:
+        accelerator.load_state(str(folder))
+    except (KeyError, RuntimeError, ValueError) as error:  # torch's loader raises RuntimeError for other shapes
+        raise CheckpointError(
+            f"{folder} does not fit this run: {error}. Give the arguments that it was started with, or choose another "
+            "--output_dir."
+        ) from error
     accelerator.print(f"going on from {folder}")
     return json.loads((folder / PROGRESS).read_text())

@@ -26,13 +26,13 @@ from arguments import parse
 from offline_cost import hardware, versions
 from peft import PeftConfig
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_hyperflow.adapter import fingerprint
 from hf_hyperflow.backbones import SplitBackbone, find_blocks
+from hf_hyperflow.cost import flop_counter
 from hf_hyperflow.domains import Domain
 from hf_hyperflow.episodes import episode_generator
 from hf_hyperflow.hub import push_folder
@@ -151,7 +151,7 @@ class Collector:
         started = time.perf_counter()
         tasks = self.tasks(group)
         shape = (tasks[0].episode.n_way, len(tasks[0].episode.support))
-        counter = nullcontext() if shape in self.flops else FlopCounterMode(display=False)
+        counter = nullcontext() if shape in self.flops else flop_counter()
         with counter:
             recording = self.fine_tune(tasks)
         if shape not in self.flops:
@@ -206,6 +206,8 @@ def begin(folder: Path, wanted: dict) -> dict:
                 "give the arguments and datasets that these were collected with."
             )
         wanted["groups"] = max(wanted["groups"], there["groups"])
+        if all(shard_problem(folder, group) is None for group in range(wanted["groups"])):
+            wanted |= {key: there[key] for key in ("hardware", "versions")}  # nothing will be made here and now
     write_json(folder / COLLECTION, wanted)
     return wanted
 

@@ -45,7 +45,9 @@ class Arguments:
     )
     made_share: float = field(default=0.6, metadata={"help": "share of episodes whose domain is made from a real one"})
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "a schedule of transformers.get_scheduler"})
+    lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = field(
+        default="cosine", metadata={"help": "of the learning rate, after the warmup"}
+    )
     warmup_steps: int = field(default=50, metadata={"help": "steps of linear warmup"})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay of matrices"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})

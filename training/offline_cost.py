@@ -9,8 +9,8 @@ from importlib.metadata import version
 
 import torch
 from accelerate import Accelerator
-from torch.utils.flop_counter import FlopCounterMode
 
+from hf_hyperflow.cost import flop_counter
 from hf_hyperflow.task_cost import device_name
 
 #: Operations are counted in every n-th run of a phase, the first included: counting slows small models down.
@@ -41,7 +41,7 @@ class OfflineCost:
         entry = self.state.setdefault(name, {"runs": 0, "seconds": 0.0, "counted_runs": 0, "counted_flops": 0.0})
         started = time.perf_counter()
         if entry["runs"] % every == 0:
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 yield
             flops = torch.tensor(counter.get_total_flops(), dtype=torch.float64, device=self.accelerator.device)
             entry["counted_flops"] += self.accelerator.reduce(flops).item()

@@ -40,12 +40,12 @@ class Arguments:
     backbone: str = field(default=str(BACKBONE), metadata={"help": "the target: Hub id or folder"})
     output_dir: str = field(default="outputs/demo", metadata={"help": "folder for everything that is made"})
     max_classes: int = field(default=24, metadata={"help": "characters of each script that are drawn"})
-    n_trajectories: int = field(default=32, metadata={"help": "few-shot tasks that the teacher fine-tunes"})
+    n_trajectories: int = field(default=24, metadata={"help": "few-shot tasks that the teacher fine-tunes"})
     n_unseen: int = field(default=8, metadata={"help": "the same of unseen domains, for the report alone"})
     matching_steps: int = field(default=60, metadata={"help": "optimiser steps that match the trajectories"})
     blend_steps: int = field(default=10, metadata={"help": "steps of both objectives"})
-    task_steps: int = field(default=40, metadata={"help": "steps of the task objective"})
-    n_episodes: int = field(default=60, metadata={"help": "5-way 5-shot episodes of each unseen domain"})
+    task_steps: int = field(default=30, metadata={"help": "steps of the task objective"})
+    n_episodes: int = field(default=20, metadata={"help": "5-way 5-shot episodes of each unseen domain"})
     gradient_episodes: int = field(default=3, metadata={"help": "of them also with fine-tuning by gradients"})
 
     def __post_init__(self) -> None:
@@ -155,7 +155,8 @@ def main() -> None:
         "Benchmark: unseen domains, against no adaptation and against the teacher",
         *("benchmark.py", *backbone, "--adapter", adapter, "--dataset", *unseen, "--n_shot", 5),
         *("--methods", "direct,hyperflow,bias", "--n_episodes", a.n_episodes),
-        *("--max_episodes_gradient", a.gradient_episodes, "--recipes", recipes, "--output_dir", output / "benchmark"),
+        *("--max_episodes_gradient", a.gradient_episodes, "--recipes", recipes, "--bf16"),
+        *("--output_dir", output / "benchmark"),
     )
     print(f"\n=== What there is now, after {(time.monotonic() - started) / 60:.1f} minutes\n{summary(output)}")
 

@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import tempfile
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from arguments import described, parse
 from checkpoints import load_checkpoint, save_checkpoint
+from datasets import disable_progress_bars
 from drift_arguments import Arguments
 from drift_data import StepBatches, load_recorded
 from offline_cost import OfflineCost, hardware, versions
@@ -31,6 +33,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from tracking import flat, logging_folder, require_tracker, start_tracker
 from transformers import AutoImageProcessor, AutoModel, get_scheduler
+from transformers.utils import logging
 
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.domains import Domain
@@ -41,7 +44,7 @@ from hf_hyperflow.parameter_space import bias_config, layernorm_config, lora_con
 from hf_hyperflow.saving import CheckpointError, claimed
 from hf_hyperflow.schedule import METRICS, Schedule, ScheduledObjective
 from hf_hyperflow.training_tasks import MIN_WAY, load_domains, query_count, require_enough
-from hf_hyperflow.trajectories import token_scale
+from hf_hyperflow.trajectories import Trajectories, token_scale
 
 #: Means in the history are over so many steps.
 WINDOW = 50
@@ -89,6 +92,15 @@ def save_adapter(adapter: HyperFlowAdapter, folder: str | Path) -> None:
     adapter.save_pretrained(folder, state_dict=rounded)
 
 
+def trained_on(training: list[Domain], recorded: Trajectories | None) -> dict[str, object]:
+    """How much there is to train on: a run that was interrupted goes on with the same."""
+    collections = [] if recorded is None else recorded.collection["collections"]
+    return {
+        "images": {domain.name: len(domain) for domain in training},
+        "trajectories": {c["name"]: c["totals"]["rows"] for c in collections},
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     try:
         arguments = parse(Arguments, argv)
@@ -102,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         with claimed(arguments.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
             train(arguments, accelerator)
-    except (CheckpointError, ImportError, ValueError) as error:
+    except (CheckpointError, ImportError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     accelerator.end_training()
 
@@ -110,6 +122,10 @@ def main(argv: list[str] | None = None) -> None:
 def train(arguments: Arguments, accelerator: Accelerator) -> None:
     """The whole run, from the data to the saved adapter."""
     set_seed(arguments.seed)
+    if not accelerator.is_main_process:  # bars and warnings once, not once per process
+        disable_progress_bars()
+        logging.disable_progress_bar()
+        warnings.simplefilter("ignore")
     output = Path(arguments.output_dir)
     repo_id = arguments.hub_model_id or output.name
     if arguments.push_to_hub and accelerator.is_main_process:
@@ -150,12 +166,17 @@ def train(arguments: Arguments, accelerator: Accelerator) -> None:
     averaged = AveragedModel(adapter, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay))
     accelerator.register_for_checkpointing(averaged, scheduler)
 
-    record = described(arguments)
+    record, data = described(arguments), trained_on(training, recorded)
     progress = load_checkpoint(accelerator, output, arguments.resume_from_checkpoint)
     first, history, recent, cost = 0, [], {}, OfflineCost(accelerator)
     if progress is not None:
         first, history, recent = progress["step"], progress["history"], progress["recent"]
         cost = OfflineCost(accelerator, progress["cost"])
+        if progress["data"] != data:
+            raise CheckpointError(
+                f"{output} was trained so far on {progress['data']}, and now there are {data}. Choose another "
+                "--output_dir, or give the data it was started with."
+            )
         changed = sorted(key for key in record if record[key] != progress["arguments"].get(key))
         if changed:
             accelerator.print(f"warning: other than when the checkpoint was written: {', '.join(changed)}")
@@ -178,17 +199,20 @@ def train(arguments: Arguments, accelerator: Accelerator) -> None:
                     loss, measured = objective(episodes, rows, weight, sizes["episodes"], sizes["rows"])
                     accelerator.backward(loss * accelerator.num_processes)  # DDP takes the mean of the processes
                     metrics += measured
-            accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)
+            norm = float(accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm))
+            values = dict(zip(METRICS, accelerator.reduce(metrics).tolist(), strict=True))
+            # Half precision looks after infinite gradients itself: it leaves the step out and lowers its scale.
+            if not math.isfinite(values["loss"]) or (accelerator.scaler is None and not math.isfinite(norm)):
+                raise ValueError(
+                    f"the loss of step {step + 1} is {values['loss']}, the norm of its gradient {norm}. Lower "
+                    "--learning_rate, lengthen --warmup_steps or use --mixed_precision no, and go on from the last "
+                    "checkpoint."
+                )
             optimizer.step()
             optimizer.zero_grad()
-            scheduler.step()
-            averaged.update_parameters(adapter)
-            values = dict(zip(METRICS, accelerator.reduce(metrics).tolist(), strict=True))
-        if not math.isfinite(values["loss"]):
-            raise ValueError(
-                f"the loss of step {step + 1} is {values['loss']}. Lower --learning_rate, lengthen --warmup_steps or "
-                "use --mixed_precision no, and go on from the last checkpoint."
-            )
+            if not accelerator.optimizer_step_was_skipped:
+                scheduler.step()
+                averaged.update_parameters(adapter)
         unused = {"task_loss", "accuracy"} if weight == 1 else {"matching_loss"} if weight == 0 else set()
         recent = {key: [*recent.get(key, [])[1 - WINDOW :], v] for key, v in values.items() if key not in unused}
         means = {key: sum(column) / len(column) for key, column in recent.items()}
@@ -205,7 +229,8 @@ def train(arguments: Arguments, accelerator: Accelerator) -> None:
             accelerator.print(json.dumps(found))
             accelerator.log(flat({"validation": accuracies}), step=step + 1)
         if (step + 1) % arguments.checkpointing_steps == 0 or done:
-            state = {"history": history, "recent": recent, "cost": cost.state, "arguments": record}
+            state = {"history": history, "recent": recent, "cost": cost.state}
+            state |= {"arguments": record, "data": data}
             save_checkpoint(accelerator, output, step + 1, state, arguments.checkpoints_total_limit)
 
     if accelerator.is_main_process:
