@@ -56,6 +56,7 @@ def run(output: Path, cwd: Path, arguments: list[str]) -> None:
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT), stream.fileno())
     os.chdir(cwd)
     sys.argv = arguments
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests started in the background inherit that it is off
     cli.main()
 
 

@@ -45,7 +45,7 @@ class Arguments:
     matching_steps: int = field(default=60, metadata={"help": "optimiser steps that match the trajectories"})
     blend_steps: int = field(default=10, metadata={"help": "steps of both objectives"})
     task_steps: int = field(default=30, metadata={"help": "steps of the task objective"})
-    n_episodes: int = field(default=20, metadata={"help": "5-way 5-shot episodes of each unseen domain"})
+    n_episodes: int = field(default=15, metadata={"help": "5-way 5-shot episodes of each unseen domain"})
     gradient_episodes: int = field(default=3, metadata={"help": "of them also with fine-tuning by gradients"})
 
     def __post_init__(self) -> None:
