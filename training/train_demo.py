@@ -41,7 +41,9 @@ class Arguments:
     output_dir: str = field(default="outputs/demo", metadata={"help": "folder for everything that is made"})
     max_classes: int = field(default=24, metadata={"help": "characters of each script that are drawn"})
     n_trajectories: int = field(default=24, metadata={"help": "few-shot tasks that the teacher fine-tunes"})
-    n_unseen: int = field(default=8, metadata={"help": "the same of unseen domains, for the report alone"})
+    n_unseen: int = field(
+        default=8, metadata={"help": "the same of unseen domains, for the report alone; of both it takes so many"}
+    )
     matching_steps: int = field(default=60, metadata={"help": "optimiser steps that match the trajectories"})
     blend_steps: int = field(default=10, metadata={"help": "steps of both objectives"})
     task_steps: int = field(default=30, metadata={"help": "steps of the task objective"})
@@ -145,7 +147,7 @@ def main() -> None:
         "Report: does the flow go where the teacher goes?",
         *("integration_report.py", *backbone, "--adapter", f"demo={adapter}", "--trajectories", trajectories),
         *("--unseen", others, "--dataset", *training, *unseen, "--output_dir", output / "report"),
-        *("--n_tasks", 8, "--solver_tasks", 2),
+        *("--n_tasks", a.n_unseen, "--solver_tasks", 2),
     )
     recipes = output / "recipes.json"
     settings = {"steps": TEACHER_STEPS, "learning_rate": TEACHER_LEARNING_RATE}
