@@ -22,8 +22,10 @@ from .drift import DriftNetwork
 from .guard import Choice, choose_time
 from .hub import fetch, push_folder
 from .images import load_processor
+from .metric import SupportMetric
 from .model_card import adapter_card, write_card
 from .parameter_space import ParameterSpace, config_to_dict, take_out
+from .prototypes import Prototypes, unit_means
 from .saving import CheckpointError, require_sha256, sha256, write_json, written_whole
 from .solvers import Trajectory, integrate
 from .support import read_support
@@ -47,6 +49,7 @@ class HyperFlowAdapter(PreTrainedModel):
         encoder: the separate support encoder, or None when the first blocks of the target are shared.
         token_scale: `(n_tokens, 1)`, what one unit of the flow is worth in each row of theta.
         log_scale: logarithm of the scale of the cosine logits.
+        metric: what makes prototypes of the support set; None for plain cosines to class means.
     """
 
     config_class = HyperFlowConfig
@@ -79,6 +82,7 @@ class HyperFlowAdapter(PreTrainedModel):
             self.space.n_tokens, self.space.token_dim, config.drift_width, config.drift_depth, config.drift_heads
         )
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.metric = SupportMetric(config.backbone["hidden_size"]) if config.metric else None
         self.register_buffer("token_scale", torch.full((self.space.n_tokens, 1), 0.02))
         self.post_init()
 
@@ -184,6 +188,11 @@ class HyperFlowAdapter(PreTrainedModel):
         states = self.encoder(pixel_values.to(self.device, self.encoder.dtype)).last_hidden_state
         return pooled_tokens(states), hidden
 
+    @property
+    def prototypes(self) -> Prototypes:
+        """What makes prototypes `(n_way, width)` from support features `(n, width)` and labels `(n,)`."""
+        return unit_means if self.metric is None else self.metric
+
     def flow(
         self, tasks: TaskTokens, *, n_steps: int | None = None, solver: str | None = None, end_time: float = 1.0
     ) -> Trajectory:
@@ -252,7 +261,7 @@ class HyperFlowAdapter(PreTrainedModel):
                 choice = Choice(time=trajectory.times[-1])
                 if guard == "loo":
                     hidden = hidden or split.prefix(pixel_values)
-                    choice = choose_time(split, injection, hidden, labels, trajectory.times, steps)
+                    choice = choose_time(split, injection, hidden, labels, trajectory.times, steps, self.prototypes)
         except BaseException:
             if not was_in:
                 injection.remove()
@@ -264,7 +273,7 @@ class HyperFlowAdapter(PreTrainedModel):
             class_names=data.class_names,
             scale=self.log_scale.exp().item(),
             processor=self.processor,
-            support=(hidden or pixel_values, labels),
+            support=(hidden or pixel_values, labels, self.prototypes),
             n_evaluations=trajectory.n_evaluations,
             choice=choice,
         )

@@ -20,6 +20,7 @@ class HyperFlowConfig(PreTrainedConfig):
         encoder: None to encode the support set with the frozen first blocks of the target ("shared"), or the
             `to_dict()` of a `transformers` vision model's config, whose weights are then part of this checkpoint.
         drift_width, drift_depth, drift_heads: of the drift network.
+        metric: whether images are compared in a measured metric (see `hf_hyperflow.metric`) or by plain cosines.
         n_steps, solver: how the flow is integrated unless `adapt` is told otherwise.
         weights_sha256: of `model.safetensors`, so that a damaged download is noticed.
     """
@@ -38,6 +39,7 @@ class HyperFlowConfig(PreTrainedConfig):
     drift_width: int = 192
     drift_depth: int = 4
     drift_heads: int = 6
+    metric: bool = False
     n_steps: int = 4
     solver: str = "euler"
     weights_sha256: str | None = None

@@ -19,6 +19,7 @@ from transformers import AutoModel
 from .adapter import HyperFlowAdapter
 from .demo_html import NAME_BUTTONS, STYLE, alert, comparison, note
 from .images import ImageError, decode
+from .prototypes import unit_means
 from .quickstart import digits_episode
 from .released import ADAPTER, BACKBONE, released
 from .support import SupportSetError, read_support
@@ -55,7 +56,7 @@ class Session:
     """What one person adapted.
 
     Attributes:
-        before: the task at t = 0, that is direct transfer: prototypes of the backbone as it is.
+        before: the task at t = 0, compared by plain cosines: direct transfer.
         after: the task where the flow was stopped.
         n_images: size of the support set.
         seconds: from the images in memory to being able to classify.
@@ -115,7 +116,7 @@ class SharedModels:
             class_names=task.class_names,
             scale=task.scale,
             processor=task.processor,
-            support=(pixel_values.to(parameter.device, parameter.dtype), labels.to(parameter.device)),
+            support=(pixel_values.to(parameter.device, parameter.dtype), labels.to(parameter.device), unit_means),
         )
         _ = before.prototypes
         return before

@@ -12,7 +12,7 @@ from .adapter import HyperFlowAdapter
 from .backbones import Hidden, SplitBackbone
 from .domains import Domain, normalise
 from .episodes import Episode, cdfsl_episode
-from .prototypes import PrototypeClassifier
+from .prototypes import PrototypeClassifier, Prototypes, unit_means
 from .task import evaluating
 
 
@@ -88,15 +88,17 @@ def features_of(split: SplitBackbone, hidden: Hidden, batch_size: int = 512) -> 
     return torch.cat(parts).float()
 
 
-def prototype_accuracy(features: torch.Tensor, episode: Episode) -> float:
+def prototype_accuracy(features: torch.Tensor, episode: Episode, prototypes: Prototypes = unit_means) -> float:
     """Accuracy in % of the prototype classifier on an episode.
 
     Args:
         features: `(n_support + n_query, width)`, the support images first.
+        prototypes: makes them of the support features, see `hf_hyperflow.prototypes`.
     """
     n_support = len(episode.support)
     labels, query_labels = episode.support_labels.to(features.device), episode.query_labels.to(features.device)
-    logits = PrototypeClassifier.from_support(features[:n_support], labels)(features[n_support:])
+    classifier = PrototypeClassifier.from_support(features[:n_support], labels, prototypes=prototypes)
+    logits = classifier(features[n_support:])
     return 100 * (logits.argmax(-1) == query_labels).float().mean().item()
 
 
@@ -153,7 +155,7 @@ def compare_flow(
                 injection.write(injection.start)
                 direct.append(prototype_accuracy(features_of(split, hidden), episode))
                 injection.write(flow_weights(adapter, features, injection.start, episode, n_steps=n_steps))
-                adapted.append(prototype_accuracy(features_of(split, hidden), episode))
+                adapted.append(prototype_accuracy(features_of(split, hidden), episode, adapter.prototypes))
     finally:
         injection.write(injection.start)
         injection.owner = None

@@ -135,8 +135,6 @@ def draw_flow(results: dict[str, list[dict]]) -> Figure:
             gains = [np.mean([r["diff_vs_direct"] for r in _of(mine, value=v)]) for v in values]
             squares = [np.square([r["diff_ci95"] or 0 for r in _of(mine, value=v)]) for v in values]
             halves = [np.sqrt(s.sum()) / len(s) for s in squares]
-            if along == "t":  # all begin at direct transfer
-                values, gains, halves = [0.0, *values], [0.0, *gains], [0.0, *halves]
             (line,) = axis.plot(values, gains, "o-", label=_title(shots))
             low, high = np.array(gains) - halves, np.array(gains) + halves
             axis.fill_between(values, low, high, color=line.get_color(), alpha=0.15)

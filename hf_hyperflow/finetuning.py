@@ -12,7 +12,7 @@ from torch import nn
 from .augmentation import random_views
 from .backbones import SplitBackbone
 from .domains import normalise
-from .prototypes import PrototypeClassifier, class_means
+from .prototypes import PrototypeClassifier
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def fine_tune(
         for step in range(1, recipe.steps + 1):
             views = normalise(random_views(images, generator), processor)
             features = split.extract(torch.cat([clean, views])).float()
-            prototypes = class_means(features[: len(images)], labels)
-            logits = PrototypeClassifier(prototypes, recipe.scale)(features[len(images) :])
+            classifier = PrototypeClassifier.from_support(features[: len(images)], labels, recipe.scale)
+            logits = classifier(features[len(images) :])
             loss = F.cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward(inputs=parameters)

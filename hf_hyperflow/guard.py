@@ -8,7 +8,7 @@ import torch
 
 from .backbones import Hidden, SplitBackbone
 from .parameter_space import Injection
-from .prototypes import leave_one_out_logits
+from .prototypes import Prototypes, leave_one_out_logits, unit_means
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ def choose_time(
     labels: torch.Tensor,
     times: list[float],
     thetas: list[torch.Tensor],
+    prototypes: Prototypes = unit_means,
 ) -> Choice:
     """The earliest time with the best leave-one-out accuracy on the support set; forward passes only.
 
@@ -40,6 +41,7 @@ def choose_time(
         hidden: what the frozen blocks computed of the support images.
         labels: `(n,)` in 0..n_way-1.
         times, thetas: the points of the flow to try, t = 0 among them.
+        prototypes: makes them of support features, see `hf_hyperflow.prototypes`.
     """
     counted = torch.bincount(labels)[labels] > 1
     if not counted.any():
@@ -47,7 +49,7 @@ def choose_time(
     accuracies = {}
     for time, theta in zip(times, thetas, strict=True):
         injection.write(theta)
-        logits = leave_one_out_logits(split(hidden).float(), labels, 1.0)[counted]
+        logits = leave_one_out_logits(split(hidden).float(), labels, 1.0, prototypes)[counted]
         accuracies[time] = (logits.argmax(-1) == labels[counted]).float().mean().item()
     injection.owner = None  # whose weights these were no longer holds
     best = max(accuracies.values())

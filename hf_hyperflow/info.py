@@ -59,6 +59,9 @@ def _describe_adapter(adapter: HyperFlowAdapter) -> dict[str, str]:
         "drift network": f"{_count(adapter.drift)} parameters: width {config.drift_width}, depth {config.drift_depth}, "
         f"{config.drift_heads} heads",
         "solver": f"{config.solver}, {config.n_steps} steps",
+        "classes compared": "by plain cosines"
+        if adapter.metric is None
+        else "in a metric measured on the training domains",
         "image processor": "none" if adapter.processor is None else type(adapter.processor).__name__,
     }
 

@@ -1,8 +1,9 @@
 """The methods that the benchmark compares, on one episode each: accuracy, and all the work of getting ready.
 
-`direct` classifies by prototypes with the backbone as it is, `head` fits a logistic regression on its features,
-`hyperflow` follows the flow. `bias`, `lora`, `layernorm` and `full` fine-tune by gradient descent, the first three
-through PEFT in the blocks that the flow adapts. `easyfsl-...` are in `hf_hyperflow.easyfsl_methods`.
+`direct` classifies by prototypes with the backbone as it is, `metric` does so in the adapter's metric (by plain cosines
+if it has none), `head` fits a logistic regression on the same features, `hyperflow` follows the flow and uses the
+metric. `bias`, `lora`, `layernorm` and `full` fine-tune by gradient descent, the first three through PEFT in the blocks
+that the flow adapts. `easyfsl-...` are in `hf_hyperflow.easyfsl_methods`.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from .episodes import Episode
 from .evaluation import DomainFeatures, features_of, flow_weights, prototype_accuracy
 from .finetuning import FineTuning, fine_tune
 from .parameter_space import ParameterSpace, bias_config, layernorm_config, lora_config
-from .prototypes import class_means
+from .prototypes import unit_means
 from .recipes import Recipes
 from .task import evaluating
 
 GRADIENT_METHODS = ("bias", "lora", "layernorm", "full")
-METHODS = ("direct", "head", "hyperflow", *GRADIENT_METHODS)
+METHODS = ("direct", "metric", "head", "hyperflow", *GRADIENT_METHODS)
 
 
 def method_list(names: str) -> list[str]:
@@ -56,10 +57,10 @@ def flow_points(n_steps: int) -> dict[str, tuple[int, float]]:
     """Points of the flow for the figures, by name: `(solver steps, end time)`.
 
     Along the flow, at steps as long as those of an adapter with `n_steps` (or shorter, so that quarters of t are
-    ends of steps), also beyond t = 1; and at t = 1 with other numbers of steps.
+    ends of steps), from the backbone as it is at t = 0 to beyond t = 1; and at t = 1 with other numbers of steps.
     """
     per_unit = 4 * math.ceil(n_steps / 4)
-    along = {f"hyperflow t={t:g}": (round(t * per_unit), t) for t in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)}
+    along = {f"hyperflow t={t:g}": (round(t * per_unit), t) for t in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)}
     return along | {f"hyperflow steps={n}": (n, 1.0) for n in (1, 2, 4, 8, 16, 50)}
 
 
@@ -132,12 +133,15 @@ def accuracy(method: str, target: Target, features: DomainFeatures, episode: Epi
     with torch.no_grad(), evaluating(target.backbone), evaluating(adapter):
         if method.startswith("hyperflow"):
             n_steps, end_time = target.points.get(method, (None, 1.0))
-            theta = flow_weights(adapter, features, injection.start, episode, n_steps=n_steps, end_time=end_time)
-            injection.write(theta)
+            if end_time > 0:
+                theta = flow_weights(adapter, features, injection.start, episode, n_steps=n_steps, end_time=end_time)
+                injection.write(theta)
         found = features_of(split, hidden)
         injection.write(injection.start)
-        if method == "direct" or method.startswith("hyperflow"):
+        if method == "direct":
             return prototype_accuracy(found, episode)
+        if method == "metric" or method.startswith("hyperflow"):
+            return prototype_accuracy(found, episode, adapter.prototypes)
         n_support = len(episode.support)
         if method == "head":
             classify = head_classifier(found[:n_support], episode.support_labels, target.recipes.head_c)
@@ -226,11 +230,13 @@ def get_ready(
         with evaluating(target.backbone), target.moving(method) as parameters:
             fine_tune(whole, parameters, images, labels, processor, recipe)
             with torch.no_grad():
-                return class_means(whole.extract(pixels).float(), labels)
+                return unit_means(whole.extract(pixels).float(), labels)
     with torch.no_grad(), evaluating(target.plain()):
         found = whole.extract(pixels).float()
         if method == "direct":
-            return class_means(found, labels)
+            return unit_means(found, labels)
+        if method == "metric":
+            return target.adapter.prototypes(found, labels)
         if method == "head":
             return head_classifier(found, labels, target.recipes.head_c)
         return easyfsl_classifier(method, found, labels)(found)

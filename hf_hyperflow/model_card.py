@@ -73,8 +73,9 @@ model = PeftModel.from_pretrained(backbone, "<this repository or folder>")
 ```
 
 The feature of an image is {feature} of the last hidden state; its score for a class is the softmax over
-`scale` x cosine(feature, prototype), with `scale` and `prototypes` (rows in the order of the classes) in
-`prototypes.safetensors`. `checksums.json` holds the SHA-256 of both weight files.
+`scale` x the product of the feature, divided by its length, and the prototype, with `scale` and `prototypes` (rows in
+the order of the classes, not to be normalised) in `prototypes.safetensors`. `checksums.json` holds the SHA-256 of both
+weight files.
 """
 
 

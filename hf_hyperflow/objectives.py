@@ -67,7 +67,9 @@ class TaskObjective(nn.Module):
         features = self.adapted_features(theta, hidden).float()
         n_support = len(episode.support_labels)
         scale = self.adapter.log_scale.exp()
-        classifier = PrototypeClassifier.from_support(features[:n_support], episode.support_labels, scale)
+        classifier = PrototypeClassifier.from_support(
+            features[:n_support], episode.support_labels, scale, self.adapter.prototypes
+        )
         return classifier(features[n_support:])
 
     def forward(self, episodes: list[EpisodeImages]) -> tuple[torch.Tensor, torch.Tensor]:

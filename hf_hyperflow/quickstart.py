@@ -21,7 +21,7 @@ from .backbones import SplitBackbone
 from .cost import Cost, in_fresh_process, measured
 from .domains import normalise, resized
 from .finetuning import FineTuning, fine_tune
-from .prototypes import PrototypeClassifier, class_means
+from .prototypes import PrototypeClassifier, unit_means
 from .released import ADAPTER, BACKBONE, released
 from .task import evaluating
 
@@ -38,7 +38,7 @@ model = PeftModel.from_pretrained(AutoModel.from_pretrained(backbone), task).eva
 saved = load_file(f"{task}/prototypes.safetensors")
 with torch.no_grad():
     features = torch.cat([model(x).last_hidden_state[:, 0] for x in torch.from_numpy(np.load(pixels)).split(64)])
-logits = saved["scale"] * F.normalize(features, dim=-1) @ F.normalize(saved["prototypes"], dim=-1).T
+logits = saved["scale"] * F.normalize(features, dim=-1) @ saved["prototypes"].T
 assert "hf_hyperflow" not in sys.modules
 print(json.dumps(logits.argmax(-1).tolist()))
 """
@@ -108,7 +108,7 @@ def _prepare_direct(backbone: torch.nn.Module, adapter: HyperFlowAdapter, suppor
     split = SplitBackbone(backbone, 0, adapter.config.pooling)
     images, labels = _images(adapter, support)
     with torch.no_grad():
-        prototypes = class_means(split.extract(normalise(images, adapter.processor)), labels)
+        prototypes = unit_means(split.extract(normalise(images, adapter.processor)), labels)
 
     @torch.no_grad()
     def predict(pixels: torch.Tensor) -> torch.Tensor:

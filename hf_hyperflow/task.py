@@ -25,7 +25,7 @@ from .hub import fetch, push_folder
 from .images import decode, load_processor
 from .model_card import task_card, write_card
 from .parameter_space import Injection, ParameterSpace, take_out
-from .prototypes import PrototypeClassifier, class_means
+from .prototypes import PrototypeClassifier, Prototypes
 from .saving import CheckpointError, require_sha256, sha256, written_whole
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -66,7 +66,7 @@ class AdaptedTask:
         class_names: list[str],
         scale: float,
         processor: BaseImageProcessor | None,
-        support: tuple[Hidden | torch.Tensor, torch.Tensor] | None = None,
+        support: tuple[Hidden | torch.Tensor, torch.Tensor, Prototypes] | None = None,
         prototypes: torch.Tensor | None = None,
         n_evaluations: int = 0,
         choice: Choice | None = None,
@@ -86,12 +86,12 @@ class AdaptedTask:
 
     @property
     def prototypes(self) -> torch.Tensor:
-        """`(n_way, width)` mean features of the support images of each class; computed on first use."""
+        """`(n_way, width)`, what the features of an image, of length 1, are multiplied with; computed on first use."""
         if self._prototypes is None:
-            source, labels = self._support
+            source, labels, make = self._support
             with torch.no_grad(), self._active():
                 hidden = source if isinstance(source, Hidden) else self._split.prefix(source)
-                self._prototypes = class_means(self._split(hidden).float(), labels)
+                self._prototypes = make(self._split(hidden).float(), labels)
             self._support = None
         return self._prototypes
 

@@ -226,7 +226,7 @@ def scores(model, prototypes, scale, files: list[Path]) -> torch.Tensor:
     pixels = tiny_processor()([PIL.Image.open(f).convert("RGB") for f in files], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         features = model(pixels).last_hidden_state[:, 0]
-    return (scale * F.normalize(features, dim=-1) @ F.normalize(prototypes, dim=-1).T).softmax(-1)
+    return (scale * F.normalize(features, dim=-1) @ prototypes.T).softmax(-1)
 
 
 @needs_gradio
@@ -257,8 +257,8 @@ def test_upload_adapt_predict_download(open_page, folder, browser):
     plain = AutoModel.from_pretrained(backbone).eval()
     with torch.no_grad():
         pixels = [tiny_processor()(images, return_tensors="pt")["pixel_values"] for images in pictures(3, 1).values()]
-        prototypes = torch.stack([plain(p).last_hidden_state[:, 0].mean(0) for p in pixels])
-    before = scores(plain, prototypes, saved["scale"], query)
+        means = torch.stack([plain(p).last_hidden_state[:, 0].mean(0) for p in pixels])
+    before = scores(plain, F.normalize(means, dim=-1), saved["scale"], query)
     after = scores(PeftModel.from_pretrained(plain, str(task)).eval(), saved["prototypes"], saved["scale"], query)
     for row, expected in zip(shown, zip(before, after, strict=True), strict=True):
         for column, values in zip(row, expected, strict=True):

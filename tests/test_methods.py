@@ -44,7 +44,9 @@ def domain(processor):
 
 @pytest.fixture
 def target(backbone, processor):
-    return Target(backbone, tiny_adapter(backbone, processor=processor), RECIPES)
+    adapter = tiny_adapter(backbone, processor=processor, metric=True)
+    adapter.metric.set_prior(torch.eye(32), count=3.0)
+    return Target(backbone, adapter, RECIPES)
 
 
 @pytest.fixture
@@ -116,11 +118,12 @@ def test_the_head_is_a_logistic_regression_on_unit_features(target, features, do
 
 def test_points_along_the_flow():
     points = flow_points(4)
+    assert points["hyperflow t=0"] == (0, 0.0)
     assert points["hyperflow t=0.25"] == (1, 0.25)
     assert points["hyperflow t=1.5"] == (6, 1.5)
     assert points["hyperflow steps=16"] == (16, 1.0)
     assert flow_points(6)["hyperflow t=0.75"] == (6, 0.75)  # steps of 1/8: not longer than those of 1/6
-    steps = {n / t for n, t in flow_points(10).values() if t != 1.0}
+    steps = {n / t for n, t in flow_points(10).values() if t not in (0.0, 1.0)}
     assert steps == {12.0}
 
 
@@ -137,6 +140,10 @@ def test_getting_ready_does_all_of_the_work(method, target, features, domain, ba
     if method == "direct":
         with torch.no_grad():
             expected = class_means(target.plain()(pixels).last_hidden_state[:, 0], labels)
+        torch.testing.assert_close(found, F.normalize(expected, dim=1))
+    elif method == "metric":
+        with torch.no_grad():
+            expected = target.adapter.metric(target.plain()(pixels).last_hidden_state[:, 0], labels)
         torch.testing.assert_close(found, expected)
     elif method == "head":
         with torch.no_grad():

@@ -244,7 +244,7 @@ def test_merge_and_reset(make, kind, support, pixels):
     torch.testing.assert_close(task.logits(pixels), expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         features = copy.deepcopy(merged).eval()(pixels).last_hidden_state[:, 0]
-    by_hand = task.scale * F.normalize(features, dim=-1) @ F.normalize(task.prototypes, dim=-1).T
+    by_hand = task.scale * F.normalize(features, dim=-1) @ task.prototypes.T
     torch.testing.assert_close(by_hand, expected, rtol=1e-4, atol=1e-4)
     task.reset()
     before.assert_unchanged()
@@ -305,7 +305,7 @@ def test_plain_peft_computes_the_same(make, kind, format_, support, pixels, tmp_
     saved = load_file(tmp_path / "prototypes.safetensors")
     with torch.no_grad():
         features = plain(pixels).last_hidden_state[:, 0]
-    logits = saved["scale"] * F.normalize(features, dim=-1) @ F.normalize(saved["prototypes"], dim=-1).T
+    logits = saved["scale"] * F.normalize(features, dim=-1) @ saved["prototypes"].T
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -328,7 +328,7 @@ saved = load_file(folder / "task" / "prototypes.safetensors")
 with torch.no_grad():
     features = model(load_file(folder / "pixels.safetensors")["pixels"]).last_hidden_state[:, 0]
 assert "hf_hyperflow" not in sys.modules
-print(json.dumps((saved["scale"] * F.normalize(features) @ F.normalize(saved["prototypes"]).T).tolist()))
+print(json.dumps((saved["scale"] * F.normalize(features) @ saved["prototypes"].T).tolist()))
 """
     command = [sys.executable, "-c", code, str(tmp_path)]
     found = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -29,6 +29,9 @@ from training_runs import (
 from transformers import AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
+from hf_hyperflow.domains import normalise
+from hf_hyperflow.metric import SupportMetric, within_covariance
+from hf_hyperflow.training_tasks import draw_task, load_domains, task_images
 
 STEPS = 5
 
@@ -52,7 +55,18 @@ def recorded(ground, tmp_path_factory) -> Path:
 
 def arguments(ground: Path, output: Path, *more: object) -> list:
     sizes = ["--drift_width", 12, "--drift_depth", 1, "--last_blocks", 2, "--n_steps", 2, "--mixed_precision", "no"]
-    batch = ["--episodes_per_step", 3, "--warmup_steps", 1, "--validation_episodes", 2, "--validate_every", 1]
+    batch = [
+        "--metric_tasks",
+        4,
+        "--episodes_per_step",
+        3,
+        "--warmup_steps",
+        1,
+        "--validation_episodes",
+        2,
+        "--validate_every",
+        1,
+    ]
     data = ["--backbone", ground / "backbone", "--dataset", ground / "alpha", ground / "beta", "--holdout", "beta"]
     return [*data, *sizes, *batch, "--checkpointing_steps", 1, "--output_dir", output, *more]
 
@@ -195,6 +209,7 @@ def test_two_processes_equal_one(settings, whole, tmp_path):
 def test_record_of_the_run(whole, recorded):
     found = record(whole)
     assert {name: phase["runs"] for name, phase in found["phases"].items()} == {
+        "metric": 1,
         "preparation": 1,
         "matching": 2,
         "blend": 1,
@@ -242,6 +257,29 @@ def test_token_scale_is_that_of_the_trajectories(settings, whole, tmp_path):
     done = run("train_drift", *fixed, fault=partial(die_in_step, 2), log=tmp_path / "log")
     assert done.exitcode == -signal.SIGKILL, done.output
     assert (weights(tmp_path / "out/checkpoint-1")["adapter.token_scale"] == 0.25).all()
+
+
+def test_metric_is_the_covariance_of_the_training_tasks(settings, whole, ground, tmp_path):
+    adapter = HyperFlowAdapter.from_pretrained(whole)
+    backbone = AutoModel.from_pretrained(ground / "backbone").eval()
+    training, _ = load_domains([str(ground / "alpha")], adapter.processor)
+    covariances = []
+    for index in range(4):
+        task = draw_task(training, index, seed=0, made_share=0.6)
+        pixels = normalise(task_images(task, training[0]), adapter.processor)
+        labels = torch.cat([task.episode.support_labels, task.episode.query_labels])
+        with torch.no_grad():
+            covariances.append(within_covariance(backbone(pixels).last_hidden_state[:, 0], labels))
+    variances = torch.stack([c.diagonal().mean() for c in covariances])
+    expected = SupportMetric(24)
+    expected.set_prior(
+        variances.mean() * torch.stack([c / v for c, v in zip(covariances, variances, strict=True)]).mean(0)
+    )
+    torch.testing.assert_close(adapter.metric.map, expected.map, rtol=1e-2, atol=1e-3)
+    plain = settings(tmp_path / "out", "--no_metric")
+    done = run("train_drift", *plain, fault=partial(die_in_step, 2), log=tmp_path / "log")
+    assert done.exitcode == -signal.SIGKILL, done.output
+    assert "adapter.metric.map" not in weights(tmp_path / "out/checkpoint-1")
 
 
 def test_curves_in_tensorboard(whole):

@@ -26,7 +26,7 @@ from hf_hyperflow.backbones import SplitBackbone
 from hf_hyperflow.cost import flops, in_fresh_process, measured
 from hf_hyperflow.domains import normalise
 from hf_hyperflow.finetuning import FineTuning, fine_tune
-from hf_hyperflow.prototypes import class_means
+from hf_hyperflow.prototypes import unit_means
 from hf_hyperflow.task_cost import device_name
 
 METHODS = ("direct", "hyperflow adapt", "hyperflow ready", "bias fine-tuning", "full fine-tuning")
@@ -53,7 +53,7 @@ def work(method: str, backbone: torch.nn.Module, adapter: HyperFlowAdapter, side
 
     @torch.no_grad()
     def prototypes() -> torch.Tensor:
-        return class_means(whole.extract(pixels), labels)
+        return unit_means(whole.extract(pixels), labels)
 
     def hyperflow() -> object:
         task = adapter.adapt(backbone, (pixels, labels))

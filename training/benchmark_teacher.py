@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from hf_hyperflow.augmentation import random_views
 from hf_hyperflow.domains import normalise
-from hf_hyperflow.prototypes import PrototypeClassifier, class_means
+from hf_hyperflow.prototypes import PrototypeClassifier
 from hf_hyperflow.saving import write_json
 from hf_hyperflow.training_tasks import TrainingTask, task_images
 
@@ -60,7 +60,7 @@ class PlainLoop:
         for step in range(teacher.steps + 1):
             views = normalise(random_views(images[:n_support], generator), collector.processor)
             features = self.features(torch.cat([clean[:n_support], views]))
-            classifier = PrototypeClassifier(class_means(features[:n_support], labels), teacher.scale)
+            classifier = PrototypeClassifier.from_support(features[:n_support], labels, teacher.scale)
             loss = F.cross_entropy(classifier(features[n_support:]), labels)
             if step in teacher.recorded:
                 with torch.no_grad():

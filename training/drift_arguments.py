@@ -35,6 +35,8 @@ class Arguments:
     drift_width: int = field(default=192, metadata={"help": "width of the drift network"})
     drift_depth: int = field(default=4, metadata={"help": "its blocks"})
     n_steps: int = field(default=4, metadata={"help": "solver steps, in training and by default in use"})
+    metric: bool = field(default=True, metadata={"help": "compare images in a metric measured on the training domains"})
+    metric_tasks: int = field(default=256, metadata={"help": "training tasks that the metric is measured on"})
     token_scale: float | None = field(
         default=None, metadata={"help": "one unit of the flow; default: measured on the trajectories, else 0.02"}
     )
@@ -73,7 +75,7 @@ class Arguments:
         if self.matching_steps + self.blend_steps and not self.trajectories:
             raise ValueError("matching needs --trajectories: record some with collect_trajectories.py.")
         positive = ("steps", "episodes_per_step", "matching_batch_size", "gradient_accumulation_steps")
-        positive += ("validate_every", "validation_episodes", "checkpointing_steps")
+        positive += ("metric_tasks", "validate_every", "validation_episodes", "checkpointing_steps")
         wrong = [f"--{name} {value}" for name, value in vars(self).items() if name in positive and value < 1]
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             wrong.append(f"--checkpoints_total_limit {self.checkpoints_total_limit}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from accelerate import Accelerator
 from arguments import named
@@ -102,6 +104,11 @@ class StepBatches:
     def encode_support(self, adapter: HyperFlowAdapter, split: SplitBackbone) -> None:
         """Run the frozen support encoder on the support sets of all recorded rows, once for all of training."""
         self.support = support_features_of(adapter, split, self.recorded, list(self.domains.values()))
+
+    def mine(self, n_tasks: int) -> Iterator[EpisodeImages]:
+        """This process's share of the first tasks."""
+        n_processes = self.n_shares // self.arguments.gradient_accumulation_steps
+        return (self._episode(index) for index in range(self.process, n_tasks, n_processes))
 
     def share(self, step: int, part: int) -> tuple[list[EpisodeImages], MatchingRows | None]:
         """This process's episodes and rows in an accumulated part of a step."""

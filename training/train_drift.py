@@ -39,6 +39,7 @@ from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.domains import Domain
 from hf_hyperflow.evaluation import compare_flow
 from hf_hyperflow.hub import make_repo, push_folder
+from hf_hyperflow.metric import within_covariance
 from hf_hyperflow.objectives import MatchingObjective, TaskObjective
 from hf_hyperflow.parameter_space import bias_config, layernorm_config, lora_config
 from hf_hyperflow.saving import CheckpointError, claimed
@@ -68,7 +69,23 @@ def new_adapter(arguments: Arguments, backbone: nn.Module, processor: object) ->
         drift_width=arguments.drift_width,
         drift_depth=arguments.drift_depth,
         n_steps=arguments.n_steps,
+        metric=arguments.metric,
     )
+
+
+@torch.no_grad()
+def measure_metric(accelerator: Accelerator, task: TaskObjective, batches: StepBatches, n_tasks: int) -> None:
+    """Set the adapter's metric to the covariance within classes of training tasks, all of which count the same."""
+    width = task.adapter.config.backbone["hidden_size"]
+    total = torch.zeros(width + 1, width, device=accelerator.device, dtype=torch.float64)
+    for episode in batches.mine(n_tasks):
+        features = task.adapted_features(task.start, task.split.prefix(episode.pixel_values)).double()
+        covariance = within_covariance(features, torch.cat([episode.support_labels, episode.query_labels]))
+        variance = covariance.diagonal().mean()
+        total[:-1] += covariance / variance
+        total[-1] += variance
+    total = accelerator.reduce(total) / n_tasks
+    task.adapter.metric.set_prior(total[-1, 0] * total[:-1])
 
 
 def validated(
@@ -182,6 +199,10 @@ def train(arguments: Arguments, accelerator: Accelerator) -> None:
             accelerator.print(f"warning: other than when the checkpoint was written: {', '.join(changed)}")
     start_tracker(accelerator, record)
     batches = StepBatches(arguments, training, processor, recorded, accelerator)
+    if progress is None and adapter.metric is not None:
+        with cost.phase("metric", every=1, episodes=arguments.metric_tasks), accelerator.autocast():
+            measure_metric(accelerator, task, batches, arguments.metric_tasks)
+        averaged.module.metric.map.copy_(adapter.metric.map)  # buffers are not averaged
     if first < schedule.matching_steps + schedule.blend_steps:
         with cost.phase("preparation", every=1), accelerator.autocast():
             batches.encode_support(adapter, split)

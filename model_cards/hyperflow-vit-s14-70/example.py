@@ -64,10 +64,10 @@ def features(model: torch.nn.Module, pictures: list[PIL.Image.Image]) -> torch.T
 
 
 def nearest(found: torch.Tensor, prototypes: torch.Tensor) -> list[str]:
-    return [list(support)[i] for i in (normalize(found, dim=-1) @ normalize(prototypes, dim=-1).T).argmax(-1)]
+    return [list(support)[i] for i in (normalize(found, dim=-1) @ prototypes.T).argmax(-1)]
 
 
-means = torch.stack([features(backbone, pictures).mean(dim=0) for pictures in support.values()])
+means = normalize(torch.stack([features(backbone, pictures).mean(dim=0) for pictures in support.values()]), dim=-1)
 print("direct transfer:", accuracy(nearest(features(backbone, queries), means)))
 
 # %% [markdown]

@@ -1,0 +1,72 @@
+"""The metric in which images are compared with the classes: measured on many domains, completed by the support set."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .prototypes import class_means, exact
+
+
+class SupportMetric(nn.Module):
+    """Class prototypes in the metric of the covariance within classes.
+
+    Directions in which images of one class differ should count less. A few images tell little of them, so the
+    covariance of a support set is completed by one of the training domains: C = R^T R + (W^T W)^-1, where the rows of R
+    are the support features minus the means of their classes. An image x has the cosine x^T C^-1 m / |m|_C with the
+    mean m of a class, up to a factor of its own. That is linear discriminant analysis with cosines and an inverse
+    Wishart prior, near the Mahalanobis distance of Simple CNAPS (Bateni et al. 2020), and needs n_support equations to
+    be solved. With one image of each class R is zero, and what was measured is left.
+
+    Args:
+        width: of the features.
+
+    Attributes:
+        map: W, `(width, width)`, measured and not trained. It starts as a small multiple of the identity, with which
+            the prototypes are the class means as in plain direct transfer; see `set_prior`.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("map", 1e-3 * torch.eye(width))
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Prototypes `(n_way, width)`, of length 1 on average, from features `(n, width)` and labels `(n,)`.
+
+        Differentiable in the features; the order of images does not matter, that of the classes permutes the rows.
+        """
+        with exact(features):
+            map_ = self.map.to(features)
+            mapped = features @ map_.T
+            means = class_means(mapped, labels)
+            spread = mapped - means[labels]
+            # (I + R^T R)^-1 = I - R^T (I + R R^T)^-1 R: as many equations as images (Woodbury).
+            gram = torch.eye(len(spread), device=spread.device, dtype=spread.dtype) + spread @ spread.T
+            solved = means - (means @ spread.T) @ torch.linalg.solve(gram, spread)
+            lengths = (solved * means).sum(dim=1, keepdim=True).clamp_min(1e-30).sqrt()
+            prototypes = (solved / lengths) @ map_
+            return prototypes / prototypes.norm(dim=1).mean().clamp_min(1e-30)
+
+    @torch.no_grad()
+    def set_prior(self, covariance: torch.Tensor, *, count: float = 200.0, ridge: float = 0.3) -> None:
+        """Take a covariance within classes that was measured on the training domains.
+
+        The defaults were chosen on training domains, each with the covariance of the others: counts of 100 to 300
+        images and ridges of 0.1 to 0.3 were the best at 1, 5 and 20 shots of those from 30 to 1,000 and 0.1 to 1.
+
+        Args:
+            covariance: `(width, width)`.
+            count: how many images the prior weighs.
+            ridge: added to the diagonal, in units of its mean.
+        """
+        width, variance = len(covariance), covariance.diagonal().mean()
+        prior = count * (covariance + ridge * variance * torch.eye(width).to(covariance))
+        values, vectors = torch.linalg.eigh(prior.double())
+        self.map.copy_((vectors * values.rsqrt()) @ vectors.T)
+
+
+def within_covariance(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Covariance `(width, width)` of features `(n, width)` around the means of their classes, unbiased."""
+    with exact(features):
+        spread = features - class_means(features, labels)[labels]
+        return spread.T @ spread / (len(features) - len(labels.unique()))

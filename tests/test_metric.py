@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import pictures, tiny_adapter
+
+from hf_hyperflow.metric import SupportMetric, within_covariance
+from hf_hyperflow.prototypes import PrototypeClassifier, class_means, leave_one_out_logits, unit_means
+
+LABELS = torch.tensor([0, 2, 1, 0, 0, 2, 0, 1, 0])
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture
+def metric():
+    """A metric of width 6 with a prior."""
+    metric = SupportMetric(6).double()
+    root = random(6, 6, seed=5)
+    metric.set_prior(root @ root.T, count=3.0)
+    return metric
+
+
+def test_it_starts_as_direct_transfer():
+    features = random(9, 6)
+    torch.testing.assert_close(SupportMetric(6)(features, LABELS), unit_means(features, LABELS), atol=1e-4, rtol=1e-4)
+
+
+def test_cosines_in_the_metric_of_the_covariance(metric):
+    """Against the inverse of the whole covariance; an image's own length in the metric changes no order."""
+    features, query = random(9, 6), random(4, 6, seed=1)
+    means = class_means(features, LABELS)
+    spread = features - means[LABELS]
+    inverse = torch.linalg.inv(spread.T @ spread + torch.linalg.inv(metric.map.T @ metric.map))
+    lengths = torch.einsum("cd,de,ce->c", means, inverse, means).sqrt()
+    expected = query @ inverse @ means.T / lengths
+    found = PrototypeClassifier.from_support(features, LABELS, prototypes=metric)(query)
+    torch.testing.assert_close(F.normalize(found, dim=1), F.normalize(expected, dim=1))
+    torch.testing.assert_close(metric(features, LABELS).norm(dim=1).mean(), torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_prior_is_what_it_is_set_to():
+    root = random(6, 6)
+    metric = SupportMetric(6).double()
+    metric.set_prior(root @ root.T, count=10.0, ridge=0.5)
+    expected = 10 * (root @ root.T + 0.5 * (root @ root.T).diagonal().mean() * torch.eye(6))
+    torch.testing.assert_close(torch.linalg.inv(metric.map.T @ metric.map), expected)
+
+
+def test_a_direction_in_which_classes_spread_counts_less():
+    """Two classes that differ in the second feature alone; the first is noise."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(2).repeat_interleave(20)
+    features = torch.stack([5 * torch.randn(40, generator=generator), 2.0 * labels - 1], dim=1)
+    query = torch.stack([5 * torch.randn(200, generator=generator), 2.0 * torch.arange(200).remainder(2) - 1], dim=1)
+    metric = SupportMetric(2)
+    metric.set_prior(torch.eye(2), count=1.0)
+    accuracies = [
+        (PrototypeClassifier.from_support(features, labels, prototypes=make)(query).argmax(1) == torch.arange(200) % 2)
+        .float()
+        .mean()
+        for make in (unit_means, metric)
+    ]
+    assert accuracies[1] > 0.95 > accuracies[0]
+
+
+def test_order_of_images_and_classes(metric):
+    features = random(9, 6)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
+    expected = metric(features, LABELS)
+    torch.testing.assert_close(metric(features[order], LABELS[order]), expected)
+    names = torch.tensor([2, 0, 1])
+    torch.testing.assert_close(metric(features, names[LABELS])[names], expected)
+
+
+def test_differentiable(metric):
+    assert torch.autograd.gradcheck(lambda features: metric(features, LABELS), random(9, 6).requires_grad_())
+
+
+@pytest.mark.parametrize("features", [torch.zeros(4, 6), torch.ones(4, 6)], ids=["zeros", "all the same"])
+def test_degenerate_images_give_finite_prototypes(features):
+    metric = SupportMetric(6)
+    assert metric(features, torch.tensor([0, 0, 1, 1])).isfinite().all()
+
+
+def test_one_image_of_each_class_is_compared_in_the_measured_part(metric):
+    features, query = random(3, 6), random(4, 6, seed=1)
+    found = PrototypeClassifier.from_support(features, torch.arange(3), prototypes=metric)(query)
+    prior = metric.map.T @ metric.map
+    expected = query @ prior @ features.T / torch.einsum("cd,de,ce->c", features, prior, features).sqrt()
+    torch.testing.assert_close(F.normalize(found, dim=1), F.normalize(expected, dim=1))
+
+
+def test_leave_one_out_against_brute_force(metric):
+    features = random(9, 6)
+    found = leave_one_out_logits(features, LABELS, 5.0, metric)
+    for i in range(9):
+        kept = torch.arange(9) != i
+        oracle = PrototypeClassifier.from_support(features[kept], LABELS[kept], 5.0, metric)(features[i : i + 1])
+        torch.testing.assert_close(found[i], oracle[0])
+
+
+def test_within_covariance_is_that_of_the_centred_classes():
+    features = random(9, 6)
+    expected = sum(features[c == LABELS].T.cov() * ((c == LABELS).sum() - 1) for c in range(3)) / 6
+    torch.testing.assert_close(within_covariance(features, LABELS), expected)
+
+
+def test_the_adapter_classifies_in_its_metric(backbone, pixels, tmp_path):
+    """In use, saved and loaded again, and with the guard."""
+    adapter = tiny_adapter(backbone, metric=True)
+    root = random(32, 32).float()
+    adapter.metric.set_prior(root @ root.T / 32, count=3.0)
+    support = pictures(n_way=3, n_shot=4)
+    task = adapter.adapt(backbone, support)
+    with torch.no_grad():
+        logits = task.logits(pixels)
+        split = adapter.split(backbone)
+        values = adapter.processor([image for c in support.values() for image in c], return_tensors="pt")
+        features = split.extract(values["pixel_values"])
+        labels = torch.arange(3).repeat_interleave(4)
+        scale = adapter.log_scale.exp()
+        expected = PrototypeClassifier.from_support(features, labels, scale, adapter.metric)(split.extract(pixels))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    adapter.save_pretrained(tmp_path)
+    again = type(adapter).from_pretrained(tmp_path)
+    assert torch.equal(again.metric.map, adapter.metric.map)
+    torch.testing.assert_close(again.adapt(backbone, support).logits(pixels), logits)
+    assert adapter.adapt(backbone, support, guard="loo").choice.accuracies
