@@ -44,6 +44,7 @@ task.reset()  # the backbone is what it was
 | Support encoder | {encoder} |
 | Drift network | width {drift_width}, depth {drift_depth}, {drift_heads} heads |
 | Solver | {solver}, {n_steps} steps |
+| Images are compared | {compared} |
 | Weights | safetensors, SHA-256 in `config.json` |
 """
 
@@ -91,6 +92,7 @@ def adapter_card(config: HyperFlowConfig, space: ParameterSpace, training: dict 
         n_parameters=space.n_parameters,
         n_tokens=space.n_tokens,
         encoder=f"a {config.encoder['model_type']} of its own" if config.encoder else "the backbone's first blocks",
+        compared="in a metric measured on the training domains" if config.metric else "by cosines to class means",
         paper=PAPER,
     )
     datasets: list[str] = []
