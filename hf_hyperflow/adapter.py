@@ -81,7 +81,8 @@ class HyperFlowAdapter(PreTrainedModel):
         self.drift = DriftNetwork(
             self.space.n_tokens, self.space.token_dim, config.drift_width, config.drift_depth, config.drift_heads
         )
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        # Where the scale that training/calibrate.py finds is to be expected, so that training has not far to go.
+        self.log_scale = nn.Parameter(torch.tensor(math.log(20.0 if config.metric else 10.0)))
         self.metric = SupportMetric(config.backbone["hidden_size"]) if config.metric else None
         self.register_buffer("token_scale", torch.full((self.space.n_tokens, 1), 0.02))
         self.post_init()

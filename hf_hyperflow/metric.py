@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .prototypes import class_means, exact
@@ -31,9 +32,11 @@ class SupportMetric(nn.Module):
         self.register_buffer("map", 1e-3 * torch.eye(width))
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Prototypes `(n_way, width)`, of length 1 on average, from features `(n, width)` and labels `(n,)`.
+        """Prototypes `(n_way, width)` from features `(n, width)` and labels `(n,)`.
 
-        Differentiable in the features; the order of images does not matter, that of the classes permutes the rows.
+        They are as long as makes their products with images of length 1 cosines in the metric, if these are of the
+        mean length in it of the support images. Differentiable in the features; the order of images does not matter,
+        that of the classes permutes the rows.
         """
         with exact(features):
             map_ = self.map.to(features)
@@ -42,10 +45,15 @@ class SupportMetric(nn.Module):
             spread = mapped - means[labels]
             # (I + R^T R)^-1 = I - R^T (I + R R^T)^-1 R: as many equations as images (Woodbury).
             gram = torch.eye(len(spread), device=spread.device, dtype=spread.dtype) + spread @ spread.T
-            solved = means - (means @ spread.T) @ torch.linalg.solve(gram, spread)
-            lengths = (solved * means).sum(dim=1, keepdim=True).clamp_min(1e-30).sqrt()
-            prototypes = (solved / lengths) @ map_
-            return prototypes / prototypes.norm(dim=1).mean().clamp_min(1e-30)
+            solved = torch.linalg.solve(gram, spread)
+
+            def inverse(rows: torch.Tensor) -> torch.Tensor:
+                return rows - (rows @ spread.T) @ solved
+
+            units = F.normalize(features, dim=1) @ map_.T
+            image_length = _lengths(units, inverse(units)).mean()
+            directions = inverse(means)
+            return directions @ map_ / (_lengths(means, directions) * image_length)
 
     @torch.no_grad()
     def set_prior(self, covariance: torch.Tensor, *, count: float = 200.0, ridge: float = 0.3) -> None:
@@ -63,6 +71,11 @@ class SupportMetric(nn.Module):
         prior = count * (covariance + ridge * variance * torch.eye(width).to(covariance))
         values, vectors = torch.linalg.eigh(prior.double())
         self.map.copy_((vectors * values.rsqrt()) @ vectors.T)
+
+
+def _lengths(rows: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Lengths in the metric `(n, 1)` of rows `(n, width)`, given the inverse covariance times each; above zero."""
+    return (rows * inverse).sum(dim=1, keepdim=True).clamp_min(1e-24).sqrt()
 
 
 def within_covariance(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

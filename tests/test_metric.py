@@ -30,16 +30,21 @@ def test_it_starts_as_direct_transfer():
 
 
 def test_cosines_in_the_metric_of_the_covariance(metric):
-    """Against the inverse of the whole covariance; an image's own length in the metric changes no order."""
+    """Against the inverse of the whole covariance; an image's own length in the metric is taken to be the mean one."""
     features, query = random(9, 6), random(4, 6, seed=1)
     means = class_means(features, LABELS)
     spread = features - means[LABELS]
     inverse = torch.linalg.inv(spread.T @ spread + torch.linalg.inv(metric.map.T @ metric.map))
     lengths = torch.einsum("cd,de,ce->c", means, inverse, means).sqrt()
-    expected = query @ inverse @ means.T / lengths
     found = PrototypeClassifier.from_support(features, LABELS, prototypes=metric)(query)
-    torch.testing.assert_close(F.normalize(found, dim=1), F.normalize(expected, dim=1))
-    torch.testing.assert_close(metric(features, LABELS).norm(dim=1).mean(), torch.tensor(1.0, dtype=torch.float64))
+    units = [F.normalize(x, dim=1) for x in (features, query)]
+    length = torch.einsum("nd,de,ne->n", units[0], inverse, units[0]).sqrt().mean()
+    expected = units[1] @ inverse @ means.T / (lengths * length)
+    torch.testing.assert_close(found, 10 * expected)
+    own = torch.einsum("nd,de,ne->n", units[1], inverse, units[1]).sqrt()[:, None]
+    cosines = units[1] @ inverse @ means.T / (lengths * own)
+    assert cosines.abs().max() <= 1
+    torch.testing.assert_close(found.argmax(1), cosines.argmax(1))
 
 
 def test_prior_is_what_it_is_set_to():

@@ -13,7 +13,7 @@ from hf_hyperflow.backbones import SplitBackbone
 from hf_hyperflow.cost import flops
 from hf_hyperflow.domains import normalise
 from hf_hyperflow.parameter_space import ParameterSpace, bias_config, layernorm_config, lora_config
-from hf_hyperflow.prototypes import PrototypeClassifier, class_means
+from hf_hyperflow.prototypes import PrototypeClassifier
 from hf_hyperflow.teacher import (
     Chance,
     Teacher,
@@ -64,7 +64,7 @@ def plain_loop(space, backbone, images, processor, generator):
         pixels = normalise(torch.cat([images, views]), processor)
         features = backbone(pixels).last_hidden_state[:, 0]
         support, query, augmented = features.split([n_support, len(QUERY_LABELS), n_support])
-        classifier = PrototypeClassifier(class_means(support, LABELS), TEACHER.scale)
+        classifier = PrototypeClassifier.from_support(support, LABELS, TEACHER.scale)
         loss = F.cross_entropy(classifier(augmented), LABELS)
         losses.append(loss.item())
         if step in TEACHER.recorded:
