@@ -59,15 +59,21 @@ class SupportMetric(nn.Module):
     def set_prior(self, covariance: torch.Tensor, *, count: float = 200.0, ridge: float = 0.3) -> None:
         """Take a covariance within classes that was measured on the training domains.
 
-        The defaults were chosen on training domains, each with the covariance of the others: counts of 100 to 300
-        images and ridges of 0.1 to 0.3 were the best at 1, 5 and 20 shots of those from 30 to 1,000 and 0.1 to 1.
+        The defaults were chosen on training domains, each with the covariance of the others, among counts from 30 to
+        1,000 and ridges from 0.1 to 1: 100 to 300 images were the best at 5 and 20 shots; of ridges 0.1 to 0.3 were
+        there, and 0.3 to 1 at 1 shot.
 
         Args:
             covariance: `(width, width)`.
             count: how many images the prior weighs.
             ridge: added to the diagonal, in units of its mean.
+
+        Raises:
+            ValueError: the covariance is not finite or zero.
         """
         width, variance = len(covariance), covariance.diagonal().mean()
+        if not (covariance.isfinite().all() and variance > 0):
+            raise ValueError("the covariance within classes is zero or not finite: nothing can be measured in it.")
         prior = count * (covariance + ridge * variance * torch.eye(width).to(covariance))
         values, vectors = torch.linalg.eigh(prior.double())
         self.map.copy_((vectors * values.rsqrt()) @ vectors.T)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import CommitInfo
 from peft import BeftConfig, LoraConfig, PeftConfig, set_peft_model_state_dict
 from peft.utils.warning import PeftWarning
@@ -203,6 +204,7 @@ class AdaptedTask:
                 "labels": json.dumps(self.class_names, ensure_ascii=False),
                 "pooling": self._split.pooling,
                 "start": str(self._split.start),
+                "prototypes": "to be used as they are",
             }
             save_file(tensors, draft / PROTOTYPES, metadata)
             if self.processor is not None:
@@ -277,6 +279,8 @@ class AdaptedTask:
             state = load_file(folder / ADAPTER_WEIGHTS)
             with safe_open(folder / PROTOTYPES, framework="pt") as file:
                 metadata, prototypes, scale = file.metadata(), file.get_tensor("prototypes"), file.get_tensor("scale")
+            if "prototypes" not in metadata:  # class means, as tasks were saved before there was a metric
+                prototypes = F.normalize(prototypes, dim=-1)
             start, pooling, class_names = int(metadata["start"]), metadata["pooling"], json.loads(metadata["labels"])
         except CheckpointError:
             raise

@@ -116,6 +116,12 @@ def test_the_head_is_a_logistic_regression_on_unit_features(target, features, do
     assert accuracy("head", target, features, episode) == pytest.approx(100 * np.mean(hits), abs=1e-4)
 
 
+def test_the_flow_begins_in_the_metric(target, features, domain):
+    for index in range(4):
+        episode = draw(domain, index)
+        assert accuracy("hyperflow t=0", target, features, episode) == accuracy("metric", target, features, episode)
+
+
 def test_points_along_the_flow():
     points = flow_points(4)
     assert points["hyperflow t=0"] == (0, 0.0)

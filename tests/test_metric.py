@@ -55,6 +55,12 @@ def test_prior_is_what_it_is_set_to():
     torch.testing.assert_close(torch.linalg.inv(metric.map.T @ metric.map), expected)
 
 
+@pytest.mark.parametrize("covariance", [torch.zeros(6, 6), torch.full((6, 6), float("nan"))], ids=["zero", "NaN"])
+def test_a_covariance_of_nothing_is_an_error(covariance):
+    with pytest.raises(ValueError, match="zero or not finite"):
+        SupportMetric(6).set_prior(covariance)
+
+
 def test_a_direction_in_which_classes_spread_counts_less():
     """Two classes that differ in the second feature alone; the first is noise."""
     generator = torch.Generator().manual_seed(0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import BeftConfig, LoraConfig, PeftConfig, PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import Snapshot, picture, pictures, same_bits, tiny_adapter, tiny_dinov2, tiny_resnet, tiny_vit
 
@@ -320,6 +321,7 @@ import json, sys
 from pathlib import Path
 import torch, torch.nn.functional as F
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel
 folder = Path(sys.argv[1])
@@ -525,6 +527,20 @@ def test_prototypes_without_labels(backbone, saved, metadata):
     (saved / "checksums.json").write_text(json.dumps(digests | {path.name: sha256(path)}))
     with pytest.raises(CheckpointError, match=f"{saved} holds no readable HyperFlow task"):
         AdaptedTask.from_pretrained(saved, backbone)
+
+
+def test_a_task_saved_with_class_means_classifies_as_it_did(backbone, saved, pixels):
+    """As tasks were saved before prototypes could be of another length than 1."""
+    expected = AdaptedTask.from_pretrained(saved, backbone).logits(pixels)
+    path = saved / "prototypes.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    del metadata["prototypes"]
+    tensors = load_file(path)
+    save_file(tensors | {"prototypes": 3 * tensors["prototypes"]}, path, metadata)
+    digests = json.loads((saved / "checksums.json").read_text())
+    (saved / "checksums.json").write_text(json.dumps(digests | {path.name: sha256(path)}))
+    torch.testing.assert_close(AdaptedTask.from_pretrained(saved, backbone).logits(pixels), expected)
 
 
 def test_no_task_there(backbone, tmp_path):

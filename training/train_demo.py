@@ -135,16 +135,8 @@ def main() -> None:
         *("train_drift.py", *backbone, "--dataset", *training, "--trajectories", trajectories),
         *("--matching_steps", a.matching_steps, "--matching_batch_size", 16, "--blend_steps", a.blend_steps),
         *("--steps", a.matching_steps + a.blend_steps + a.task_steps, "--warmup_steps", 10),
-        *(
-            "--metric_tasks",
-            32,
-            "--checkpointing_steps",
-            20,
-            "--resume_from_checkpoint",
-            "latest",
-            "--output_dir",
-            adapter,
-        ),
+        *("--metric_tasks", 32, "--checkpointing_steps", 20, "--resume_from_checkpoint", "latest"),
+        *("--output_dir", adapter),
     )
     run(
         short,

@@ -75,17 +75,27 @@ def new_adapter(arguments: Arguments, backbone: nn.Module, processor: object) ->
 
 @torch.no_grad()
 def measure_metric(accelerator: Accelerator, task: TaskObjective, batches: StepBatches, n_tasks: int) -> None:
-    """Set the adapter's metric to the covariance within classes of training tasks, all of which count the same."""
+    """Set the adapter's metric to the covariance within classes of training tasks, all of which count the same.
+
+    Raises:
+        ValueError: in no task do the images of a class differ.
+    """
     width = task.adapter.config.backbone["hidden_size"]
     total = torch.zeros(width + 1, width, device=accelerator.device, dtype=torch.float64)
     for episode in batches.mine(n_tasks):
         features = task.adapted_features(task.start, task.split.prefix(episode.pixel_values)).double()
         covariance = within_covariance(features, torch.cat([episode.support_labels, episode.query_labels]))
         variance = covariance.diagonal().mean()
-        total[:-1] += covariance / variance
-        total[-1] += variance
-    total = accelerator.reduce(total) / n_tasks
-    task.adapter.metric.set_prior(total[-1, 0] * total[:-1])
+        if variance > 0:  # a made-up domain can be blank
+            total[:-1] += covariance / variance
+            total[-1, :2] += torch.stack([variance, torch.ones_like(variance)])
+    total = accelerator.reduce(total)
+    variance, n_measured = total[-1, :2]
+    if n_measured == 0:
+        raise ValueError(
+            f"the metric cannot be measured: in {n_tasks} tasks the images of each class are all the same."
+        )
+    task.adapter.metric.set_prior(variance / n_measured * total[:-1] / n_measured)
 
 
 def validated(
