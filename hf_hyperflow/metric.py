@@ -13,34 +13,50 @@ class SupportMetric(nn.Module):
     """Class prototypes in the metric of the covariance within classes.
 
     Directions in which images of one class differ should count less. A few images tell little of them, so the
-    covariance of a support set is completed by one of the training domains: C = R^T R + (W^T W)^-1, where the rows of R
-    are the support features minus the means of their classes. An image x has the cosine x^T C^-1 m / |m|_C with the
-    mean m of a class, up to a factor of its own. That is linear discriminant analysis with cosines and an inverse
-    Wishart prior, near the Mahalanobis distance of Simple CNAPS (Bateni et al. 2020), and needs n_support equations to
-    be solved. With one image of each class R is zero, and what was measured is left.
+    covariance of a support set is completed by one of the training domains: C = R^T R + count (C_0 + ridge v_0 I).
+    The rows of R are the support features minus the means of their classes, C_0 was measured and v_0 is the mean of
+    its diagonal. An image x has the cosine x^T C^-1 m / |m|_C with the mean m of a class, up to a factor of its own.
+    That is linear discriminant analysis with cosines and an inverse Wishart prior, near the Mahalanobis distance of
+    Simple CNAPS (Bateni et al. 2020), and needs n_support equations to be solved. With one image of each class R is
+    zero, and what was measured is left.
+
+    How far C_0 is to be trusted depends on the task. What sets images of a foreign domain apart is small beside what
+    they share, and C_0 finds it; classes like those the backbone was trained for stand far apart already, along the
+    very directions that C_0 makes little of. So the ridge is (spread / spread_0)^power, where the spread is half the
+    mean squared distance of images of different classes and spread_0 that of the training tasks.
 
     Args:
         width: of the features.
+        power: how fast the ridge grows with the spread; 0 is the same ridge, 1, for all tasks.
 
     Attributes:
-        map: W, `(width, width)`, measured and not trained. It starts as a small multiple of the identity, with which
-            the prototypes are the class means as in plain direct transfer; see `set_prior`.
+        directions: `(width, width)`, the eigenvectors of C_0 in its columns. None of the three is trained.
+        variances: `(width,)`, its eigenvalues times the count. They start as equal and large, with which the
+            prototypes are the class means as in plain direct transfer; see `set_prior`.
+        spread: a number, spread_0.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, power: float = 4.0):
         super().__init__()
-        self.register_buffer("map", 1e-3 * torch.eye(width))
+        self.power = power
+        self.register_buffer("directions", torch.eye(width))
+        self.register_buffer("variances", torch.full((width,), 1e6))
+        self.register_buffer("spread", torch.ones(()))
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Prototypes `(n_way, width)` from features `(n, width)` and labels `(n,)`.
+        """Prototypes `(n_way, width)` from features `(n, width)` and labels `(n,)`, of two classes or more.
 
         They are as long as makes their products with images of length 1 cosines in the metric, if these are of the
         mean length in it of the support images. Differentiable in the features; the order of images does not matter,
         that of the classes permutes the rows.
         """
         with exact(features):
-            map_ = self.map.to(features)
-            mapped = features @ map_.T
+            ratio = spread_between(features, labels) / self.spread.to(features)
+            variances = self.variances.to(features)
+            # At least a thousandth: C_0 can be singular.
+            ridge = ratio.clamp_min(0).pow(self.power).clamp_min(1e-3) * variances.mean()
+            map_ = self.directions.to(features) * (variances + ridge).rsqrt()
+            mapped = features @ map_
             means = class_means(mapped, labels)
             spread = mapped - means[labels]
             # (I + R^T R)^-1 = I - R^T (I + R R^T)^-1 R: as many equations as images (Woodbury).
@@ -50,33 +66,32 @@ class SupportMetric(nn.Module):
             def inverse(rows: torch.Tensor) -> torch.Tensor:
                 return rows - (rows @ spread.T) @ solved
 
-            units = F.normalize(features, dim=1) @ map_.T
+            units = F.normalize(features, dim=1) @ map_
             image_length = _lengths(units, inverse(units)).mean()
             directions = inverse(means)
-            return directions @ map_ / (_lengths(means, directions) * image_length)
+            return directions @ map_.T / (_lengths(means, directions) * image_length)
 
     @torch.no_grad()
-    def set_prior(self, covariance: torch.Tensor, *, count: float = 200.0, ridge: float = 0.3) -> None:
-        """Take a covariance within classes that was measured on the training domains.
+    def set_prior(self, covariance: torch.Tensor, spread: float, *, count: float = 100.0) -> None:
+        """Take what was measured on the training domains.
 
-        The defaults were chosen on training domains, each with the covariance of the others, among counts from 30 to
-        1,000 and ridges from 0.1 to 1: 100 to 300 images were the best at 5 and 20 shots; of ridges 0.1 to 0.3 were
-        there, and 0.3 to 1 at 1 shot.
+        The defaults of count and power were chosen by `training/choose_metric.py` on training domains, each with what
+        was measured on the others.
 
         Args:
-            covariance: `(width, width)`.
+            covariance: within classes, `(width, width)`, see `within_covariance`.
+            spread: mean over tasks of `spread_between`.
             count: how many images the prior weighs.
-            ridge: added to the diagonal, in units of its mean.
 
         Raises:
-            ValueError: the covariance is not finite or zero.
+            ValueError: the covariance or the spread is not finite or zero.
         """
-        width, variance = len(covariance), covariance.diagonal().mean()
-        if not (covariance.isfinite().all() and variance > 0):
+        if not (covariance.isfinite().all() and covariance.diagonal().mean() > 0 and 0 < spread < float("inf")):
             raise ValueError("the covariance within classes is zero or not finite: nothing can be measured in it.")
-        prior = count * (covariance + ridge * variance * torch.eye(width).to(covariance))
-        values, vectors = torch.linalg.eigh(prior.double())
-        self.map.copy_((vectors * values.rsqrt()) @ vectors.T)
+        values, vectors = torch.linalg.eigh(covariance.double())
+        self.directions.copy_(vectors)
+        self.variances.copy_(count * values.clamp_min(0))
+        self.spread.fill_(float(spread))
 
 
 def _lengths(rows: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
@@ -89,3 +104,16 @@ def within_covariance(features: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     with exact(features):
         spread = features - class_means(features, labels)[labels]
         return spread.T @ spread / (len(features) - len(labels.unique()))
+
+
+def spread_between(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Half the mean squared distance of images of different classes, from features `(n, width)` of two classes or more.
+
+    Without bias: its expectation depends on neither ways nor shots, if classes are drawn at random.
+    """
+    with exact(features):
+        means = class_means(features, labels)
+        products = means @ means.T
+        n_way = len(means)
+        between = (products.sum() - products.diagonal().sum()) / (n_way * (n_way - 1))
+        return class_means(features.square().sum(dim=1, keepdim=True), labels).mean() - between

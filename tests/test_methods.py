@@ -45,7 +45,7 @@ def domain(processor):
 @pytest.fixture
 def target(backbone, processor):
     adapter = tiny_adapter(backbone, processor=processor, metric=True)
-    adapter.metric.set_prior(torch.eye(32), count=3.0)
+    adapter.metric.set_prior(torch.eye(32), spread=10.0, count=3.0)
     return Target(backbone, adapter, RECIPES)
 
 

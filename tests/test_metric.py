@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny import pictures, tiny_adapter
 
-from hf_hyperflow.metric import SupportMetric, within_covariance
+from hf_hyperflow.metric import SupportMetric, spread_between, within_covariance
 from hf_hyperflow.prototypes import PrototypeClassifier, class_means, leave_one_out_logits, unit_means
 
 LABELS = torch.tensor([0, 2, 1, 0, 0, 2, 0, 1, 0])
@@ -20,8 +20,15 @@ def metric():
     """A metric of width 6 with a prior."""
     metric = SupportMetric(6).double()
     root = random(6, 6, seed=5)
-    metric.set_prior(root @ root.T, count=3.0)
+    metric.set_prior(root @ root.T, spread=5.0, count=3.0)
     return metric
+
+
+def prior(metric, features, labels=LABELS):
+    """What the metric adds to R^T R for these images, written out."""
+    ridge = (spread_between(features, labels) / metric.spread) ** 4
+    covariance = metric.directions @ metric.variances.diag() @ metric.directions.T
+    return covariance + ridge * covariance.diagonal().mean() * torch.eye(len(covariance))
 
 
 def test_it_starts_as_direct_transfer():
@@ -34,7 +41,7 @@ def test_cosines_in_the_metric_of_the_covariance(metric):
     features, query = random(9, 6), random(4, 6, seed=1)
     means = class_means(features, LABELS)
     spread = features - means[LABELS]
-    inverse = torch.linalg.inv(spread.T @ spread + torch.linalg.inv(metric.map.T @ metric.map))
+    inverse = torch.linalg.inv(spread.T @ spread + prior(metric, features))
     lengths = torch.einsum("cd,de,ce->c", means, inverse, means).sqrt()
     found = PrototypeClassifier.from_support(features, LABELS, prototypes=metric)(query)
     units = [F.normalize(x, dim=1) for x in (features, query)]
@@ -50,15 +57,47 @@ def test_cosines_in_the_metric_of_the_covariance(metric):
 def test_prior_is_what_it_is_set_to():
     root = random(6, 6)
     metric = SupportMetric(6).double()
-    metric.set_prior(root @ root.T, count=10.0, ridge=0.5)
-    expected = 10 * (root @ root.T + 0.5 * (root @ root.T).diagonal().mean() * torch.eye(6))
-    torch.testing.assert_close(torch.linalg.inv(metric.map.T @ metric.map), expected)
+    metric.set_prior(root @ root.T, spread=2.0, count=10.0)
+    torch.testing.assert_close(metric.directions @ metric.variances.diag() @ metric.directions.T, 10 * root @ root.T)
+    assert metric.spread == 2
 
 
-@pytest.mark.parametrize("covariance", [torch.zeros(6, 6), torch.full((6, 6), float("nan"))], ids=["zero", "NaN"])
-def test_a_covariance_of_nothing_is_an_error(covariance):
+@pytest.mark.parametrize(
+    ("covariance", "spread"),
+    [(torch.zeros(6, 6), 1.0), (torch.full((6, 6), float("nan")), 1.0), (torch.eye(6), 0.0)],
+    ids=["zero", "NaN", "no spread"],
+)
+def test_a_covariance_of_nothing_is_an_error(covariance, spread):
     with pytest.raises(ValueError, match="zero or not finite"):
-        SupportMetric(6).set_prior(covariance)
+        SupportMetric(6).set_prior(covariance, spread)
+
+
+def test_classes_far_apart_are_compared_by_plain_cosines():
+    """The wider the spread, the less the prior counts."""
+    metric = SupportMetric(6).double()
+    metric.set_prior(torch.diag(torch.arange(1.0, 7.0).double()), spread=1.0)
+    features = F.normalize(random(3, 6), dim=1)
+    angles = []
+    for scale in (0.5, 1.0, 2.0, 4.0):
+        found = metric(scale * features, torch.arange(3))
+        angles.append(1 - (F.normalize(found, dim=1) * features).sum(1).mean())
+    assert angles == sorted(angles, reverse=True)
+    assert angles[-1] < 1e-4 < angles[0]
+
+
+def test_a_singular_covariance_is_no_obstacle():
+    metric = SupportMetric(6)
+    metric.set_prior(torch.diag(torch.tensor([1.0, 1, 0, 0, 0, 0])), spread=1e6)
+    assert metric(random(9, 6).float(), LABELS).isfinite().all()
+
+
+def test_spread_is_half_the_squared_distance_of_images_of_different_classes():
+    features = random(9, 6)
+    means = [
+        torch.cdist(features[c == LABELS], features[d == LABELS]).square().mean() / 2
+        for c, d in [(0, 1), (0, 2), (1, 2)]
+    ]
+    torch.testing.assert_close(spread_between(features, LABELS), torch.stack(means).mean())
 
 
 def test_a_direction_in_which_classes_spread_counts_less():
@@ -68,7 +107,7 @@ def test_a_direction_in_which_classes_spread_counts_less():
     features = torch.stack([5 * torch.randn(40, generator=generator), 2.0 * labels - 1], dim=1)
     query = torch.stack([5 * torch.randn(200, generator=generator), 2.0 * torch.arange(200).remainder(2) - 1], dim=1)
     metric = SupportMetric(2)
-    metric.set_prior(torch.eye(2), count=1.0)
+    metric.set_prior(torch.eye(2), spread=10.0, count=1.0)
     accuracies = [
         (PrototypeClassifier.from_support(features, labels, prototypes=make)(query).argmax(1) == torch.arange(200) % 2)
         .float()
@@ -100,8 +139,8 @@ def test_degenerate_images_give_finite_prototypes(features):
 def test_one_image_of_each_class_is_compared_in_the_measured_part(metric):
     features, query = random(3, 6), random(4, 6, seed=1)
     found = PrototypeClassifier.from_support(features, torch.arange(3), prototypes=metric)(query)
-    prior = metric.map.T @ metric.map
-    expected = query @ prior @ features.T / torch.einsum("cd,de,ce->c", features, prior, features).sqrt()
+    inverse = torch.linalg.inv(prior(metric, features, torch.arange(3)))
+    expected = query @ inverse @ features.T / torch.einsum("cd,de,ce->c", features, inverse, features).sqrt()
     torch.testing.assert_close(F.normalize(found, dim=1), F.normalize(expected, dim=1))
 
 
@@ -124,7 +163,7 @@ def test_the_adapter_classifies_in_its_metric(backbone, pixels, tmp_path):
     """In use, saved and loaded again, and with the guard."""
     adapter = tiny_adapter(backbone, metric=True)
     root = random(32, 32).float()
-    adapter.metric.set_prior(root @ root.T / 32, count=3.0)
+    adapter.metric.set_prior(root @ root.T / 32, spread=10.0, count=3.0)
     support = pictures(n_way=3, n_shot=4)
     task = adapter.adapt(backbone, support)
     with torch.no_grad():
@@ -138,6 +177,6 @@ def test_the_adapter_classifies_in_its_metric(backbone, pixels, tmp_path):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     adapter.save_pretrained(tmp_path)
     again = type(adapter).from_pretrained(tmp_path)
-    assert torch.equal(again.metric.map, adapter.metric.map)
+    assert torch.equal(again.metric.directions, adapter.metric.directions)
     torch.testing.assert_close(again.adapt(backbone, support).logits(pixels), logits)
     assert adapter.adapt(backbone, support, guard="loo").choice.accuracies

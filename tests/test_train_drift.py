@@ -30,7 +30,7 @@ from transformers import AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.domains import normalise
-from hf_hyperflow.metric import SupportMetric, within_covariance
+from hf_hyperflow.metric import spread_between, within_covariance
 from hf_hyperflow.training_tasks import draw_task, load_domains, task_images
 
 STEPS = 5
@@ -263,23 +263,25 @@ def test_metric_is_the_covariance_of_the_training_tasks(settings, whole, ground,
     adapter = HyperFlowAdapter.from_pretrained(whole)
     backbone = AutoModel.from_pretrained(ground / "backbone").eval()
     training, _ = load_domains([str(ground / "alpha")], adapter.processor)
-    covariances = []
+    covariances, spreads = [], []
     for index in range(4):
         task = draw_task(training, index, seed=0, made_share=0.6)
         pixels = normalise(task_images(task, training[0]), adapter.processor)
         labels = torch.cat([task.episode.support_labels, task.episode.query_labels])
         with torch.no_grad():
-            covariances.append(within_covariance(backbone(pixels).last_hidden_state[:, 0], labels))
+            features = backbone(pixels).last_hidden_state[:, 0]
+        covariances.append(within_covariance(features, labels))
+        spreads.append(spread_between(features, labels))
     variances = torch.stack([c.diagonal().mean() for c in covariances])
-    expected = SupportMetric(24)
-    expected.set_prior(
-        variances.mean() * torch.stack([c / v for c, v in zip(covariances, variances, strict=True)]).mean(0)
-    )
-    torch.testing.assert_close(adapter.metric.map, expected.map, rtol=1e-2, atol=1e-3)
+    covariance = variances.mean() * torch.stack([c / v for c, v in zip(covariances, variances, strict=True)]).mean(0)
+    metric = adapter.metric
+    found = metric.directions @ metric.variances.diag() @ metric.directions.T
+    torch.testing.assert_close(found, 100 * covariance, rtol=1e-2, atol=0.01 * found.abs().max().item())
+    torch.testing.assert_close(metric.spread, torch.stack(spreads).mean(), rtol=1e-2, atol=0)
     plain = settings(tmp_path / "out", "--no_metric")
     done = run("train_drift", *plain, fault=partial(die_in_step, 2), log=tmp_path / "log")
     assert done.exitcode == -signal.SIGKILL, done.output
-    assert "adapter.metric.map" not in weights(tmp_path / "out/checkpoint-1")
+    assert "adapter.metric.directions" not in weights(tmp_path / "out/checkpoint-1")
 
 
 def test_curves_in_tensorboard(whole):

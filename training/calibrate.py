@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from arguments import parse
+from checkpoints import save_adapter
 from tqdm.auto import tqdm
 from transformers import AutoModel
 
@@ -57,8 +58,7 @@ def main() -> None:
     log_scale = best_log_scale(torch.cat(cosines), torch.cat(labels))
     print(f"scale {adapter.log_scale.exp().item():.2f} -> {torch.tensor(log_scale).exp().item():.2f}")
     adapter.log_scale.fill_(log_scale)
-    rounded = {name: t.half() if t.is_floating_point() else t for name, t in adapter.state_dict().items()}
-    adapter.save_pretrained(arguments.adapter, state_dict=rounded)
+    save_adapter(adapter, arguments.adapter)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: a run killed at any moment goes on from the last whole one."""
+"""Checkpoints that are whole or not there: a run killed at any moment goes on from the last whole one; and its end."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.saving import CheckpointError, sha256
 
 PROGRESS, CHECKSUMS = "progress.json", "checksums.json"
@@ -123,3 +125,12 @@ def _restored(accelerator: Accelerator, folder: Path) -> dict:
         ) from error
     accelerator.print(f"going on from {folder}")
     return json.loads((folder / PROGRESS).read_text())
+
+
+def save_adapter(adapter: HyperFlowAdapter, folder: str | Path) -> None:
+    """Save matrices with half precision on disk (rounded once, here) and single in use: CPUs are slow in half."""
+    rounded = {
+        name: t.half() if t.is_floating_point() and t.ndim > 1 else t for name, t in adapter.state_dict().items()
+    }
+    adapter.config.dtype = torch.float32
+    adapter.save_pretrained(folder, state_dict=rounded)

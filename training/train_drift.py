@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from arguments import described, parse
-from checkpoints import load_checkpoint, save_checkpoint
+from checkpoints import load_checkpoint, save_adapter, save_checkpoint
 from datasets import disable_progress_bars
 from drift_arguments import Arguments
 from drift_data import StepBatches, load_recorded
@@ -39,7 +39,7 @@ from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.domains import Domain
 from hf_hyperflow.evaluation import compare_flow
 from hf_hyperflow.hub import make_repo, push_folder
-from hf_hyperflow.metric import within_covariance
+from hf_hyperflow.metric import spread_between, within_covariance
 from hf_hyperflow.objectives import MatchingObjective, TaskObjective
 from hf_hyperflow.parameter_space import bias_config, layernorm_config, lora_config
 from hf_hyperflow.saving import CheckpointError, claimed
@@ -75,27 +75,29 @@ def new_adapter(arguments: Arguments, backbone: nn.Module, processor: object) ->
 
 @torch.no_grad()
 def measure_metric(accelerator: Accelerator, task: TaskObjective, batches: StepBatches, n_tasks: int) -> None:
-    """Set the adapter's metric to the covariance within classes of training tasks, all of which count the same.
+    """Set the adapter's metric to what training tasks, all of which count the same, are like.
 
     Raises:
         ValueError: in no task do the images of a class differ.
     """
     width = task.adapter.config.backbone["hidden_size"]
-    total = torch.zeros(width + 1, width, device=accelerator.device, dtype=torch.float64)
+    covariances = torch.zeros(width, width, device=accelerator.device, dtype=torch.float64)
+    sums = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
     for episode in batches.mine(n_tasks):
         features = task.adapted_features(task.start, task.split.prefix(episode.pixel_values)).double()
-        covariance = within_covariance(features, torch.cat([episode.support_labels, episode.query_labels]))
+        labels = torch.cat([episode.support_labels, episode.query_labels])
+        covariance = within_covariance(features, labels)
         variance = covariance.diagonal().mean()
         if variance > 0:  # a made-up domain can be blank
-            total[:-1] += covariance / variance
-            total[-1, :2] += torch.stack([variance, torch.ones_like(variance)])
-    total = accelerator.reduce(total)
-    variance, n_measured = total[-1, :2]
+            covariances += covariance / variance
+            sums += torch.stack([torch.ones_like(variance), variance, spread_between(features, labels)])
+    n_measured, variance, spread = accelerator.reduce(sums)
     if n_measured == 0:
         raise ValueError(
             f"the metric cannot be measured: in {n_tasks} tasks the images of each class are all the same."
         )
-    task.adapter.metric.set_prior(variance / n_measured * total[:-1] / n_measured)
+    covariance = variance / n_measured * accelerator.reduce(covariances) / n_measured
+    task.adapter.metric.set_prior(covariance, spread / n_measured)
 
 
 def validated(
@@ -110,13 +112,6 @@ def validated(
         ]
     by_name = dict(gather_object(found))
     return {domain.name: by_name[domain.name] for domain in domains}
-
-
-def save_adapter(adapter: HyperFlowAdapter, folder: str | Path) -> None:
-    """Save with half precision on disk (rounded once, here) and single in use: CPUs are slow in half."""
-    rounded = {name: t.half() if t.is_floating_point() else t for name, t in adapter.state_dict().items()}
-    adapter.config.dtype = torch.float32
-    adapter.save_pretrained(folder, state_dict=rounded)
 
 
 def trained_on(training: list[Domain], recorded: Trajectories | None) -> dict[str, object]:
@@ -212,7 +207,7 @@ def train(arguments: Arguments, accelerator: Accelerator) -> None:
     if progress is None and adapter.metric is not None:
         with cost.phase("metric", every=1, episodes=arguments.metric_tasks), accelerator.autocast():
             measure_metric(accelerator, task, batches, arguments.metric_tasks)
-        averaged.module.metric.map.copy_(adapter.metric.map)  # buffers are not averaged
+        averaged.module.metric.load_state_dict(adapter.metric.state_dict())  # buffers are not averaged
     if first < schedule.matching_steps + schedule.blend_steps:
         with cost.phase("preparation", every=1), accelerator.autocast():
             batches.encode_support(adapter, split)
