@@ -29,7 +29,7 @@ from .episode_log import EPISODES, EpisodeLog
 from .episodes import Episode, cdfsl_episode, meta_dataset_episode
 from .evaluation import DomainFeatures
 from .figures import draw_figures
-from .methods import GRADIENT_METHODS, METHODS, Target, accuracy, method_list
+from .methods import GRADIENT_METHODS, IN_METRIC, METHODS, Target, accuracies, method_list
 from .recipes import Recipes, read_recipes
 from .results import Costs, cost_key, summarise
 from .saving import CheckpointError, claimed, write_json, written_whole
@@ -200,26 +200,26 @@ def _run_episodes(
     device_type = accelerator.device.type
     for method, n_episodes in _methods_and_episodes(arguments, target).items():
 
-        def row(index: int, method: str = method) -> dict:
+        def rows_of(index: int, method: str = method) -> list[dict]:
             episode = _episode(arguments, features.domain, n_shot, index)
             with torch.autocast(device_type, torch.bfloat16, enabled=arguments.bf16):
-                reached = accuracy(method, target, features, episode)
+                reached = accuracies(method, target, features, episode)
             counts = {"n_way": episode.n_way, "n_support": len(episode.support), "n_query": len(episode.query)}
-            key = {"domain": episode.domain, "n_shot": n_shot, "method": method, "index": index}
-            return key | counts | {"accuracy": reached}
+            key = {"domain": episode.domain, "n_shot": n_shot, "index": index} | counts
+            return [key | {"method": name, "accuracy": value} for name, value in reached.items()]
 
         done = log.done(features.domain.name, n_shot, method) if accelerator.is_main_process else set()
         (done,) = broadcast_object_list([done])
         missing = [index for index in range(n_episodes) if index not in done]
         title = f"{features.domain.name}, {n_shot or 'any'}-shot, {method}"
         per_process = 1 if method in GRADIENT_METHODS else 50
-        for rows in _shared(row, missing, per_process, accelerator, title):
+        for rows in _shared(rows_of, missing, per_process, accelerator, title):
             if accelerator.is_main_process:
                 log.append(rows)
 
 
 def _shared(
-    row: Callable[[int], dict], indices: list[int], per_process: int, accelerator: Accelerator, title: str
+    rows_of: Callable[[int], list[dict]], indices: list[int], per_process: int, accelerator: Accelerator, title: str
 ) -> Iterator[list[dict]]:
     """The rows of `indices`, in chunks that the processes share."""
     size = per_process * accelerator.num_processes
@@ -227,8 +227,8 @@ def _shared(
     for start in range(0, len(indices), size):
         chunk = indices[start : start + size]
         mine = chunk[accelerator.process_index :: accelerator.num_processes]
-        rows = gather_object([row(index) for index in mine])
-        bar.update(len(rows))
+        rows = gather_object([row for index in mine for row in rows_of(index)])
+        bar.update(len(chunk))
         yield rows
     bar.close()
 
@@ -274,7 +274,7 @@ def _costs(path: Path, setting: CostSetting, log: EpisodeLog) -> Costs:
     costs = {(c["method"], c["n_way"], c["n_support"]): c["cost"] for c in known if c["device"] == device}
     groups: dict[tuple, list[dict]] = {}
     for row in log.rows:
-        if not row["method"].startswith("hyperflow "):
+        if not row["method"].startswith("hyperflow ") and row["method"] not in IN_METRIC.values():
             groups.setdefault((row["domain"], row["n_shot"], row["method"]), []).append(row)
     wanted = dict.fromkeys(cost_key(rows) for rows in groups.values())
     for key in tqdm([key for key in wanted if key not in costs], desc="costs", disable=None, leave=False):

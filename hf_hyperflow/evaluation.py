@@ -49,10 +49,10 @@ class Comparison:
 
 
 class DomainFeatures:
-    """What the frozen first blocks compute of a domain's images, each image once, kept in half precision on the CPU.
+    """What the frozen first blocks, and the plain backbone, compute of a domain's images, each image once.
 
-    An image is always run together with the same others, those of its block of `BLOCK` rows: its hidden states do not
-    depend on which images were asked for before.
+    Hidden states are kept in half precision, all on the CPU. An image is always run together with the same others,
+    those of its block of `BLOCK` rows: what is found does not depend on which images were asked for before.
     """
 
     BLOCK = 32
@@ -63,6 +63,7 @@ class DomainFeatures:
         self.processor = processor
         self._states: torch.Tensor | None = None
         self._known = torch.zeros(-(-len(domain) // self.BLOCK), dtype=torch.bool)
+        self._plain: dict[int, torch.Tensor] = {}
         self._rest: tuple = ((), {})
 
     @torch.no_grad()
@@ -80,6 +81,17 @@ class DomainFeatures:
             self._states[chunk] = found.states.half().cpu()
             self._known[block] = True
         return Hidden(self._states[rows].to(parameter.device, parameter.dtype), *self._rest)
+
+    @torch.no_grad()
+    def plain(self, rows: torch.Tensor) -> torch.Tensor:
+        """Features `(n, width)` float32 of the images `rows` with the backbone as it is: call it with an adapter in it
+        at its start only.
+        """
+        places = [divmod(row, self.BLOCK) for row in rows.tolist()]
+        for block in {block for block, _ in places} - self._plain.keys():
+            chunk = torch.arange(block * self.BLOCK, min((block + 1) * self.BLOCK, len(self.domain)))
+            self._plain[block] = self.split(self.hidden(chunk)).float()
+        return torch.stack([self._plain[block][place] for block, place in places])
 
 
 def features_of(split: SplitBackbone, hidden: Hidden, batch_size: int = 512) -> torch.Tensor:
@@ -151,11 +163,12 @@ def compare_flow(
         with evaluating(backbone), evaluating(adapter):
             for index in range(n_episodes):
                 episode = cdfsl_episode(domain, index, n_way=n_way, n_shot=n_shot, n_query=n_query, seed=seed)
-                hidden = features.hidden(torch.cat([episode.support, episode.query]))
+                rows = torch.cat([episode.support, episode.query])
                 injection.write(injection.start)
-                direct.append(prototype_accuracy(features_of(split, hidden), episode))
+                direct.append(prototype_accuracy(features.plain(rows), episode))
                 injection.write(flow_weights(adapter, features, injection.start, episode, n_steps=n_steps))
-                adapted.append(prototype_accuracy(features_of(split, hidden), episode, adapter.prototypes))
+                found = features_of(split, features.hidden(rows))
+                adapted.append(prototype_accuracy(found, episode, adapter.prototypes))
     finally:
         injection.write(injection.start)
         injection.owner = None

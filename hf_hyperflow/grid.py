@@ -10,9 +10,9 @@ from tqdm.auto import tqdm
 
 from .domains import Domain
 from .episodes import Episode, cdfsl_episode
-from .evaluation import DomainFeatures, features_of, mean_ci95
+from .evaluation import DomainFeatures, mean_ci95, prototype_accuracy
 from .finetuning import FineTuning
-from .methods import GRADIENT_METHODS, Target, fine_tuned_accuracies, head_classifier, label_accuracy
+from .methods import GRADIENT_METHODS, Target, fine_tuned_features, head_classifier, label_accuracy
 from .saving import write_json
 from .task import evaluating
 
@@ -97,10 +97,10 @@ def _along_grid(
     """Accuracies in % at `_points`."""
     if method != "head":
         recipe = FineTuning(learning_rate=learning_rate)
-        return fine_tuned_accuracies(method, target, features.domain, episode, recipe, list(STEPS))
-    hidden = features.hidden(torch.cat([episode.support, episode.query]))
+        found = fine_tuned_features(method, target, features.domain, episode, recipe, list(STEPS))
+        return [prototype_accuracy(each, episode) for each in found]
     with torch.no_grad(), evaluating(target.plain()):
-        found = features_of(target.split, hidden)
+        found = features.plain(torch.cat([episode.support, episode.query]))
     support, query = found[: len(episode.support)], found[len(episode.support) :]
     return [label_accuracy(head_classifier(support, episode.support_labels, c)(query), episode) for c in HEAD_C]
 

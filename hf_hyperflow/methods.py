@@ -3,7 +3,8 @@
 `direct` classifies by prototypes with the backbone as it is, `metric` does so in the adapter's metric (by plain cosines
 if it has none), `head` fits a logistic regression on the same features, `hyperflow` follows the flow and uses the
 metric. `bias`, `lora`, `layernorm` and `full` fine-tune by gradient descent, the first three through PEFT in the blocks
-that the flow adapts. `easyfsl-...` are in `hf_hyperflow.easyfsl_methods`.
+that the flow adapts; what they arrive at is classified by plain cosines and, as `bias-metric` and so on, in the metric.
+`easyfsl-...` are in `hf_hyperflow.easyfsl_methods`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from .task import evaluating
 
 GRADIENT_METHODS = ("bias", "lora", "layernorm", "full")
 METHODS = ("direct", "metric", "head", "hyperflow", *GRADIENT_METHODS)
+#: What a gradient method is called where its features are classified in the adapter's metric; comes with it.
+IN_METRIC = {method: f"{method}-metric" for method in GRADIENT_METHODS}
 
 
 def method_list(names: str) -> list[str]:
@@ -117,32 +120,43 @@ class Target:
                     parameter.copy_(value)
 
 
-def accuracy(method: str, target: Target, features: DomainFeatures, episode: Episode) -> float:
-    """Accuracy in % of a method on an episode's queries.
+def accuracies(method: str, target: Target, features: DomainFeatures, episode: Episode) -> dict[str, float]:
+    """Accuracy in % of a method on an episode's queries, by name: a gradient method has two, see `IN_METRIC`.
 
     Args:
         method: one of `METHODS`, `EASYFSL_METHODS` or `target.points`.
         features: of the episode's domain; the gradient methods take the images themselves.
     """
+    adapter = target.adapter
     if method in GRADIENT_METHODS:
         recipe = target.recipes.fine_tuning(method)
-        return fine_tuned_accuracies(method, target, features.domain, episode, recipe, [recipe.steps])[0]
-    adapter, split = target.adapter, target.split
-    hidden = features.hidden(torch.cat([episode.support, episode.query]))
+        (found,) = fine_tuned_features(method, target, features.domain, episode, recipe, [recipe.steps])
+        reached = {method: prototype_accuracy(found, episode)}
+        if adapter.metric is not None:
+            reached[IN_METRIC[method]] = prototype_accuracy(found, episode, adapter.metric)
+        return reached
+    return {method: _forward_accuracy(method, target, features, episode)}
+
+
+def _forward_accuracy(method: str, target: Target, features: DomainFeatures, episode: Episode) -> float:
+    """Accuracy in % of a method without gradients."""
+    adapter, rows, n_support = target.adapter, torch.cat([episode.support, episode.query]), len(episode.support)
+    n_steps, end_time = target.points.get(method, (None, 1.0))
     injection = adapter.space.inject(target.backbone)
     with torch.no_grad(), evaluating(target.backbone), evaluating(adapter):
-        if method.startswith("hyperflow"):
-            n_steps, end_time = target.points.get(method, (None, 1.0))
-            if end_time > 0:
-                theta = flow_weights(adapter, features, injection.start, episode, n_steps=n_steps, end_time=end_time)
-                injection.write(theta)
-        found = features_of(split, hidden)
-        injection.write(injection.start)
+        if method.startswith("hyperflow") and end_time > 0:
+            hidden = features.hidden(rows)
+            injection.write(
+                flow_weights(adapter, features, injection.start, episode, n_steps=n_steps, end_time=end_time)
+            )
+            found = features_of(target.split, hidden)
+            injection.write(injection.start)
+        else:
+            found = features.plain(rows)
         if method == "direct":
             return prototype_accuracy(found, episode)
         if method == "metric" or method.startswith("hyperflow"):
             return prototype_accuracy(found, episode, adapter.prototypes)
-        n_support = len(episode.support)
         if method == "head":
             classify = head_classifier(found[:n_support], episode.support_labels, target.recipes.head_c)
         else:
@@ -175,12 +189,13 @@ def head_classifier(features: torch.Tensor, labels: torch.Tensor, c: float) -> C
     return lambda x: torch.from_numpy(head.predict(unit(x)))
 
 
-def fine_tuned_accuracies(
+def fine_tuned_features(
     method: str, target: Target, domain: Domain, episode: Episode, recipe: FineTuning, at_steps: list[int]
-) -> list[float]:
-    """Accuracies in % on an episode's queries after so many gradient steps of one run of fine-tuning, ascending.
+) -> list[torch.Tensor]:
+    """Features `(n_support + n_query, width)` of an episode's images after so many gradient steps, ascending, of one
+    run of fine-tuning.
 
-    The augmentation of episode i is seeded by i: the accuracies depend on the episode and the recipe alone.
+    The augmentation of episode i is seeded by i: the features depend on the episode and the recipe alone.
     """
     processor = target.adapter.processor
     images = domain.images[torch.cat([episode.support, episode.query])].to(target.device)
@@ -192,7 +207,7 @@ def fine_tuned_accuracies(
     def note(step: int) -> None:
         if step in at_steps:
             parts = [whole.extract(normalise(chunk, processor)) for chunk in images.split(256)]
-            found.append(prototype_accuracy(torch.cat(parts).float(), episode))
+            found.append(torch.cat(parts).float())
 
     recipe = replace(recipe, steps=at_steps[-1], seed=episode.index)
     with evaluating(target.backbone), target.moving(method) as parameters:

@@ -9,13 +9,14 @@ import numpy as np
 
 from .easyfsl_methods import EASYFSL_METHODS
 from .evaluation import mean_ci95
-from .methods import METHODS
+from .methods import IN_METRIC, METHODS
 
 #: Accuracies in % by episode index, of one method on one domain with one number of shots.
 Accuracies = dict[int, float]
 Costs = dict[tuple[str, int, int], dict[str, float]]
 
-ORDER = (*METHODS, *EASYFSL_METHODS)
+ORDER = (*METHODS, *IN_METRIC.values(), *EASYFSL_METHODS)
+FINE_TUNED = {name: method for method, name in IN_METRIC.items()}
 REFERENCE = "direct"
 
 
@@ -67,9 +68,12 @@ COST_FIELDS = ("seconds_per_task", "peak_memory_mb", "flops_per_task")
 
 
 def cost_key(rows: list[dict]) -> tuple[str, int, int]:
-    """Method, ways and number of support images that a task of these rows has; the medians where they differ."""
+    """Method, ways and number of support images that a task of these rows has; the medians where they differ.
+
+    What a gradient method costs does not depend on the metric that its features are classified in.
+    """
     n_way, n_support = (statistics.median_low(r[key] for r in rows) for key in ("n_way", "n_support"))
-    return rows[0]["method"], n_way, n_support
+    return FINE_TUNED.get(rows[0]["method"], rows[0]["method"]), n_way, n_support
 
 
 def _table(rows: list[dict]) -> dict[tuple[str, int | None, str], Accuracies]:

@@ -140,3 +140,18 @@ def test_domain_features_do_not_depend_on_what_was_asked_before(backbone, proces
     forwards, backwards = (DomainFeatures(split, domain, processor) for _ in range(2))
     one = torch.cat([forwards.hidden(torch.tensor([row])).states for row in range(72)])
     assert torch.equal(one, backwards.hidden(torch.arange(71, -1, -1)).states.flip(0))
+
+
+def test_plain_features_are_those_of_the_backbone_each_image_once(backbone, processor, domain):
+    split = tiny_adapter(backbone, processor=processor).split(backbone)
+    seen = []
+    backbone.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    features = DomainFeatures(split, domain, processor)
+    rows = torch.tensor([70, 1, 70, 40])
+    found = features.plain(rows)
+    with torch.no_grad():
+        expected = split.extract(normalise(domain.images[rows], processor))
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    seen.clear()
+    assert torch.equal(features.plain(rows.flip(0)), found.flip(0))
+    assert not seen

@@ -15,14 +15,15 @@ from hf_hyperflow.backbones import SplitBackbone
 from hf_hyperflow.domains import Domain, normalise, resized
 from hf_hyperflow.easyfsl_methods import EASYFSL_METHODS, easyfsl_classifier, import_easyfsl
 from hf_hyperflow.episodes import cdfsl_episode
-from hf_hyperflow.evaluation import DomainFeatures
+from hf_hyperflow.evaluation import DomainFeatures, prototype_accuracy
 from hf_hyperflow.finetuning import FineTuning
 from hf_hyperflow.methods import (
     GRADIENT_METHODS,
+    IN_METRIC,
     METHODS,
     Target,
-    accuracy,
-    fine_tuned_accuracies,
+    accuracies,
+    fine_tuned_features,
     flow_points,
     get_ready,
     method_list,
@@ -60,10 +61,12 @@ def draw(domain: Domain, index: int = 0):
 
 def test_every_method_leaves_the_backbone_as_it_was(backbone, target, features, domain):
     before, episode = Snapshot(backbone), draw(domain)
-    first = {method: accuracy(method, target, features, episode) for method in METHODS}
-    second = {method: accuracy(method, target, features, episode) for method in reversed(METHODS)}
+    first = {method: accuracies(method, target, features, episode) for method in METHODS}
+    second = {method: accuracies(method, target, features, episode) for method in reversed(METHODS)}
     assert first == second  # whatever ran before
-    assert all(0 <= value <= 100 for value in first.values())
+    reached = {name: value for found in first.values() for name, value in found.items()}
+    assert set(reached) == {*METHODS, *IN_METRIC.values()}
+    assert all(0 <= value <= 100 for value in reached.values())
     target.plain()
     before.assert_unchanged()
 
@@ -98,11 +101,24 @@ def test_moved_parameters_go_back_after_an_error(target, backbone):
 
 
 @pytest.mark.parametrize("method", GRADIENT_METHODS)
-def test_one_run_gives_the_accuracies_after_fewer_steps(method, target, domain):
+def test_one_run_gives_the_features_after_fewer_steps(method, target, domain):
     episode, recipe = draw(domain), FineTuning(learning_rate=1e-2)
-    along = fine_tuned_accuracies(method, target, domain, episode, recipe, [1, 2, 6])
-    each = [fine_tuned_accuracies(method, target, domain, episode, recipe, [n])[0] for n in (1, 2, 6)]
-    assert along == each
+    along = fine_tuned_features(method, target, domain, episode, recipe, [1, 2, 6])
+    each = [fine_tuned_features(method, target, domain, episode, recipe, [n])[0] for n in (1, 2, 6)]
+    assert all(torch.equal(a, b) for a, b in zip(along, each, strict=True))
+    assert not torch.allclose(along[0], along[2], atol=1e-4)
+
+
+def test_fine_tuned_features_are_classified_by_cosines_and_in_the_metric(target, features, domain):
+    episode, recipe = draw(domain), target.recipes.fine_tuning("layernorm")
+    (found,) = fine_tuned_features("layernorm", target, domain, episode, recipe, [3])
+    reached = accuracies("layernorm", target, features, episode)
+    assert reached == {
+        "layernorm": prototype_accuracy(found, episode),
+        "layernorm-metric": prototype_accuracy(found, episode, target.adapter.metric),
+    }
+    plain = Target(target.backbone, tiny_adapter(target.backbone, processor=target.adapter.processor), RECIPES)
+    assert accuracies("layernorm", plain, features, episode) == {"layernorm": reached["layernorm"]}
 
 
 def test_the_head_is_a_logistic_regression_on_unit_features(target, features, domain):
@@ -113,13 +129,14 @@ def test_the_head_is_a_logistic_regression_on_unit_features(target, features, do
     unit = F.normalize(found, dim=-1).numpy()
     head = LogisticRegression(C=2.0, max_iter=1000).fit(unit[:10], episode.support_labels.numpy())
     hits = head.predict(unit[10:]) == episode.query_labels.numpy()
-    assert accuracy("head", target, features, episode) == pytest.approx(100 * np.mean(hits), abs=1e-4)
+    assert accuracies("head", target, features, episode)["head"] == pytest.approx(100 * np.mean(hits), abs=1e-4)
 
 
 def test_the_flow_begins_in_the_metric(target, features, domain):
     for index in range(4):
         episode = draw(domain, index)
-        assert accuracy("hyperflow t=0", target, features, episode) == accuracy("metric", target, features, episode)
+        (along,) = accuracies("hyperflow t=0", target, features, episode).values()
+        assert along == accuracies("metric", target, features, episode)["metric"]
 
 
 def test_points_along_the_flow():
@@ -194,7 +211,7 @@ def test_easyfsl_on_the_same_features(method, target, features, domain):
     pytest.importorskip("easyfsl")
     import_easyfsl.cache_clear()
     episode = draw(domain)
-    assert 0 <= accuracy(method, target, features, episode) <= 100
+    assert 0 <= accuracies(method, target, features, episode)[method] <= 100
     get_ready(method, target, domain.images[episode.support], episode.support_labels)
     generator = torch.Generator().manual_seed(0)
     centres = 5 * torch.randn(4, 16, generator=generator)

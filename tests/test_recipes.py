@@ -11,7 +11,7 @@ from hf_hyperflow.domains import Domain, resized
 from hf_hyperflow.episodes import cdfsl_episode
 from hf_hyperflow.evaluation import DomainFeatures
 from hf_hyperflow.grid import choose_recipes
-from hf_hyperflow.methods import Target, accuracy
+from hf_hyperflow.methods import Target, accuracies
 from hf_hyperflow.recipes import Recipes, read_recipes
 
 
@@ -87,7 +87,7 @@ def test_the_grid_is_run_written_and_its_best_chosen(tmp_path, small_grid):
     episodes = [
         cdfsl_episode(domain, i, n_way=4, n_shot=shots, n_query=4, seed=5) for shots in (1, 2) for i in range(3)
     ]
-    mean = sum(accuracy("layernorm", last, features, e) for e in episodes) / 6
+    mean = sum(accuracies("layernorm", last, features, e)["layernorm"] for e in episodes) / 6
     assert next(e["accuracy"] for e in entries if e.get("steps") == 3 and e["learning_rate"] == 3e-2) == pytest.approx(
         mean, abs=1e-3
     )

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 def described(arguments: object) -> dict:
     """Arguments as a record of the run: of files and folders their names, for paths mean nothing elsewhere."""
-    elsewhere = ("output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id")
+    elsewhere = ("output", "output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id")
     found = {key: value for key, value in vars(arguments).items() if key not in elsewhere}
     for key in ("dataset", "trajectories"):
         if key in found:
