@@ -115,7 +115,7 @@ def prototype_accuracy(features: torch.Tensor, episode: Episode, prototypes: Pro
 
 
 @torch.no_grad()
-def flow_weights(
+def flow_thetas(
     adapter: HyperFlowAdapter,
     features: DomainFeatures,
     start: torch.Tensor,
@@ -123,13 +123,15 @@ def flow_weights(
     *,
     n_steps: int | None = None,
     end_time: float = 1.0,
-) -> torch.Tensor:
-    """Theta `(n_tokens, token_dim)` where the flow from `start` arrives with an episode's support set."""
+) -> tuple[list[float], list[torch.Tensor]]:
+    """Where the flow from `start` comes by with an episode's support set: times from 0 to `end_time`, and theta
+    `(n_tokens, token_dim)` at each.
+    """
     pixels = normalise(features.domain.images[episode.support], adapter.processor)
     encoded, _ = adapter.support_features(features.split, pixels, features.hidden(episode.support))
     tasks = adapter.task_encoder(encoded, episode.support_labels.to(adapter.device))
-    z = adapter.flow(tasks, n_steps=n_steps, end_time=end_time).end[0]
-    return start + (adapter.token_scale * z).to(start)
+    trajectory = adapter.flow(tasks, n_steps=n_steps, end_time=end_time)
+    return trajectory.times, [start + (adapter.token_scale * z[0]).to(start) for z in trajectory.states]
 
 
 @torch.no_grad()
@@ -166,7 +168,8 @@ def compare_flow(
                 rows = torch.cat([episode.support, episode.query])
                 injection.write(injection.start)
                 direct.append(prototype_accuracy(features.plain(rows), episode))
-                injection.write(flow_weights(adapter, features, injection.start, episode, n_steps=n_steps))
+                _, thetas = flow_thetas(adapter, features, injection.start, episode, n_steps=n_steps)
+                injection.write(thetas[-1])
                 found = features_of(split, features.hidden(rows))
                 adapted.append(prototype_accuracy(found, episode, adapter.prototypes))
     finally:

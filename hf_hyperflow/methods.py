@@ -2,9 +2,10 @@
 
 `direct` classifies by prototypes with the backbone as it is, `metric` does so in the adapter's metric (by plain cosines
 if it has none), `head` fits a logistic regression on the same features, `hyperflow` follows the flow and uses the
-metric. `bias`, `lora`, `layernorm` and `full` fine-tune by gradient descent, the first three through PEFT in the blocks
-that the flow adapts; what they arrive at is classified by plain cosines and, as `bias-metric` and so on, in the metric.
-`easyfsl-...` are in `hf_hyperflow.easyfsl_methods`.
+metric, `hyperflow-guard` stops it where the leave-one-out accuracy on the support set is best. `bias`, `lora`,
+`layernorm` and `full` fine-tune by gradient descent, the first three through PEFT in the blocks that the flow adapts;
+what they arrive at is classified by plain cosines and, as `bias-metric` and so on, in the metric. `easyfsl-...` are in
+`hf_hyperflow.easyfsl_methods`.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ from .backbones import SplitBackbone
 from .domains import Domain, normalise
 from .easyfsl_methods import EASYFSL_METHODS, easyfsl_classifier
 from .episodes import Episode
-from .evaluation import DomainFeatures, features_of, flow_weights, prototype_accuracy
+from .evaluation import DomainFeatures, features_of, flow_thetas, prototype_accuracy
 from .finetuning import FineTuning, fine_tune
+from .guard import choose_time
 from .parameter_space import ParameterSpace, bias_config, layernorm_config, lora_config
 from .prototypes import unit_means
 from .recipes import Recipes
 from .task import evaluating
 
 GRADIENT_METHODS = ("bias", "lora", "layernorm", "full")
-METHODS = ("direct", "metric", "head", "hyperflow", *GRADIENT_METHODS)
+METHODS = ("direct", "metric", "head", "hyperflow", "hyperflow-guard", *GRADIENT_METHODS)
 #: What a gradient method is called where its features are classified in the adapter's metric; comes with it.
 IN_METRIC = {method: f"{method}-metric" for method in GRADIENT_METHODS}
 
@@ -145,12 +147,16 @@ def _forward_accuracy(method: str, target: Target, features: DomainFeatures, epi
     injection = adapter.space.inject(target.backbone)
     with torch.no_grad(), evaluating(target.backbone), evaluating(adapter):
         if method.startswith("hyperflow") and end_time > 0:
-            hidden = features.hidden(rows)
-            injection.write(
-                flow_weights(adapter, features, injection.start, episode, n_steps=n_steps, end_time=end_time)
-            )
+            start, hidden = injection.start, features.hidden(rows)
+            times, thetas = flow_thetas(adapter, features, start, episode, n_steps=n_steps, end_time=end_time)
+            theta = thetas[-1]
+            if method == "hyperflow-guard":
+                labels, split = episode.support_labels.to(target.device), target.split
+                choice = choose_time(split, injection, hidden[:n_support], labels, times, thetas, adapter.prototypes)
+                theta = thetas[times.index(choice.time)]
+            injection.write(theta)
             found = features_of(target.split, hidden)
-            injection.write(injection.start)
+            injection.write(start)
         else:
             found = features.plain(rows)
         if method == "direct":
@@ -234,8 +240,9 @@ def get_ready(
     processor = target.adapter.processor
     pixels = normalise(images, processor)
     whole = SplitBackbone(target.backbone, 0, target.adapter.config.pooling)
-    if method == "hyperflow":
-        task = target.adapter.adapt(target.backbone, (pixels, labels))
+    if method.startswith("hyperflow"):
+        guard = "loo" if method == "hyperflow-guard" else None
+        task = target.adapter.adapt(target.backbone, (pixels, labels), guard=guard)
         _ = task.prototypes
         task.reset()
         return task

@@ -139,6 +139,22 @@ def test_the_flow_begins_in_the_metric(target, features, domain):
         assert along == accuracies("metric", target, features, episode)["metric"]
 
 
+def test_the_guard_stops_the_flow_as_in_use(target, features, domain):
+    """The same accuracy as that of a task adapted with the guard, which is not always at the end of the flow."""
+    times = set()
+    for index in range(4):
+        episode = draw(domain, index)
+        pixels = normalise(domain.images, target.adapter.processor)
+        support = (pixels[episode.support], episode.support_labels)
+        reached = accuracies("hyperflow-guard", target, features, episode)["hyperflow-guard"]
+        task = target.adapter.adapt(target.backbone, support, guard="loo")
+        hits = task.logits(pixels[episode.query]).argmax(1) == episode.query_labels
+        times.add(task.choice.time)
+        task.reset()
+        assert reached == pytest.approx(100 * hits.float().mean().item(), abs=1e-3)
+    assert times != {1.0}
+
+
 def test_points_along_the_flow():
     points = flow_points(4)
     assert points["hyperflow t=0"] == (0, 0.0)
@@ -171,7 +187,7 @@ def test_getting_ready_does_all_of_the_work(method, target, features, domain, ba
     elif method == "head":
         with torch.no_grad():
             assert found(target.plain()(pixels).last_hidden_state[:, 0]).shape == (10,)
-    elif method == "hyperflow":
+    elif method.startswith("hyperflow"):
         assert found.prototypes.shape == (5, 32)
     else:
         assert found.shape == (5, 32)

@@ -100,7 +100,7 @@ def summary(output: Path) -> str:
         lines.append(f"    {record['tasks']:12} {distance:.2f} ± {ci95:.2f}   ({record['n_tasks']} tasks)")
     lines.append(f"{output / 'benchmark'}: domains that nothing was trained on, 5-way 5-shot, accuracy in %:")
     for record in read(output / "benchmark" / "results.json")["records"]:
-        line = f"    {record['domain']:12} {record['method']:10} {record['accuracy']:5.1f} ± {record['ci95']:<4.1f}"
+        line = f"    {record['domain']:12} {record['method']:12} {record['accuracy']:5.1f} ± {record['ci95']:<4.1f}"
         if record["diff_vs_direct"] is not None:
             line += f" {record['diff_vs_direct']:+5.1f} ± {record['diff_ci95']:<4.1f} against direct"
         lines.append(f"{line} ({record['n_episodes']} episodes, {record['seconds_per_task']:.2f} s a task)")
