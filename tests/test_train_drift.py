@@ -11,6 +11,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 from hub_server import Hub
@@ -26,7 +27,7 @@ from training_runs import (
     make_images,
     run,
 )
-from transformers import AutoModel
+from transformers import AutoModel, ResNetConfig, ResNetModel
 
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.domains import normalise
@@ -282,6 +283,24 @@ def test_metric_is_the_covariance_of_the_training_tasks(settings, whole, ground,
     done = run("train_drift", *plain, fault=partial(die_in_step, 2), log=tmp_path / "log")
     assert done.exitcode == -signal.SIGKILL, done.output
     assert "adapter.metric.directions" not in weights(tmp_path / "out/checkpoint-1")
+
+
+def test_a_separate_encoder_is_frozen_and_saved_with_the_adapter(settings, ground, tmp_path):
+    """It sees what the target sees; here a convolutional network, as in the paper."""
+    torch.manual_seed(1)
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 6], "depths": [1, 1], "layer_type": "basic"}
+    encoder = ResNetModel(ResNetConfig(**sizes))
+    encoder.save_pretrained(tmp_path / "encoder")
+    done = run("train_drift", *settings(tmp_path / "out", "--encoder", tmp_path / "encoder"), log=tmp_path / "log")
+    assert done.exitcode == 0, done.output
+    assert record(tmp_path / "out")["arguments"]["encoder"] == "encoder"
+    adapter = HyperFlowAdapter.from_pretrained(tmp_path / "out")
+    for name, value in encoder.state_dict().items():
+        torch.testing.assert_close(adapter.encoder.state_dict()[name], value, rtol=1e-3, atol=1e-3)
+    images = load_domains([str(ground / "alpha")], adapter.processor)[0][0].images[::10]
+    support = {str(c): [PIL.Image.fromarray(images[c].permute(1, 2, 0).numpy())] for c in range(3)}
+    task = adapter.adapt(AutoModel.from_pretrained(ground / "backbone").eval(), support)
+    assert task.prototypes.shape == (3, 24)
 
 
 def test_curves_in_tensorboard(whole):

@@ -20,7 +20,7 @@ def described(arguments: object) -> dict:
     for key in ("dataset", "trajectories"):
         if key in found:
             found[key] = [named(source) for source in found[key]]
-    return found | {"backbone": named(found["backbone"])}
+    return found | {key: named(found[key]) for key in ("backbone", "encoder") if found.get(key)}
 
 
 def named(source: str) -> str:

@@ -32,6 +32,10 @@ class Arguments:
     )
     norms: bool = field(default=True, metadata={"help": "with biases: the LayerNorms, too"})
     last_blocks: int = field(default=4, metadata={"help": "the last so many blocks are adapted"})
+    encoder: str | None = field(
+        default=None,
+        metadata={"help": "a vision model that encodes support sets, frozen; default: the target's first blocks"},
+    )
     drift_width: int = field(default=192, metadata={"help": "width of the drift network"})
     drift_depth: int = field(default=4, metadata={"help": "its blocks"})
     n_steps: int = field(default=4, metadata={"help": "solver steps, in training and by default in use"})

@@ -61,11 +61,13 @@ def new_adapter(arguments: Arguments, backbone: nn.Module, processor: object) ->
         peft_config = lora_config(backbone, arguments.last_blocks)
     else:
         peft_config = layernorm_config(backbone, arguments.last_blocks)
+    encoder = None if arguments.encoder is None else AutoModel.from_pretrained(arguments.encoder).float()
     return HyperFlowAdapter.from_backbone(
         backbone,
         peft_config,
         last_blocks=arguments.last_blocks,
         processor=processor,
+        encoder=encoder,
         drift_width=arguments.drift_width,
         drift_depth=arguments.drift_depth,
         n_steps=arguments.n_steps,
