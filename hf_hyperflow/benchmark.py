@@ -39,8 +39,6 @@ RESULTS, COSTS = "results.json", "costs.json"
 
 #: Episodes of the gradient methods where there is no GPU, if `max_episodes_gradient` does not say.
 GRADIENT_EPISODES_ON_CPU = 60
-#: The figures along the flow are drawn from the first so many episodes.
-FLOW_EPISODES = 60
 
 
 @dataclass
@@ -68,6 +66,9 @@ class BenchmarkArguments:
         default=None,
         metadata={"help": "the gradient methods run on the first so many episodes; default: 60 on a CPU, all on a GPU"},
     )
+    flow_episodes: int = field(
+        default=60, metadata={"help": "the figures along the flow are drawn from the first so many episodes; 0: none"}
+    )
     recipes: str | None = field(
         default=None, metadata={"help": "JSON of training/choose_recipes.py: settings of the baselines"}
     )
@@ -84,6 +85,8 @@ class BenchmarkArguments:
                 raise ValueError(f"{name} must be at least 1, not {value}.")
         if self.n_way < 2:
             raise ValueError(f"n_way must be at least 2, not {self.n_way}.")
+        if self.flow_episodes < 0:
+            raise ValueError(f"flow_episodes must not be negative, but is {self.flow_episodes}.")
         if self.max_episodes_gradient is not None and self.max_episodes_gradient < 1:
             raise ValueError(f"max_episodes_gradient must be at least 1, not {self.max_episodes_gradient}.")
         method_list(self.methods)
@@ -184,7 +187,7 @@ def _methods_and_episodes(arguments: BenchmarkArguments, target: Target) -> dict
     chosen = method_list(arguments.methods)
     episodes = {m: min(few, arguments.n_episodes) if m in GRADIENT_METHODS else arguments.n_episodes for m in chosen}
     if {"direct", "hyperflow"} <= set(chosen):
-        episodes |= dict.fromkeys(target.points, min(FLOW_EPISODES, arguments.n_episodes))
+        episodes |= dict.fromkeys(target.points, min(arguments.flow_episodes, arguments.n_episodes))
     return episodes
 
 

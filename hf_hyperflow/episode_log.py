@@ -73,6 +73,7 @@ class EpisodeLog:
         Raises:
             CheckpointError: the folder cannot be written.
         """
+        rows = [{name: row[name] for name in SCHEMA.names} for row in rows]  # in the order in which they are read again
         self.rows = sorted([*self.rows, *rows], key=lambda r: (r["domain"], r["n_shot"] or 0, r["method"], r["index"]))
         settings = json.dumps(self.settings)
         metadata = {_SETTINGS: settings, _DIGEST: _digest(settings, self.rows)}

@@ -206,8 +206,8 @@ def test_two_processes_end_with_the_results_of_one(ground, finished, tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "changed", "text"])
 def test_a_damaged_file_is_named_and_kept(ground, tmp_path, damage):
     with_known_costs(tmp_path)
-    once = arguments(ground, tmp_path, dataset=[str(ground / "six")], n_shot=[1], n_episodes=2)
-    run(once)
+    once = arguments(ground, tmp_path, dataset=[str(ground / "six")], n_shot=[1], n_episodes=2, flow_episodes=0)
+    assert run(once)["flow"] == []
     path = tmp_path / "episodes.parquet"
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-100])
@@ -245,6 +245,16 @@ def test_other_images_under_the_same_name(ground, finished, tmp_path):
             picture(i, (28, 28)).save(tmp_path / "three" / f"class{c}" / f"{i}.png")
     with pytest.raises(CheckpointError, match=r"domain three was \w+ and is \w+"):
         run(arguments(ground, finished[0], dataset=[str(tmp_path / "three")]))
+
+
+def test_the_script_ends_with_a_message(ground, tmp_path):
+    (tmp_path / "episodes.parquet").write_text("not a table")
+    done = subprocess.run(
+        [sys.executable, *command(ground, tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_damaged_costs_are_named(ground, tmp_path):
@@ -309,6 +319,7 @@ def test_the_command_line(ground, tmp_path):
         ({"protocol": "imagenet"}, "unknown protocol 'imagenet'"),
         ({"n_episodes": 0}, "n_episodes must be at least 1, not 0"),
         ({"n_shot": []}, "n_shot must be at least 1"),
+        ({"flow_episodes": -1}, "flow_episodes must not be negative, but is -1"),
         ({"n_way": 1}, "n_way must be at least 2, not 1"),
         ({"max_episodes_gradient": 0}, "max_episodes_gradient must be at least 1, not 0"),
         ({"dataset": ["a/x.parquet", "b/x.parquet"]}, "two datasets have the same name"),

@@ -32,6 +32,11 @@ def test_appended_rows_are_there_in_an_order_of_their_own(tmp_path):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["episodes.parquet"]
 
 
+def test_rows_may_have_their_columns_in_any_order(tmp_path):
+    EpisodeLog(tmp_path, {}).append([dict(reversed(row(1).items()))])
+    assert EpisodeLog(tmp_path, {}).rows == [row(1)]
+
+
 def test_settings_that_differ_are_named_and_new_ones_added(tmp_path):
     EpisodeLog(tmp_path, {"seed": 0, "domain a": "x"}).append([row(0)])
     with pytest.raises(CheckpointError, match=r"of another benchmark: seed was 0 and is 1; domain a was x and is y"):

@@ -14,6 +14,10 @@ from __future__ import annotations
 from arguments import parse
 
 from hf_hyperflow.benchmark import BenchmarkArguments, run
+from hf_hyperflow.saving import CheckpointError
 
 if __name__ == "__main__":
-    run(parse(BenchmarkArguments))
+    try:
+        run(parse(BenchmarkArguments))
+    except (CheckpointError, ImportError, OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error

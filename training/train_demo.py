@@ -11,20 +11,15 @@ on where it was.
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from arguments import parse
+from stages import HERE, run
 
-HERE = Path(__file__).resolve().parent
 BACKBONE = HERE.parent / "model_cards" / "vit-s14-focus-70"
-#: One progress bar per Parquet file would hide what is said.
-QUIET = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 #: The baseline of the benchmark does what the teacher of the trajectories does.
 TEACHER_STEPS, TEACHER_LEARNING_RATE = 12, 1e-3
 
@@ -53,30 +48,6 @@ class Arguments:
     def __post_init__(self) -> None:
         if bool(self.dataset) != bool(self.unseen):
             raise SystemExit("error: give both --dataset (to train on) and --unseen (to report on), or neither.")
-
-
-def run(short: dict[str, str], title: str, script: str, *options: object) -> None:
-    """Announce a stage, show its command, run it, and say how long it took.
-
-    Args:
-        short: parts of commands -> how a shell would let one write them.
-
-    Raises:
-        SystemExit: it failed or was interrupted.
-    """
-    command = [sys.executable, str(HERE / script), *map(str, options)]
-    shown = shlex.join(["python", f"training/{script}", *command[2:]])
-    for part, pattern in short.items():
-        shown = shown.replace(part, pattern)
-    print(f"\n=== {title}\n$ {shown}", flush=True)
-    started = time.monotonic()
-    try:
-        status = subprocess.run(command, check=False, env=os.environ | QUIET).returncode
-    except KeyboardInterrupt:
-        status = 130
-    if status != 0:
-        raise SystemExit(f"error: {script} ended with status {status}. The same command goes on where it was.")
-    print(f"--- {time.monotonic() - started:.0f} s", flush=True)
 
 
 def read(path: Path) -> dict:
