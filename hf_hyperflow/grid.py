@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
+from .adapter import fingerprint
 from .domains import Domain
 from .episodes import Episode, cdfsl_episode
 from .evaluation import DomainFeatures, mean_ci95, prototype_accuracy
@@ -23,6 +25,8 @@ LEARNING_RATES = {
     "layernorm": (3e-4, 1e-3, 3e-3, 1e-2),
     "full": (3e-6, 1e-5, 3e-5, 1e-4),
 }
+#: Methods that have settings to choose.
+TUNED = ("head", *GRADIENT_METHODS)
 HEAD_C = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
 
@@ -31,7 +35,7 @@ def choose_recipes(
     target: Target,
     domains: list[Domain],
     *,
-    methods: tuple[str, ...] = ("head", *GRADIENT_METHODS),
+    methods: Sequence[str] = TUNED,
     n_episodes: int = 20,
     n_shot: list[int],
     n_way: int = 5,
@@ -53,11 +57,16 @@ def choose_recipes(
         The best settings of each method.
 
     Raises:
-        ValueError: the file there is of another grid or no JSON; or a domain has too few images for an episode.
+        ValueError: a method has nothing to choose; the file there is of another grid or no JSON; or a domain has too
+            few images for an episode.
     """
+    unknown = [method for method in methods if method not in TUNED]
+    if unknown:
+        raise ValueError(f"there is nothing to choose for {unknown}: give some of {', '.join(TUNED)}.")
     path = Path(path)
     settings = {"domains": [d.name for d in domains], "n_episodes": n_episodes, "n_shot": list(n_shot)}
-    settings |= {"n_way": n_way, "n_query": n_query, "seed": seed, "adapter": target.adapter.config.weights_sha256}
+    settings |= {"n_way": n_way, "n_query": n_query, "seed": seed}
+    settings |= {"backbone": fingerprint(target.plain()), "last_blocks": target.adapter.config.last_blocks}
     grid = _known(path, settings)
     tasks = [
         (features, cdfsl_episode(features.domain, index, n_way=n_way, n_shot=shots, n_query=n_query, seed=seed))
@@ -65,7 +74,6 @@ def choose_recipes(
         for shots in n_shot
         for index in range(n_episodes)
     ]
-    recipes = {}
     for method in methods:
         for learning_rate in LEARNING_RATES.get(method, (None,)):
             if any(e["method"] == method and e.get("learning_rate") == learning_rate for e in grid):
@@ -76,11 +84,20 @@ def choose_recipes(
                 mean, half = mean_ci95(values)
                 measured = {"accuracy": round(mean, 3), "ci95": round(half, 3) if len(values) > 1 else None}
                 grid.append({"method": method} | point | measured | {"n_episodes": len(values)})
-            write_json(path, {"settings": settings, "grid": grid, "recipes": recipes})
+            write_json(path, {"settings": settings, "grid": grid, "recipes": _best(grid)})
+    write_json(path, {"settings": settings, "grid": grid, "recipes": _best(grid)})
+    return _best(grid)
+
+
+def _best(grid: list[dict]) -> dict[str, dict[str, float]]:
+    """The best settings of every method whose grid is complete."""
+    recipes = {}
+    for method in TUNED:
         entries = [e for e in grid if e["method"] == method]
-        best = max(entries, key=lambda e: e["accuracy"])
-        recipes[method] = {key: best[key] for key in _points(method, None)[0]}
-    write_json(path, {"settings": settings, "grid": grid, "recipes": recipes})
+        rates = LEARNING_RATES.get(method, (None,))
+        if {e.get("learning_rate") for e in entries} == set(rates):
+            best = max(entries, key=lambda e: e["accuracy"])
+            recipes[method] = {key: best[key] for key in _points(method, None)[0]}
     return recipes
 
 

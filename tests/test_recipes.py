@@ -108,6 +108,10 @@ def test_a_grid_goes_on_where_it_was(tmp_path, small_grid, monkeypatch):
     assert json.loads(path.read_text()) == whole
     with pytest.raises(ValueError, match=r"recipes\.json holds a grid of"):
         choose_recipes(path, target, [domain], **numbers | {"n_episodes": 3})
+    choose_recipes(path, target, [domain], methods=["head"], **numbers)
+    assert json.loads(path.read_text()) == whole  # what else is in the file stays
+    with pytest.raises(ValueError, match=r"nothing to choose for \['direct'\]: give some of head, bias"):
+        choose_recipes(path, target, [domain], methods=["direct"], **numbers)
     path.write_text("half a gr")
     with pytest.raises(ValueError, match=r"recipes\.json holds no grid"):
         choose_recipes(path, target, [domain], **numbers)

@@ -18,7 +18,7 @@ from transformers import AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.domains import load_domain
-from hf_hyperflow.grid import choose_recipes
+from hf_hyperflow.grid import TUNED, choose_recipes
 from hf_hyperflow.methods import Target
 from hf_hyperflow.recipes import Recipes
 
@@ -29,6 +29,10 @@ class Arguments:
     adapter: str = field(metadata={"help": "the HyperFlow adapter: Hub id or folder"})
     dataset: list[str] = field(metadata={"help": "training domains, none that is reported: Parquet files, ..."})
     output: str = field(metadata={"help": "JSON file to write"})
+    methods: str = field(
+        default=",".join(TUNED),
+        metadata={"help": f"separated by commas, of {', '.join(TUNED)}; what else is in the file stays"},
+    )
     n_way: int = field(default=5, metadata={"help": "classes of an episode"})
     n_shot: list[int] = field(default_factory=lambda: [5], metadata={"help": "support images of a class"})
     n_query: int = field(default=15, metadata={"help": "query images of a class"})
@@ -48,6 +52,7 @@ def main() -> None:
             arguments.output,
             Target(backbone, adapter, Recipes()),
             domains,
+            methods=arguments.methods.split(","),
             n_episodes=arguments.n_episodes,
             n_shot=arguments.n_shot,
             n_way=arguments.n_way,
