@@ -83,7 +83,8 @@ class HyperFlowAdapter(PreTrainedModel):
         )
         # Where the scale that training/calibrate.py finds is to be expected, so that training has not far to go.
         self.log_scale = nn.Parameter(torch.tensor(math.log(20.0 if config.metric else 10.0)))
-        self.metric = SupportMetric(config.backbone["hidden_size"]) if config.metric else None
+        width = config.backbone["hidden_size"] * (2 if config.middle else 1)
+        self.metric = SupportMetric(width) if config.metric else None
         self.register_buffer("token_scale", torch.full((self.space.n_tokens, 1), 0.02))
         self.post_init()
 
@@ -174,7 +175,8 @@ class HyperFlowAdapter(PreTrainedModel):
                 f"this {type(backbone).__name__} is not the backbone of the adapter: {'; '.join(wrong)}. "
                 f"Use {expected['name_or_path'] or 'the ' + expected['model_type'] + ' it was trained for'}."
             )
-        return SplitBackbone(backbone, len(blocks) - self.config.last_blocks, self.config.pooling, blocks)
+        start = len(blocks) - self.config.last_blocks
+        return SplitBackbone(backbone, start, self.config.pooling, blocks, self.config.middle)
 
     def support_features(
         self, split: SplitBackbone, pixel_values: torch.Tensor, hidden: Hidden | None = None

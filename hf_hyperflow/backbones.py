@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -110,13 +111,22 @@ class SplitBackbone(nn.Module):
         backbone: a transformers vision model that returns `last_hidden_state`.
         start: index of the first block of the second half; 0 splits right behind the embeddings.
         pooling: the feature of an image: "cls" (first token) or "mean" (of all tokens).
+        middle: weight of a second half of the features, see `joined`; 0: there is none.
     """
 
-    def __init__(self, backbone: nn.Module, start: int, pooling: str = "cls", blocks: Blocks | None = None):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        start: int,
+        pooling: str = "cls",
+        blocks: Blocks | None = None,
+        middle: float = 0.0,
+    ):
         super().__init__()
         self.backbone = backbone
         self.start = start
         self.pooling = pooling
+        self.middle = middle
         self.blocks = blocks or find_blocks(backbone)
         if not 0 <= start < len(self.blocks):
             raise IncompatibleBackboneError(
@@ -127,8 +137,27 @@ class SplitBackbone(nn.Module):
         """`(n, tokens, width)` to `(n, width)`."""
         return sequence[:, 0] if self.pooling == "cls" else sequence.mean(dim=1)
 
+    def joined(self, last: torch.Tensor, hidden: Hidden) -> torch.Tensor:
+        """Features `(n, 2 width)` with a second half, if there is a `middle`; otherwise `last` `(n, width)` itself.
+
+        The second half is the mean of the tokens before block `start` (but the first, if that is what is pooled), at
+        `middle` times the length of the first half, `last`. The first blocks know of textures and shapes what the
+        last have dropped, and are run anyway; see `training/choose_metric.py` for what that is worth.
+        """
+        if not self.middle:
+            return last
+        tokens = hidden.states[:, 1:] if self.pooling == "cls" else hidden.states
+        mean = F.normalize(tokens.mean(dim=1).to(last), dim=-1)
+        return torch.cat([last, self.middle * last.norm(dim=-1, keepdim=True) * mean], dim=-1)
+
+    def last(self, features: torch.Tensor) -> torch.Tensor:
+        """The part of features that the last block gives, `(n, width)`."""
+        return features[:, : features.shape[1] // 2] if self.middle else features
+
     def extract(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Features `(n, width)` of images `(n, 3, height, width)` by an ordinary forward pass."""
+        """Features of images `(n, 3, height, width)` by an ordinary forward pass: `(n, width)`, see `joined`."""
+        if self.middle:
+            return self(self.prefix(pixel_values))
         return self.pool(self.backbone(pixel_values).last_hidden_state)
 
     def prefix(self, pixel_values: torch.Tensor) -> Hidden:
@@ -150,14 +179,14 @@ class SplitBackbone(nn.Module):
         return Hidden(kwargs.pop("hidden_states"), (), kwargs)
 
     def forward(self, hidden: Hidden) -> torch.Tensor:
-        """Features `(n, width)` from what `prefix` returned: the remaining blocks, the final norm, the pooling."""
+        """Features from what `prefix` returned: the remaining blocks, the final norm, the pooling; see `joined`."""
         states = hidden.states
         for block in self.backbone.get_submodule(self.blocks.path)[self.start :]:
             output = block(states, *hidden.args, **hidden.kwargs)
             states = output if isinstance(output, torch.Tensor) else output[0]
         if self.blocks.norm is not None:
             states = self.backbone.get_submodule(self.blocks.norm)(states)
-        return self.pool(states)
+        return self.joined(self.pool(states), hidden)
 
     @torch.no_grad()
     def check(self, pixel_values: torch.Tensor) -> None:

@@ -13,6 +13,8 @@ class HyperFlowConfig(PreTrainedConfig):
             `fingerprint` (see `hf_hyperflow.adapter.fingerprint`).
         last_blocks: how many of the last blocks are adapted; the ones before are frozen and run once per image.
         pooling: the feature of an image: "cls" or "mean".
+        middle: weight of what the blocks before the adapted ones say of an image beside the last one, see
+            `SplitBackbone.joined`; 0: nothing.
         peft: the native PEFT config of the generated adapter, as `parameter_space.config_to_dict` gives it.
         tensor_names, tensor_shapes: the tensors that the flow moves, in order.
         frozen_tensors: parts of names of adapter tensors that keep their seeded start.
@@ -30,6 +32,7 @@ class HyperFlowConfig(PreTrainedConfig):
     backbone: dict | None = None
     last_blocks: int = 4
     pooling: str = "cls"
+    middle: float = 0.0
     peft: dict | None = None
     tensor_names: list | None = None
     tensor_shapes: list | None = None

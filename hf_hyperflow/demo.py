@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModel
 
 from .adapter import HyperFlowAdapter
+from .backbones import SplitBackbone
 from .demo_html import NAME_BUTTONS, STYLE, alert, comparison, note
 from .images import ImageError, decode
 from .prototypes import unit_means
@@ -110,7 +111,7 @@ class SharedModels:
     def _direct_transfer(self, task: AdaptedTask, pixel_values: torch.Tensor, labels: torch.Tensor) -> AdaptedTask:
         parameter = next(self.backbone.parameters())
         before = AdaptedTask(
-            split=self.adapter.split(self.backbone),
+            split=SplitBackbone(self.backbone, 0, self.adapter.config.pooling),
             space=task.space,
             theta=task.space.inject(self.backbone).start,
             class_names=task.class_names,

@@ -85,7 +85,7 @@ class DomainFeatures:
     @torch.no_grad()
     def plain(self, rows: torch.Tensor) -> torch.Tensor:
         """Features `(n, width)` float32 of the images `rows` with the backbone as it is: call it with an adapter in it
-        at its start only.
+        at its start only. With a middle they have both halves.
         """
         places = [divmod(row, self.BLOCK) for row in rows.tolist()]
         for block in {block for block, _ in places} - self._plain.keys():
@@ -167,7 +167,7 @@ def compare_flow(
                 episode = cdfsl_episode(domain, index, n_way=n_way, n_shot=n_shot, n_query=n_query, seed=seed)
                 rows = torch.cat([episode.support, episode.query])
                 injection.write(injection.start)
-                direct.append(prototype_accuracy(features.plain(rows), episode))
+                direct.append(prototype_accuracy(split.last(features.plain(rows)), episode))
                 _, thetas = flow_thetas(adapter, features, injection.start, episode, n_steps=n_steps)
                 injection.write(thetas[-1])
                 found = features_of(split, features.hidden(rows))

@@ -12,6 +12,7 @@ from torch import nn
 
 from .adapter import HyperFlowAdapter
 from .hub import fetch
+from .model_card import feature_text
 from .saving import CheckpointError, require_sha256
 from .task import ADAPTER_WEIGHTS, CHECKSUMS, PROTOTYPES
 
@@ -79,13 +80,13 @@ def _describe_task(folder: Path) -> dict[str, str]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder} holds no readable HyperFlow task: {error}") from error
+    feature = feature_text(metadata["pooling"], int(metadata["start"]), float(metadata.get("middle", 0)))
     return {
         "what": "adapted task",
         "classes": f"{n_way}: {', '.join(json.loads(metadata['labels']))}",
         "backbone": peft_config.base_model_name_or_path or "unnamed",
         "adapter": f"PEFT {peft_config.peft_type.value}, {n_parameters:,} parameters",
-        "prototypes": f"{n_way} of width {width}, of "
-        + ("the first token" if metadata["pooling"] == "cls" else "the mean over all tokens"),
+        "prototypes": f"{n_way} of width {width}, of {feature}",
         "size": size(folder),
     }
 

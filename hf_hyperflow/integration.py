@@ -200,7 +200,7 @@ def query_curves(
                     curve.append([])
                     for delta in rows[i]:
                         injection.write(injection.start + delta.to(injection.start))
-                        features = features_of(split, hidden)
+                        features = split.last(features_of(split, hidden))
                         classifier = PrototypeClassifier.from_support(features[: len(support_labels)], support_labels)
                         logits = classifier(features[len(support_labels) :])
                         right = (logits.argmax(-1) == query_labels).float().mean()

@@ -5,7 +5,8 @@ if it has none), `head` fits a logistic regression on the same features, `hyperf
 metric, `hyperflow-guard` stops it where the leave-one-out accuracy on the support set is best. `bias`, `lora`,
 `layernorm` and `full` fine-tune by gradient descent, the first three through PEFT in the blocks that the flow adapts;
 what they arrive at is classified by plain cosines and, as `bias-metric` and so on, in the metric. `easyfsl-...` are in
-`hf_hyperflow.easyfsl_methods`.
+`hf_hyperflow.easyfsl_methods`. What is classified in the metric has the features of the adapter, with a middle if it
+has one; all else sees what the last block gives.
 """
 
 from __future__ import annotations
@@ -135,6 +136,8 @@ def accuracies(method: str, target: Target, features: DomainFeatures, episode: E
         (found,) = fine_tuned_features(method, target, features.domain, episode, recipe, [recipe.steps])
         reached = {method: prototype_accuracy(found, episode)}
         if adapter.metric is not None:
+            hidden = features.hidden(torch.cat([episode.support, episode.query]))
+            found = target.split.joined(found, hidden)
             reached[IN_METRIC[method]] = prototype_accuracy(found, episode, adapter.metric)
         return reached
     return {method: _forward_accuracy(method, target, features, episode)}
@@ -159,10 +162,11 @@ def _forward_accuracy(method: str, target: Target, features: DomainFeatures, epi
             injection.write(start)
         else:
             found = features.plain(rows)
-        if method == "direct":
-            return prototype_accuracy(found, episode)
         if method == "metric" or method.startswith("hyperflow"):
             return prototype_accuracy(found, episode, adapter.prototypes)
+        found = target.split.last(found)
+        if method == "direct":
+            return prototype_accuracy(found, episode)
         if method == "head":
             classify = head_classifier(found[:n_support], episode.support_labels, target.recipes.head_c)
         else:
@@ -254,11 +258,11 @@ def get_ready(
             with torch.no_grad():
                 return unit_means(whole.extract(pixels).float(), labels)
     with torch.no_grad(), evaluating(target.plain()):
+        if method == "metric":
+            return target.adapter.prototypes(target.split.extract(pixels).float(), labels)
         found = whole.extract(pixels).float()
         if method == "direct":
             return unit_means(found, labels)
-        if method == "metric":
-            return target.adapter.prototypes(found, labels)
         if method == "head":
             return head_classifier(found, labels, target.recipes.head_c)
         return easyfsl_classifier(method, found, labels)(found)

@@ -73,7 +73,7 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(backbone, "<this repository or folder>")
 ```
 
-The feature of an image is {feature} of the last hidden state; its score for a class is the softmax over
+The feature of an image is {feature}; its score for a class is the softmax over
 `scale` x the product of the feature, divided by its length, and the prototype, with `scale` and `prototypes` (rows in
 the order of the classes, not to be normalised) in `prototypes.safetensors`. `checksums.json` holds the SHA-256 of both
 weight files.
@@ -167,8 +167,19 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
-def task_card(name_or_path: str, model_type: str, space: ParameterSpace, class_names: list[str], pooling: str) -> str:
-    """The card of an adapted task, from the name and type of its backbone, its space and its labels."""
+def feature_text(pooling: str, start: int, middle: float) -> str:
+    """What the feature of an image is, in the words of transformers; see `SplitBackbone`."""
+    text = f"{'the first token' if pooling == 'cls' else 'the mean over all tokens'} of the last hidden state"
+    if middle:
+        tokens = "all tokens but the first" if pooling == "cls" else "all tokens"
+        text += f", followed by the mean over {tokens} of `hidden_states[{start}]`, brought to {middle:g} of its length"
+    return text
+
+
+def task_card(name_or_path: str, model_type: str, space: ParameterSpace, class_names: list[str], feature: str) -> str:
+    """The card of an adapted task, from the name and type of its backbone, its space, its labels and
+    `feature_text`.
+    """
     labels = ", ".join(json.dumps(name, ensure_ascii=False) for name in class_names[:50])
     if len(class_names) > 50:
         labels += f" and {len(class_names) - 50} more"
@@ -178,7 +189,7 @@ def task_card(name_or_path: str, model_type: str, space: ParameterSpace, class_n
         n_parameters=space.n_parameters,
         n_way=len(class_names),
         labels=labels,
-        feature="the first token" if pooling == "cls" else "the mean over all tokens",
+        feature=feature,
         paper=PAPER,
     )
     return _card(text, name_or_path, "peft")

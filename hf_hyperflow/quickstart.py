@@ -28,17 +28,28 @@ from .task import evaluating
 #: What a user without this package runs to use a saved task; `run` runs it to see that it agrees.
 PLAIN_PEFT = """
 import json, sys
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np, torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors import safe_open
+from torch.nn.functional import normalize
 from transformers import AutoModel
 
 backbone, task, pixels = sys.argv[1:4]
 model = PeftModel.from_pretrained(AutoModel.from_pretrained(backbone), task).eval()
-saved = load_file(f"{task}/prototypes.safetensors")
+with safe_open(f"{task}/prototypes.safetensors", "pt") as file:
+    prototypes, scale, about = file.get_tensor("prototypes"), file.get_tensor("scale"), file.metadata()
+start, middle = int(about["start"]), float(about["middle"])
+
+def unit_features(x):
+    output = model(x, output_hidden_states=True)
+    halves = [normalize(output.last_hidden_state[:, 0], dim=-1)]
+    if middle:
+        halves.append(middle * normalize(output.hidden_states[start][:, 1:].mean(dim=1), dim=-1))
+    return normalize(torch.cat(halves, dim=-1), dim=-1)
+
 with torch.no_grad():
-    features = torch.cat([model(x).last_hidden_state[:, 0] for x in torch.from_numpy(np.load(pixels)).split(64)])
-logits = saved["scale"] * F.normalize(features, dim=-1) @ saved["prototypes"].T
+    features = torch.cat([unit_features(x) for x in torch.from_numpy(np.load(pixels)).split(64)])
+logits = scale * features @ prototypes.T
 assert "hf_hyperflow" not in sys.modules
 print(json.dumps(logits.argmax(-1).tolist()))
 """
@@ -118,10 +129,10 @@ def _prepare_direct(backbone: torch.nn.Module, adapter: HyperFlowAdapter, suppor
 
 
 def _prepare_bias(backbone: torch.nn.Module, adapter: HyperFlowAdapter, support: dict) -> tuple:
-    split, injection = adapter.split(backbone), adapter.space.inject(backbone)
+    whole, injection = SplitBackbone(backbone, 0, adapter.config.pooling), adapter.space.inject(backbone)
     images, labels = _images(adapter, support)
     with evaluating(backbone):
-        fine_tune(split, injection.parameters, images, labels, adapter.processor, FineTuning(steps=20))
+        fine_tune(whole, injection.parameters, images, labels, adapter.processor, FineTuning(steps=20))
     return _prepare_direct(backbone, adapter, support)
 
 

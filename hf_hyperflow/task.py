@@ -24,7 +24,7 @@ from .backbones import Hidden, IncompatibleBackboneError, SplitBackbone
 from .guard import Choice
 from .hub import fetch, push_folder
 from .images import decode, load_processor
-from .model_card import task_card, write_card
+from .model_card import feature_text, task_card, write_card
 from .parameter_space import Injection, ParameterSpace, take_out
 from .prototypes import PrototypeClassifier, Prototypes
 from .saving import CheckpointError, require_sha256, sha256, written_whole
@@ -204,6 +204,7 @@ class AdaptedTask:
                 "labels": json.dumps(self.class_names, ensure_ascii=False),
                 "pooling": self._split.pooling,
                 "start": str(self._split.start),
+                "middle": str(self._split.middle),
                 "prototypes": "to be used as they are",
             }
             save_file(tensors, draft / PROTOTYPES, metadata)
@@ -212,7 +213,8 @@ class AdaptedTask:
             digests = {name: sha256(draft / name) for name in (ADAPTER_WEIGHTS, PROTOTYPES)}
             (draft / CHECKSUMS).write_text(json.dumps(digests, indent=1))
             config = self.backbone.config
-            card = task_card(config._name_or_path, config.model_type, self.space, self.class_names, self._split.pooling)
+            feature = feature_text(self._split.pooling, self._split.start, self._split.middle)
+            card = task_card(config._name_or_path, config.model_type, self.space, self.class_names, feature)
             write_card(card, draft, save_directory)
 
     def push_to_hub(
@@ -282,12 +284,13 @@ class AdaptedTask:
             if "prototypes" not in metadata:  # class means, as tasks were saved before there was a metric
                 prototypes = F.normalize(prototypes, dim=-1)
             start, pooling, class_names = int(metadata["start"]), metadata["pooling"], json.loads(metadata["labels"])
+            middle = float(metadata.get("middle", 0))  # tasks of older versions have none
         except CheckpointError:
             raise
         except Exception as error:  # what is in the files may be anything
             raise CheckpointError(f"{name_or_folder} holds no readable HyperFlow task: {error}") from error
         processor = load_processor(folder)
-        split = SplitBackbone(backbone, start, pooling)
+        split = SplitBackbone(backbone, start, pooling, middle=middle)
         space = ParameterSpace.from_backbone(backbone, peft_config)
         injection = space.inject(backbone)
         try:

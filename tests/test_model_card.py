@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from transformers import Dinov2Config, Dinov2Model
 
 from hf_hyperflow import HyperFlowAdapter
-from hf_hyperflow.model_card import MARK, is_generated, task_card
+from hf_hyperflow.model_card import MARK, feature_text, is_generated, task_card
 from hf_hyperflow.parameter_space import bias_config
 from hf_hyperflow.saving import CheckpointError
 
@@ -64,7 +64,9 @@ def test_card_of_a_task_replaces_that_of_peft(task, tmp_path):
 
 
 def test_card_of_many_classes_is_short(adapter):
-    card = task_card("owner/backbone", "dinov2", adapter.space, [f"class {i}" for i in range(1000)], "mean")
+    card = task_card(
+        "owner/backbone", "dinov2", adapter.space, [f"class {i}" for i in range(1000)], feature_text("mean", 2, 0)
+    )
     assert '"class 49" and 950 more' in card
     assert "class 50" not in card
     assert "the mean over all tokens" in card

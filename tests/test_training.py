@@ -57,7 +57,24 @@ def test_calibrate_moves_the_scale_alone(ground):
 
 def test_choose_metric_evaluates_each_domain_with_what_the_other_gives(ground, tmp_path):
     common = ["--backbone", ground / "backbone", "--output", tmp_path / "metric.json", "--dataset"]
-    numbers = ["--made", 0, "--count", 5, "--power", 0, 4, "--n_shot", 3, 50, "--n_episodes", 4]
+    numbers = [
+        "--made",
+        0,
+        "--last_blocks",
+        2,
+        "--middle",
+        0,
+        "--count",
+        5,
+        "--power",
+        0,
+        4,
+        "--n_shot",
+        3,
+        50,
+        "--n_episodes",
+        4,
+    ]
     done = run_plain("choose_metric.py", *common, ground / "alpha", ground / "beta", *numbers)
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "metric.json").read_text())
@@ -88,7 +105,7 @@ def test_choose_metric_evaluates_each_domain_with_what_the_other_gives(ground, t
 
 def test_choose_metric_with_made_up_domains(ground, tmp_path):
     common = ["--backbone", ground / "backbone", "--output", tmp_path / "metric.json", "--dataset"]
-    numbers = ["--made", 2, "--count", 5, "--power", 4, "--n_shot", 1, "--n_episodes", 2]
+    numbers = ["--made", 2, "--last_blocks", 2, "--count", 5, "--power", 4, "--n_shot", 1, "--n_episodes", 2]
     done = run_plain("choose_metric.py", *common, ground / "alpha", ground / "beta", *numbers)
     assert done.returncode == 0, done.stderr
     (record,) = json.loads((tmp_path / "metric.json").read_text())["records"]

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_hyperflow.augmentation import made_domain
-from hf_hyperflow.backbones import SplitBackbone
+from hf_hyperflow.backbones import SplitBackbone, find_blocks
 from hf_hyperflow.domains import Domain, load_domain, normalise
 from hf_hyperflow.episodes import cdfsl_episode
 from hf_hyperflow.evaluation import prototype_accuracy
@@ -33,6 +33,8 @@ class Arguments:
     backbone: str = field(metadata={"help": "Hub id or folder"})
     dataset: list[str] = field(metadata={"help": "training domains, none that is reported: Parquet files, ..."})
     output: str = field(metadata={"help": "JSON file to write"})
+    last_blocks: int = field(default=4, metadata={"help": "of the adapter: the middle is before them"})
+    middle: float = field(default=0.5, metadata={"help": "see SplitBackbone.joined"})
     count: list[float] = field(default_factory=lambda: [30.0, 100.0, 300.0], metadata={"help": "see set_prior"})
     power: list[float] = field(default_factory=lambda: [0.0, 2.0, 4.0, 6.0], metadata={"help": "see SupportMetric"})
     made: int = field(default=3, metadata={"help": "made-up versions of each domain"})
@@ -87,7 +89,7 @@ def metrics_without(source: str, known: list[Measured], counts: list[float], pow
 
 
 @torch.no_grad()
-def gains(one: Measured, metrics: dict, arguments: Arguments, n_shot: int) -> dict:
+def gains(one: Measured, metrics: dict, split: SplitBackbone, arguments: Arguments, n_shot: int) -> dict:
     """Mean gain of each metric over direct transfer, in points, on a domain's episodes.
 
     Raises:
@@ -97,7 +99,7 @@ def gains(one: Measured, metrics: dict, arguments: Arguments, n_shot: int) -> di
     for index in range(arguments.n_episodes):
         episode = cdfsl_episode(one.domain, index, n_way=arguments.n_way, n_shot=n_shot, seed=arguments.seed)
         features = one.features[torch.cat([episode.support, episode.query])]
-        direct = prototype_accuracy(features, episode, unit_means)
+        direct = prototype_accuracy(split.last(features), episode, unit_means)
         for key, metric in metrics.items():
             found[key].append(prototype_accuracy(features, episode, metric) - direct)
     return {key: sum(values) / len(values) for key, values in found.items()}
@@ -108,7 +110,8 @@ def main() -> None:
     if len(arguments.dataset) < 2:
         raise SystemExit("error: give at least two datasets: one is evaluated with what was measured on the others.")
     processor = AutoImageProcessor.from_pretrained(arguments.backbone, backend="pil")
-    split = SplitBackbone(AutoModel.from_pretrained(arguments.backbone).float().eval(), 0)
+    backbone = AutoModel.from_pretrained(arguments.backbone).float().eval()
+    split = SplitBackbone(backbone, len(find_blocks(backbone)) - arguments.last_blocks, middle=arguments.middle)
     known = []
     for source in tqdm(arguments.dataset, desc="features", disable=None):
         domain = load_domain(source, processor, max_per_class=arguments.max_per_class)
@@ -119,7 +122,7 @@ def main() -> None:
         metrics = metrics_without(one.source, known, arguments.count, arguments.power)
         for shots in arguments.n_shot:
             try:
-                table[shots][one.domain.name] = gains(one, metrics, arguments, shots)
+                table[shots][one.domain.name] = gains(one, metrics, split, arguments, shots)
             except ValueError:
                 continue  # too few images for so many shots
     records = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,6 +41,10 @@ class Arguments:
     drift_depth: int = field(default=4, metadata={"help": "its blocks"})
     n_steps: int = field(default=4, metadata={"help": "solver steps, in training and by default in use"})
     metric: bool = field(default=True, metadata={"help": "compare images in a metric measured on the training domains"})
+    middle: float = field(
+        default=0.5,
+        metadata={"help": "weight of what the blocks before the adapted ones say of an image; 0: the last alone"},
+    )
     metric_tasks: int = field(default=256, metadata={"help": "training tasks that the metric is measured on"})
     token_scale: float | None = field(
         default=None, metadata={"help": "one unit of the flow; default: measured on the trajectories, else 0.02"}
@@ -87,3 +92,5 @@ class Arguments:
             wrong.append("--validation_episodes 1 (there is no interval of one)")
         if wrong:
             raise ValueError(f"{', '.join(wrong)}: must be at least 1.")
+        if not 0 <= self.middle < math.inf:
+            raise ValueError(f"--middle {self.middle}: must be a number and not negative.")

@@ -72,6 +72,7 @@ def new_adapter(arguments: Arguments, backbone: nn.Module, processor: object) ->
         drift_depth=arguments.drift_depth,
         n_steps=arguments.n_steps,
         metric=arguments.metric,
+        middle=arguments.middle,
     )
 
 
@@ -82,7 +83,7 @@ def measure_metric(accelerator: Accelerator, task: TaskObjective, batches: StepB
     Raises:
         ValueError: in no task do the images of a class differ.
     """
-    width = task.adapter.config.backbone["hidden_size"]
+    width = len(task.adapter.metric.variances)
     covariances = torch.zeros(width, width, device=accelerator.device, dtype=torch.float64)
     sums = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
     for episode in batches.mine(n_tasks):

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors import safe_open
 from sklearn.datasets import load_digits
 from torch.nn.functional import normalize
 from transformers import AutoModel, pipeline
@@ -56,11 +56,21 @@ adapter = HyperFlowAdapter.from_pretrained(arguments.adapter)
 
 
 @torch.no_grad()
-def features(model: torch.nn.Module, pictures: list[PIL.Image.Image]) -> torch.Tensor:
-    """The first token of the last hidden state of each picture, `(n, width)`."""
+def features(
+    model: torch.nn.Module, pictures: list[PIL.Image.Image], *, start: int = 0, middle: float = 0.0
+) -> torch.Tensor:
+    """The first token of the last hidden state of each picture, `(n, width)`; with a `middle` also the mean of the
+    others before block `start`, at so many times its length.
+    """
     rgb = [picture.convert("RGB") for picture in pictures]
-    pixel_values = adapter.processor(rgb, return_tensors="pt")["pixel_values"]
-    return torch.cat([model(chunk).last_hidden_state[:, 0] for chunk in pixel_values.split(50)])
+    chunks = []
+    for pixel_values in adapter.processor(rgb, return_tensors="pt")["pixel_values"].split(50):
+        output = model(pixel_values, output_hidden_states=True)
+        halves = [normalize(output.last_hidden_state[:, 0], dim=-1)]
+        if middle:
+            halves.append(middle * normalize(output.hidden_states[start][:, 1:].mean(dim=1), dim=-1))
+        chunks.append(torch.cat(halves, dim=-1))
+    return torch.cat(chunks)
 
 
 def nearest(found: torch.Tensor, prototypes: torch.Tensor) -> list[str]:
@@ -107,5 +117,7 @@ task.reset()
 print("after reset:", accuracy(nearest(features(backbone, queries), means)))
 
 model = PeftModel.from_pretrained(backbone, arguments.output).eval()
-prototypes = load_file(Path(arguments.output, "prototypes.safetensors"))["prototypes"]
-print("with peft:", accuracy(nearest(features(model, queries), prototypes)))
+with safe_open(Path(arguments.output, "prototypes.safetensors"), "pt") as file:
+    prototypes, about = file.get_tensor("prototypes"), file.metadata()
+found = features(model, queries, start=int(about["start"]), middle=float(about["middle"]))
+print("with peft:", accuracy(nearest(found, prototypes)))
