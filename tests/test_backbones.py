@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import SIZE, Snapshot, scrambled, tiny_dinov2, tiny_resnet, tiny_vit
 from torch import nn
 from transformers import (
@@ -102,6 +103,21 @@ def test_the_rest_runs_adapters_injected_later(vit, pixels):
         adapted = split.extract(pixels)
         assert (adapted - plain).abs().max() > 1e-2
         torch.testing.assert_close(split(hidden), adapted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_features_with_a_middle(vit, pixels, pooling):
+    plain, split = SplitBackbone(vit, 2, pooling), SplitBackbone(vit, 2, pooling, middle=0.5)
+    with torch.no_grad():
+        hidden, last = split.prefix(pixels), plain.extract(pixels)
+        found = split.extract(pixels)
+        assert torch.equal(split(hidden), found)
+    tokens = hidden.states[:, 1:] if pooling == "cls" else hidden.states
+    torch.testing.assert_close(split.last(found), last, rtol=1e-5, atol=1e-6)
+    middle = found[:, last.shape[1] :]
+    torch.testing.assert_close(middle.norm(dim=1), 0.5 * last.norm(dim=1))
+    torch.testing.assert_close(F.normalize(middle, dim=1), F.normalize(tokens.mean(1), dim=1))
+    assert plain.last(last) is last
 
 
 def test_prefix_runs_no_block_behind_the_split_and_leaves_no_hook(vit, pixels):

@@ -45,8 +45,8 @@ def domain(processor):
 
 @pytest.fixture
 def target(backbone, processor):
-    adapter = tiny_adapter(backbone, processor=processor, metric=True)
-    adapter.metric.set_prior(torch.eye(32), spread=10.0, count=3.0)
+    adapter = tiny_adapter(backbone, processor=processor, metric=True, middle=0.5)
+    adapter.metric.set_prior(torch.eye(64), spread=10.0, count=3.0)
     return Target(backbone, adapter, RECIPES)
 
 
@@ -113,9 +113,10 @@ def test_fine_tuned_features_are_classified_by_cosines_and_in_the_metric(target,
     episode, recipe = draw(domain), target.recipes.fine_tuning("layernorm")
     (found,) = fine_tuned_features("layernorm", target, domain, episode, recipe, [3])
     reached = accuracies("layernorm", target, features, episode)
+    both = target.split.joined(found, features.hidden(torch.cat([episode.support, episode.query])))
     assert reached == {
         "layernorm": prototype_accuracy(found, episode),
-        "layernorm-metric": prototype_accuracy(found, episode, target.adapter.metric),
+        "layernorm-metric": prototype_accuracy(both, episode, target.adapter.metric),
     }
     plain = Target(target.backbone, tiny_adapter(target.backbone, processor=target.adapter.processor), RECIPES)
     assert accuracies("layernorm", plain, features, episode) == {"layernorm": reached["layernorm"]}
@@ -182,13 +183,14 @@ def test_getting_ready_does_all_of_the_work(method, target, features, domain, ba
         torch.testing.assert_close(found, F.normalize(expected, dim=1))
     elif method == "metric":
         with torch.no_grad():
-            expected = target.adapter.metric(target.plain()(pixels).last_hidden_state[:, 0], labels)
+            target.plain()
+            expected = target.adapter.metric(target.split.extract(pixels), labels)
         torch.testing.assert_close(found, expected)
     elif method == "head":
         with torch.no_grad():
             assert found(target.plain()(pixels).last_hidden_state[:, 0]).shape == (10,)
     elif method.startswith("hyperflow"):
-        assert found.prototypes.shape == (5, 32)
+        assert found.prototypes.shape == (5, 64)
     else:
         assert found.shape == (5, 32)
         direct = get_ready("direct", target, images, labels)

@@ -310,6 +310,31 @@ def test_plain_peft_computes_the_same(make, kind, format_, support, pixels, tmp_
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("make", BACKBONES.values(), ids=BACKBONES)
+def test_a_task_with_a_middle_is_saved_loaded_and_computed_by_plain_peft(make, support, pixels, tmp_path):
+    """Images are compared by the last block and by the frozen ones before, which transformers shows as well."""
+    backbone = make()
+    adapter = tiny_adapter(backbone, middle=0.5, metric=True)
+    adapter.metric.set_prior(torch.diag(torch.linspace(0.1, 2, 64)), spread=2.0, count=3.0)
+    adapter.save_pretrained(tmp_path / "adapter")
+    task = type(adapter).from_pretrained(tmp_path / "adapter").adapt(backbone, support)
+    expected = task.logits(pixels)
+    assert task.prototypes.shape == (len(support), 64)
+    task.save_pretrained(tmp_path / "task")
+    task.reset()
+    torch.testing.assert_close(AdaptedTask.from_pretrained(tmp_path / "task", make()).logits(pixels), expected)
+    card = (tmp_path / "task" / "README.md").read_text()
+    assert "all tokens but the first of `hidden_states[2]`, brought to 0.5 of its length" in card
+    plain = PeftModel.from_pretrained(make(), tmp_path / "task").eval()
+    saved = load_file(tmp_path / "task" / "prototypes.safetensors")
+    with torch.no_grad():
+        output = plain(pixels, output_hidden_states=True)
+    middle = output.hidden_states[2][:, 1:].mean(1)
+    halves = [F.normalize(output.last_hidden_state[:, 0], dim=-1), 0.5 * F.normalize(middle, dim=-1)]
+    logits = saved["scale"] * F.normalize(torch.cat(halves, dim=-1), dim=-1) @ saved["prototypes"].T
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_peft_alone_in_another_process(task, pixels, tmp_path):
     expected = task.logits(pixels)
     task.save_pretrained(tmp_path / "task")
@@ -535,7 +560,7 @@ def test_a_task_saved_with_class_means_classifies_as_it_did(backbone, saved, pix
     path = saved / "prototypes.safetensors"
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    del metadata["prototypes"]
+    del metadata["prototypes"], metadata["middle"]
     tensors = load_file(path)
     save_file(tensors | {"prototypes": 3 * tensors["prototypes"]}, path, metadata)
     digests = json.loads((saved / "checksums.json").read_text())
