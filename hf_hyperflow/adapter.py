@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
@@ -19,6 +18,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from .backbones import Hidden, IncompatibleBackboneError, SplitBackbone, find_blocks
 from .configuration import HyperFlowConfig
 from .drift import DriftNetwork
+from .fingerprint import fingerprint, same_fingerprint
 from .guard import Choice, choose_time
 from .hub import fetch, push_folder
 from .images import load_processor
@@ -26,7 +26,7 @@ from .metric import SupportMetric
 from .model_card import adapter_card, write_card
 from .parameter_space import ParameterSpace, config_to_dict, take_out
 from .prototypes import Prototypes, unit_means
-from .saving import CheckpointError, require_sha256, sha256, write_json, written_whole
+from .saving import CheckpointError, read_record, require_sha256, sha256, write_json, written_whole
 from .solvers import Trajectory, integrate
 from .support import read_support
 from .task import CHECKSUMS, AdaptedTask, evaluating
@@ -386,38 +386,3 @@ class HyperFlowAdapter(PreTrainedModel):
         model.processor = load_processor(folder)
         model.training_record = read_record(folder / TRAINING_RECORD)
         return (model, info) if kwargs.get("output_loading_info") else model
-
-
-def read_record(path: Path) -> dict | None:
-    """A training record, or None if there is none.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Download or copy it again.") from error
-
-
-def same_fingerprint(expected: list[float], found: list[float]) -> bool:
-    """Whether two fingerprints are of the same weights, up to the rounding of devices and precisions."""
-    return len(expected) == len(found) and all(
-        abs(a - b) <= 0.01 * abs(a) for a, b in zip(expected, found, strict=True)
-    )
-
-
-def fingerprint(backbone: nn.Module) -> list[float]:
-    """Mean absolute value of the one-dimensional parameters of each block, to 4 digits: tells most weights apart.
-
-    Equal for the same weights in any floating-point precision; for a backbone without adapters in it.
-    """
-    blocks = find_blocks(backbone)
-    result = []
-    for i in range(len(blocks)):
-        named = backbone.get_submodule(f"{blocks.path}.{i}").named_parameters()
-        values = [p.detach().float().abs().mean() for n, p in named if p.ndim == 1 and p.dtype.is_floating_point]
-        result.append(float(f"{torch.stack(values).mean().item():.4g}"))
-    return result

@@ -22,13 +22,14 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import AutoModel, HfArgumentParser
 
-from .adapter import HyperFlowAdapter, fingerprint
+from .adapter import HyperFlowAdapter
 from .domains import Domain, load_domain
 from .easyfsl_methods import EASYFSL_METHODS, import_easyfsl
 from .episode_log import EPISODES, EpisodeLog
 from .episodes import Episode, cdfsl_episode, meta_dataset_episode
 from .evaluation import DomainFeatures
 from .figures import draw_figures
+from .fingerprint import fingerprint
 from .methods import GRADIENT_METHODS, IN_METRIC, METHODS, Target, accuracies, method_list
 from .recipes import Recipes, read_recipes
 from .results import Costs, cost_key, summarise

@@ -10,7 +10,7 @@ class HyperFlowConfig(PreTrainedConfig):
 
     Args:
         backbone: what the adapter was made for: `name_or_path`, `model_type`, `hidden_size`, `num_blocks` and
-            `fingerprint` (see `hf_hyperflow.adapter.fingerprint`).
+            `fingerprint` (see `hf_hyperflow.fingerprint`).
         last_blocks: how many of the last blocks are adapted; the ones before are frozen and run once per image.
         pooling: the feature of an image: "cls" or "mean".
         middle: weight of what the blocks before the adapted ones say of an image beside the last one, see

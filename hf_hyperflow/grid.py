@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .adapter import fingerprint
 from .domains import Domain
 from .episodes import Episode, cdfsl_episode
 from .evaluation import DomainFeatures, mean_ci95, prototype_accuracy
 from .finetuning import FineTuning
+from .fingerprint import fingerprint
 from .methods import GRADIENT_METHODS, Target, fine_tuned_features, head_classifier, label_accuracy
 from .saving import write_json
 from .task import evaluating

@@ -164,3 +164,17 @@ def write_json(path: str | Path, content: object) -> None:
     """
     with replaced(path) as draft:
         draft.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_record(path: Path) -> dict | None:
+    """A training record, or None if there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Download or copy it again.") from error

@@ -23,9 +23,9 @@ import numpy as np
 import pyarrow.parquet
 import torch
 
-from .adapter import same_fingerprint
 from .domains import Domain
 from .episodes import Episode
+from .fingerprint import same_fingerprint
 from .hub import fetch
 from .model_card import MARK, PAPER
 from .parameter_space import ParameterSpace, config_to_dict

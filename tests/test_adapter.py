@@ -34,8 +34,8 @@ from hf_hyperflow import (
     IncompatibleBackboneError,
     SupportSetError,
 )
-from hf_hyperflow.adapter import fingerprint
 from hf_hyperflow.backbones import SplitBackbone
+from hf_hyperflow.fingerprint import fingerprint
 from hf_hyperflow.parameter_space import bias_config, layernorm_config, lora_config
 from hf_hyperflow.prototypes import PrototypeClassifier
 from hf_hyperflow.saving import sha256

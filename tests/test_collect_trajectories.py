@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from hub_server import Hub
 from transformers import AutoModel, BitImageProcessorPil, Dinov2Config, Dinov2Model
 
-from hf_hyperflow.adapter import fingerprint
+from hf_hyperflow.fingerprint import fingerprint
 from hf_hyperflow.parameter_space import ParameterSpace, bias_config
 from hf_hyperflow.trajectories import load_trajectories
 

@@ -30,11 +30,11 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hf_hyperflow.adapter import fingerprint
 from hf_hyperflow.backbones import SplitBackbone, find_blocks
 from hf_hyperflow.cost import flop_counter
 from hf_hyperflow.domains import Domain
 from hf_hyperflow.episodes import episode_generator
+from hf_hyperflow.fingerprint import fingerprint
 from hf_hyperflow.hub import push_folder
 from hf_hyperflow.model_card import write_card
 from hf_hyperflow.parameter_space import ParameterSpace, bias_config, layernorm_config, lora_config

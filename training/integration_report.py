@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
-from hf_hyperflow.adapter import fingerprint
 from hf_hyperflow.domains import Domain
+from hf_hyperflow.fingerprint import fingerprint
 from hf_hyperflow.hub import fetch
 from hf_hyperflow.integration import (
     Record,
