@@ -25,27 +25,25 @@ def mean_ci95(values: np.ndarray) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Accuracies in % of direct transfer and of HyperFlow on the same episodes, `(n_episodes,)` each."""
+    """Accuracies in % on the same episodes, `(n_episodes,)` each: of direct transfer, of the adapter's classifier
+    without the flow, and of HyperFlow.
+    """
 
     domain: str
     n_way: int
     n_shot: int
     direct: np.ndarray
+    metric: np.ndarray
     adapted: np.ndarray
 
     def summary(self) -> dict[str, float]:
-        """Means, the paired difference and their 95 % half-widths, in points."""
-        (direct, direct_ci), (adapted, adapted_ci) = mean_ci95(self.direct), mean_ci95(self.adapted)
-        difference, difference_ci = mean_ci95(self.adapted - self.direct)
-        figures = {
-            "direct": direct,
-            "direct_ci95": direct_ci,
-            "hyperflow": adapted,
-            "hyperflow_ci95": adapted_ci,
-            "difference": difference,
-            "difference_ci95": difference_ci,
-        }
-        return {key: round(value, 2) for key, value in figures.items()}
+        """Means, the paired difference, the part of it that is the flow's, and their 95 % half-widths, in points."""
+        columns = {"direct": self.direct, "metric": self.metric, "hyperflow": self.adapted}
+        columns |= {"difference": self.adapted - self.direct, "flow": self.adapted - self.metric}
+        figures = {}
+        for name, values in columns.items():
+            figures[name], figures[f"{name}_ci95"] = (round(value, 2) for value in mean_ci95(values))
+        return figures
 
 
 class DomainFeatures:
@@ -160,14 +158,16 @@ def compare_flow(
     split, was_in = adapter.split(backbone), adapter.space.is_in(backbone)
     injection = adapter.space.inject(backbone)
     features = DomainFeatures(split, domain, adapter.processor)
-    direct, adapted = [], []
+    direct, metric, adapted = [], [], []
     try:
         with evaluating(backbone), evaluating(adapter):
             for index in range(n_episodes):
                 episode = cdfsl_episode(domain, index, n_way=n_way, n_shot=n_shot, n_query=n_query, seed=seed)
                 rows = torch.cat([episode.support, episode.query])
                 injection.write(injection.start)
-                direct.append(prototype_accuracy(split.last(features.plain(rows)), episode))
+                found = features.plain(rows)
+                direct.append(prototype_accuracy(split.last(found), episode))
+                metric.append(prototype_accuracy(found, episode, adapter.prototypes))
                 _, thetas = flow_thetas(adapter, features, injection.start, episode, n_steps=n_steps)
                 injection.write(thetas[-1])
                 found = features_of(split, features.hidden(rows))
@@ -177,4 +177,4 @@ def compare_flow(
         injection.owner = None
         if not was_in:
             injection.remove()
-    return Comparison(domain.name, episode.n_way, n_shot, np.array(direct), np.array(adapted))
+    return Comparison(domain.name, episode.n_way, n_shot, *map(np.array, (direct, metric, adapted)))

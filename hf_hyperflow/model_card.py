@@ -45,6 +45,7 @@ task.reset()  # the backbone is what it was
 | Drift network | width {drift_width}, depth {drift_depth}, {drift_heads} heads |
 | Solver | {solver}, {n_steps} steps |
 | Images are compared | {compared} |
+| Feature of an image | {feature} |
 | Weights | safetensors, SHA-256 in `config.json` |
 """
 
@@ -93,6 +94,7 @@ def adapter_card(config: HyperFlowConfig, space: ParameterSpace, training: dict 
         n_tokens=space.n_tokens,
         encoder=f"a {config.encoder['model_type']} of its own" if config.encoder else "the backbone's first blocks",
         compared="in a metric measured on the training domains" if config.metric else "by cosines to class means",
+        feature=feature_text(config.pooling, backbone["num_blocks"] - config.last_blocks, config.middle),
         paper=PAPER,
     )
     datasets: list[str] = []
@@ -152,10 +154,17 @@ def _validation_table(history: list[dict]) -> list[str]:
     if not domains:
         return []
     lines = ["", f"Validation after {last['step']:,} steps: 5-way 5-shot accuracy in %, differences paired by episode."]
-    lines += ["", "| domain | direct transfer | HyperFlow | difference, points |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "| domain | direct transfer | HyperFlow | difference, points | of it the flow |",
+        "|---|---|---|---|---|",
+    ]
     for name, found in domains.items():
         direct, adapted = (f"{found[key]:.1f} ± {found[f'{key}_ci95']:.1f}" for key in ("direct", "hyperflow"))
-        lines.append(f"| {name} | {direct} | {adapted} | {found['difference']:+.2f} ± {found['difference_ci95']:.2f} |")
+        gain = f"{found['difference']:+.2f} ± {found['difference_ci95']:.2f}"
+        # Adapters of older versions have no metric: the flow is all of it.
+        flow = f"{found['flow']:+.2f} ± {found['flow_ci95']:.2f}" if "flow" in found else "all"
+        lines.append(f"| {name} | {direct} | {adapted} | {gain} | {flow} |")
     return lines
 
 

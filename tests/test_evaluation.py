@@ -11,7 +11,7 @@ from tiny import Snapshot, picture, tiny_adapter, tiny_resnet
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.domains import Domain, normalise, resized
 from hf_hyperflow.episodes import cdfsl_episode
-from hf_hyperflow.evaluation import Comparison, DomainFeatures, compare_flow, mean_ci95
+from hf_hyperflow.evaluation import Comparison, DomainFeatures, compare_flow, mean_ci95, prototype_accuracy
 from hf_hyperflow.parameter_space import bias_config
 
 
@@ -52,11 +52,12 @@ def test_interval_of_few_values():
 
 def test_the_difference_is_paired():
     direct = np.array([20.0, 50.0, 80.0, 40.0])
-    summary = Comparison("x", 5, 1, direct, direct + np.array([1.0, 2.0, 1.0, 2.0])).summary()
+    summary = Comparison("x", 5, 1, direct, direct + 0.5, direct + np.array([1.0, 2.0, 1.0, 2.0])).summary()
     assert summary["difference"] == 1.5
     assert summary["difference_ci95"] == pytest.approx(1.96 * np.std([1, 2, 1, 2], ddof=1) / 2, abs=0.01)
     assert summary["direct_ci95"] > 10 * summary["difference_ci95"]
     assert summary["hyperflow"] == summary["direct"] + 1.5
+    assert summary["flow"] == 1.0
 
 
 def untrained(backbone, processor) -> HyperFlowAdapter:
@@ -96,6 +97,19 @@ def test_accuracies_are_those_of_adapting_and_predicting(backbone, processor, do
             task.reset()
             assert 100 * hits.float().mean().item() == pytest.approx(found[index], abs=5.1)  # hidden states are halves
     assert not np.array_equal(comparison.direct, comparison.adapted)
+    assert np.array_equal(comparison.metric, comparison.direct)  # the adapter has none
+
+
+def test_accuracies_in_the_metric_without_the_flow(backbone, processor, domain):
+    adapter = tiny_adapter(backbone, processor=processor, metric=True, middle=0.5)
+    adapter.metric.set_prior(torch.diag(torch.linspace(0.01, 2, 64)), spread=100.0, count=1.0)
+    comparison = compare_flow(adapter, backbone, domain, n_episodes=4, n_shot=2, n_way=4, n_query=5)
+    episode = cdfsl_episode(domain, 0, n_shot=2, n_way=4, n_query=5)
+    found = DomainFeatures(adapter.split(backbone), domain, processor).plain(
+        torch.cat([episode.support, episode.query])
+    )
+    assert comparison.metric[0] == prototype_accuracy(found, episode, adapter.metric)
+    assert not np.array_equal(comparison.metric, comparison.direct)
 
 
 def test_the_backbone_computes_the_same_before_and_after(backbone, processor, domain, pixels):

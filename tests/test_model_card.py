@@ -104,11 +104,13 @@ def test_our_card_is_renewed_and_that_of_a_person_kept(adapter, task, tmp_path):
 
 def training_record() -> dict:
     accuracies = {"direct": 60.04, "direct_ci95": 1.0, "hyperflow": 62.0, "hyperflow_ci95": 1.1}
+    accuracies |= {"difference": 1.96, "difference_ci95": 0.5}
+    flow = {"metric": 61.6, "metric_ci95": 1.0, "flow": 0.4, "flow_ci95": 0.3}
     totals = {"rows": 1024, "diverged": 0, "seconds": 7200.0, "flops": 4.0e15, "bytes": 300_000_000}
     phase = {"runs": 600, "seconds": 90.0, "flops": 1.5e14, "rows": 0, "episodes": 2400}
     return {
         "arguments": {"dataset": ["owner/birds", "photos"], "holdout": ["scans"], "learning_rate": 0.0005},
-        "history": [{"step": 600, "loss": 1.0, "scans": accuracies | {"difference": 1.96, "difference_ci95": 0.5}}],
+        "history": [{"step": 600, "loss": 1.0, "scans": accuracies | flow, "older": accuracies}],
         "phases": {"task": phase},
         "trajectories": {"collections": [{"name": "rows", "totals": totals, "hardware": {"device": "a CPU"}}]},
         "hardware": {"device": "a GPU", "processes": 2, "mixed_precision": "bf16"},
@@ -123,7 +125,8 @@ def test_card_of_a_trained_adapter_tells_data_validation_settings_and_cost(adapt
     assert card.data.datasets == ["owner/birds"], "what is on the Hub"
     assert "On the domains `owner/birds`, `photos`." in card.text
     assert "every k-th class of it): `scans`." in card.text
-    assert "| scans | 60.0 ± 1.0 | 62.0 ± 1.1 | +1.96 ± 0.50 |" in card.text
+    assert "| scans | 60.0 ± 1.0 | 62.0 ± 1.1 | +1.96 ± 0.50 | +0.40 ± 0.30 |" in card.text
+    assert "| older | 60.0 ± 1.0 | 62.0 ± 1.1 | +1.96 ± 0.50 | all |" in card.text
     assert "| collecting `rows` (a CPU) | | 1,024 | | 2.0 h | 4e+15 |" in card.text
     assert "| task | 600 | 0 | 2,400 | 1.5 min | 1.5e+14 |" in card.text
     assert "The trajectories take 300.0 MB. Trained on a GPU, 2 process(es), bf16 mixed precision." in card.text
