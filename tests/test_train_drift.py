@@ -14,6 +14,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+import torch.nn.functional as F
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -270,7 +271,10 @@ def test_metric_is_the_covariance_of_the_training_tasks(settings, whole, ground,
         pixels = normalise(task_images(task, training[0]), adapter.processor)
         labels = torch.cat([task.episode.support_labels, task.episode.query_labels])
         with torch.no_grad():
-            features = backbone(pixels).last_hidden_state[:, 0]
+            output = backbone(pixels, output_hidden_states=True)
+        last, before = output.last_hidden_state[:, 0], output.hidden_states[-3]  # 2 blocks are adapted
+        middle = 0.5 * last.norm(dim=1, keepdim=True) * F.normalize(before[:, 1:].mean(dim=1), dim=1)
+        features = torch.cat([last, middle], dim=1)
         covariances.append(within_covariance(features, labels))
         spreads.append(spread_between(features, labels))
     variances = torch.stack([c.diagonal().mean() for c in covariances])
@@ -300,7 +304,7 @@ def test_a_separate_encoder_is_frozen_and_saved_with_the_adapter(settings, groun
     images = load_domains([str(ground / "alpha")], adapter.processor)[0][0].images[::10]
     support = {str(c): [PIL.Image.fromarray(images[c].permute(1, 2, 0).numpy())] for c in range(3)}
     task = adapter.adapt(AutoModel.from_pretrained(ground / "backbone").eval(), support)
-    assert task.prototypes.shape == (3, 24)
+    assert task.prototypes.shape == (3, 48), "of both halves of the features"
 
 
 def test_curves_in_tensorboard(whole):
