@@ -72,13 +72,25 @@ def draw_accuracy_cost(results: dict[str, list[dict]]) -> Figure:
                 label = mean["method"] if shots == shots_there[0] else None
                 style = {"fmt": "o", "capsize": 3, "color": COLOURS[mean["method"]], "label": label}
                 axis.errorbar(np.mean(seconds), _accuracy(mean, means), yerr=mean["diff_ci95"] or 0, **style)
-        axis.set_xscale("log")
-        axis.margins(x=0.1)
+        _seconds_axis(axis, [r["seconds_per_task"] for r in _of(results["records"], n_shot=shots)])
         axis.set_title(_title(shots))
         axis.set_xlabel("seconds to get ready for a task")
     axes[0].set_ylabel("accuracy, % (mean over domains)")
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
+
+
+def _seconds_axis(axis: Axes, seconds: list[float | None]) -> None:
+    """Logarithmic, with room on both sides and ticks at 1, 2 and 5, however narrow it is."""
+    known = [value for value in seconds if value]
+    axis.set_xscale("log")
+    if known:
+        low, high = min(known) / 2, 2 * max(known)
+        ticks = [digit * 10.0**power for power in range(-5, 7) for digit in (1, 2, 5)]
+        axis.set_xticks([t for t in ticks if low <= t <= high], minor=False)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+        axis.set_xlim(low, high)
 
 
 def draw_gain(results: dict[str, list[dict]]) -> Figure:

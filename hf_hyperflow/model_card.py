@@ -162,8 +162,7 @@ def _validation_table(history: list[dict]) -> list[str]:
     for name, found in domains.items():
         direct, adapted = (f"{found[key]:.1f} ± {found[f'{key}_ci95']:.1f}" for key in ("direct", "hyperflow"))
         gain = f"{found['difference']:+.2f} ± {found['difference_ci95']:.2f}"
-        # Adapters of older versions have no metric: the flow is all of it.
-        flow = f"{found['flow']:+.2f} ± {found['flow_ci95']:.2f}" if "flow" in found else "all"
+        flow = f"{found['flow']:+.2f} ± {found['flow_ci95']:.2f}" if "flow" in found else "not recorded"
         lines.append(f"| {name} | {direct} | {adapted} | {gain} | {flow} |")
     return lines
 

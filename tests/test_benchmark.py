@@ -21,6 +21,7 @@ from transformers import AutoModel
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.benchmark import BenchmarkArguments, run
 from hf_hyperflow.domains import load_domain
+from hf_hyperflow.easyfsl_methods import EASYFSL_METHODS
 from hf_hyperflow.evaluation import compare_flow
 from hf_hyperflow.methods import METHODS
 from hf_hyperflow.recipes import Recipes
@@ -68,7 +69,7 @@ def with_known_costs(output: Path, largest: int = 60) -> Path:
     cost = {"seconds_per_task": 0.5, "peak_memory_mb": 2.0, "flops_per_task": 1000}
     entries = [
         {"method": method, "n_way": n_way, "n_support": n, "device": device_name("cpu"), "cost": cost}
-        for method in METHODS
+        for method in (*METHODS, *EASYFSL_METHODS)
         for n_way in (3, 4, 5, 6)
         for n in range(largest)
     ]

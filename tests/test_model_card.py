@@ -126,7 +126,7 @@ def test_card_of_a_trained_adapter_tells_data_validation_settings_and_cost(adapt
     assert "On the domains `owner/birds`, `photos`." in card.text
     assert "every k-th class of it): `scans`." in card.text
     assert "| scans | 60.0 ± 1.0 | 62.0 ± 1.1 | +1.96 ± 0.50 | +0.40 ± 0.30 |" in card.text
-    assert "| older | 60.0 ± 1.0 | 62.0 ± 1.1 | +1.96 ± 0.50 | all |" in card.text
+    assert "| older | 60.0 ± 1.0 | 62.0 ± 1.1 | +1.96 ± 0.50 | not recorded |" in card.text
     assert "| collecting `rows` (a CPU) | | 1,024 | | 2.0 h | 4e+15 |" in card.text
     assert "| task | 600 | 0 | 2,400 | 1.5 min | 1.5e+14 |" in card.text
     assert "The trajectories take 300.0 MB. Trained on a GPU, 2 process(es), bf16 mixed precision." in card.text

@@ -1,0 +1,107 @@
+"""The numbers in the cards are those of the files beside the released adapter, and one command makes both."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from test_benchmark import ENVIRONMENT, with_known_costs
+from tiny import tiny_dinov2, tiny_processor
+from training_runs import SCRIPTS, make_images
+
+from hf_hyperflow.released import ADAPTER, released
+
+sys.path.insert(0, str(SCRIPTS))  # the scripts of training/ find each other so
+from card import FIGURES, FILES, read, write_cards
+from card_sections import filled
+
+ROOT = SCRIPTS.parent
+
+
+@pytest.fixture(scope="module")
+def adapter() -> Path:
+    return Path(released(ADAPTER))
+
+
+@pytest.mark.parametrize("card", ["README.md", "training/README.md", f"model_cards/{ADAPTER}/README.md"])
+def test_tables_are_those_of_the_results(card, adapter, tmp_path):
+    copy = tmp_path / adapter.name / "README.md"
+    copy.parent.mkdir()
+    shutil.copy(ROOT / card, copy)
+    assert "<!-- table: " in copy.read_text()
+    own = (ROOT / card).parent == adapter
+    write_cards([copy], copy.parent if own else adapter, read(adapter / "results"))
+    assert copy.read_text() == (ROOT / card).read_text()
+
+
+def test_model_index_has_every_domain_and_number_of_shots(adapter):
+    results = json.loads((adapter / "results" / FILES["results"]).read_text())
+    expected = {
+        (r["domain"], f"{r['n_way']:g}-way {r['n_shot']}-shot", kind): round(r[key], 2)
+        for r in results["records"]
+        for kind, key in (("accuracy", "accuracy"), ("gain", "diff_vs_direct"))
+        if r["method"] == "hyperflow"
+    }
+    card = ModelCard.load(adapter / "README.md")
+    found = {(e.dataset_type, e.dataset_config, e.metric_type): e.metric_value for e in card.data.eval_results}
+    assert found == expected
+
+
+def test_figures_of_the_card_are_there(adapter):
+    shown = set(re.findall(r"\(results/(\w+\.png)\)", (adapter / "README.md").read_text()))
+    assert shown
+    assert shown <= set(FIGURES)
+    for name in shown:
+        assert (adapter / "results" / name).stat().st_size > 10_000
+
+
+def test_a_table_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="there is no table 'magic': use one of costs"):
+        filled("<!-- table: magic -->\n<!-- end -->\n", {"costs": "| a |"})
+    assert filled("a\n<!-- table: costs -->\nold\n<!-- end -->\nb", {"costs": "| a |"}) == (
+        "a\n<!-- table: costs -->\n| a |\n<!-- end -->\nb"
+    )
+
+
+def test_one_command_measures_and_writes(tmp_path, adapter):
+    pytest.importorskip("easyfsl")
+    backbone = tmp_path / "backbone"
+    tiny_dinov2(num_hidden_layers=5).save_pretrained(backbone)
+    tiny_processor().save_pretrained(backbone)
+    for seed, name in enumerate(("alpha", "beta", "unseen")):
+        make_images(tmp_path / name, n_classes=6, n_images=40, seed=seed)
+    domains = ["--dataset", tmp_path / "alpha", tmp_path / "beta", "--tuning", tmp_path / "alpha"]
+    sizes = ["--drift_width", 12, "--drift_depth", 1, "--metric_tasks", 4, "--episodes_per_step", 2]
+    training = [SCRIPTS / "train_drift.py", "--backbone", backbone, "--dataset", tmp_path / "alpha", *sizes]
+    run([*training, "--steps", 1, "--output_dir", tmp_path / "made"])
+    output, card = tmp_path / "output", tmp_path / "made" / "README.md"
+    card.write_text(
+        "---\nlicense: mit\n---\n# Mine\n"
+        + "".join(f"<!-- table: {t} -->\n<!-- end -->\n" for t in ("methods", "bill"))
+    )
+    with_known_costs(output / "benchmark", largest=121)
+    with_known_costs(output / "ablations" / "task-objective" / "benchmark")
+    shutil.copy(adapter / "results" / FILES["cost"], output)
+    numbers = ["--n_episodes", 2, "--max_episodes_gradient", 1, "--tuning_episodes", 1, "--ablation_steps", 1]
+    command = [SCRIPTS / "card.py", "--backbone", backbone, "--adapter", tmp_path / "made", *domains]
+    command += ["--unseen", tmp_path / "unseen", "--ablation_episodes", 2, "--variants", "task objective", *numbers]
+    run([*command, "--output_dir", output, "--card", card])
+    text = card.read_text()
+    assert "| bias and norm tuning, in the metric | " in text
+    assert "| task objective and validation" in text or "| task " in text
+    (gain,) = {e.metric_type for e in ModelCard.load(card).data.eval_results} - {"accuracy"}
+    assert gain == "gain"
+    assert {path.name for path in (tmp_path / "made" / "results").iterdir()} == {*FILES.values(), *FIGURES}
+
+
+def run(command: list) -> None:
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,135 @@
+"""Measure everything that the card of an adapter says, and write it into the card.
+
+    python training/card.py --backbone model_cards/vit-s14-focus-70 --adapter model_cards/hyperflow-vit-s14-70 \
+        --dataset TRAINING_DOMAIN [...] --tuning TRAINING_DOMAIN [...] --unseen FILE_OR_HUB_ID [...] \
+        --trajectories FOLDER --output_dir outputs/card --card model_cards/hyperflow-vit-s14-70/README.md README.md
+
+Runs the scripts of this folder one after another, each shown as it could be typed: recipes of the baselines, benchmark,
+costs, bill and ablations. Interrupted, the same command goes on where it was. What was found is copied to `results/`
+beside the adapter; in each card the tables between `<!-- table: NAME -->` and `<!-- end -->` are written anew, and the
+adapter's own card gets its model-index.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from arguments import parse
+from card_sections import filled, tables, with_model_index
+from stages import run
+
+from hf_hyperflow.model_card import CARD
+from hf_hyperflow.saving import replaced
+
+#: What the tables are made of, by the names that `tables` knows them by.
+FILES = {
+    "results": "results.json",
+    "cost": "cost.json",
+    "bill": "bill.json",
+    "recipes": "recipes.json",
+    "ablations": "ablations.md",
+}
+FIGURES = ("gain.png", "accuracy_cost.png", "shots.png", "flow.png")
+#: Methods and numbers of shots: what is cheap first. On a CPU fine-tuning on 100 images takes minutes a task.
+BENCHMARKS = (
+    ("direct,metric,head,hyperflow,hyperflow-guard,easyfsl", (1, 5, 20)),
+    ("direct,hyperflow,bias", (1, 5, 20)),
+    ("direct,hyperflow,lora,layernorm,full", (5,)),
+)
+
+
+@dataclass
+class Arguments:
+    backbone: str = field(metadata={"help": "folder of the target"})
+    adapter: str = field(metadata={"help": "folder of the adapter; its results go to `results/` in it"})
+    dataset: list[str] = field(metadata={"help": "the domains it was trained on"})
+    tuning: list[str] = field(metadata={"help": "those of them that the baselines' recipes are chosen on"})
+    unseen: list[str] = field(metadata={"help": "domains to report on; nothing is chosen on them"})
+    output_dir: str = field(metadata={"help": "folder for everything that is made on the way"})
+    card: list[str] = field(metadata={"help": "Markdown files whose tables are written anew"})
+    holdout: list[str] = field(default_factory=list, metadata={"help": "as for train_drift.py, for the ablations"})
+    trajectories: list[str] = field(default_factory=list, metadata={"help": "recordings, for the ablations"})
+    n_episodes: int = field(default=600, metadata={"help": "episodes of each unseen domain and number of shots"})
+    max_episodes_gradient: int = field(default=60, metadata={"help": "of them with fine-tuning by gradients"})
+    tuning_episodes: int = field(default=5, metadata={"help": "episodes of each domain that recipes are chosen on"})
+    variants: list[str] = field(default_factory=list, metadata={"help": "ablations of these names only; default: all"})
+    ablation_steps: int = field(default=300, metadata={"help": "optimiser steps of each ablation's training"})
+    ablation_episodes: int = field(default=100, metadata={"help": "episodes of each unseen domain, per ablation"})
+
+
+def measure(a: Arguments, output: Path) -> None:
+    """All stages; what is there is not done again."""
+    pair = ["--backbone", a.backbone, "--adapter", a.adapter]
+    run(
+        {},
+        "Recipes of the baselines, on training domains",
+        *("choose_recipes.py", *pair, "--dataset", *a.tuning, "--n_episodes", a.tuning_episodes, "--bf16"),
+        *("--output", output / FILES["recipes"]),
+    )
+    for methods, shots in BENCHMARKS:
+        run(
+            {},
+            f"Benchmark: {methods}",
+            *("benchmark.py", *pair, "--dataset", *a.unseen, "--methods", methods, "--n_shot", *shots),
+            *("--n_episodes", a.n_episodes, "--flow_episodes", a.max_episodes_gradient),
+            *("--max_episodes_gradient", a.max_episodes_gradient, "--recipes", output / FILES["recipes"], "--bf16"),
+            *("--output_dir", output / "benchmark"),
+        )
+    if not (output / FILES["cost"]).is_file():
+        run({}, "Costs", "benchmark_cost.py", *pair, "--output", output / FILES["cost"])
+    run({}, "Bill", "bill.py", *pair, "--cost", output / FILES["cost"], "--output", output / FILES["bill"])
+    run(
+        {},
+        "Ablations",
+        *("ablations.py", "--backbone", a.backbone, "--dataset", *a.dataset, "--unseen", *a.unseen),
+        *(["--holdout", *a.holdout] if a.holdout else []),
+        *(["--trajectories", *a.trajectories] if a.trajectories else []),
+        *(["--variants", *a.variants] if a.variants else []),
+        *("--steps", a.ablation_steps, "--n_episodes", a.ablation_episodes, "--output_dir", output / "ablations"),
+    )
+
+
+def collect(output: Path, results: Path) -> None:
+    """Copy what the card needs beside the adapter."""
+    results.mkdir(exist_ok=True)
+    for source in [
+        *(output / "benchmark" / name for name in (FILES["results"], *FIGURES)),
+        *(output / FILES[name] for name in ("cost", "bill", "recipes")),
+        output / "ablations" / FILES["ablations"],
+    ]:
+        with replaced(results / source.name) as draft:
+            shutil.copy(source, draft)
+
+
+def read(results: Path) -> dict[str, dict | str]:
+    """What `tables` needs, from the files beside an adapter that are there."""
+    there = {name: results / file for name, file in FILES.items() if (results / file).is_file()}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in there.items()}
+    return {name: text if FILES[name].endswith(".md") else json.loads(text) for name, text in texts.items()}
+
+
+def write_cards(cards: list[Path], adapter: Path, found: dict[str, dict | str]) -> None:
+    """Write the tables into all cards, and the model-index into the adapter's own."""
+    by_name = tables(found)
+    for card in cards:
+        text = filled(card.read_text(encoding="utf-8"), by_name)
+        if card.resolve() == (adapter / CARD).resolve():
+            text = with_model_index(text, found["results"], adapter.resolve().name)
+        with replaced(card) as draft:
+            draft.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    a = parse(Arguments)
+    output, results = Path(a.output_dir), Path(a.adapter, "results")
+    output.mkdir(parents=True, exist_ok=True)
+    measure(a, output)
+    collect(output, results)
+    write_cards([Path(card) for card in a.card], Path(a.adapter), read(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""The numbers of a model card: tables and metadata from the JSON files that `card.py` collects.
+
+A card keeps its prose; what stands between `<!-- table: NAME -->` and `<!-- end -->` is written anew.
+"""
+
+from __future__ import annotations
+
+import re
+
+from huggingface_hub import EvalResult, ModelCard
+
+from hf_hyperflow.bill import bill_markdown
+
+TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+LABELS = {
+    "direct": "direct transfer (cosines to class means)",
+    "metric": "the metric and features of HyperFlow, without the flow",
+    "head": "logistic regression",
+    "hyperflow": "**HyperFlow**",
+    "hyperflow-guard": "HyperFlow, with the guard",
+    "bias": "bias and norm tuning",
+    "lora": "LoRA tuning",
+    "layernorm": "LayerNorm tuning",
+    "full": "full fine-tuning",
+}
+COSTS = {
+    "direct": "direct transfer",
+    "hyperflow adapt": "HyperFlow, the adaptation alone",
+    "hyperflow ready": "**HyperFlow, ready to predict**",
+}
+
+
+def label(method: str) -> str:
+    """A method in words; `bias-metric` is bias tuning, classified in the metric."""
+    if method.endswith("-metric"):
+        return f"{LABELS[method.removesuffix('-metric')]}, in the metric"
+    return LABELS.get(method, f"`{method}`")
+
+
+def interval(value: float | None, half: float | None) -> str:
+    """A difference with its 95 % half-width."""
+    return "" if value is None else f"{value:+.2f} ± {half:.2f}"
+
+
+def _one(records: list[dict], **values: object) -> dict | None:
+    """The record with these values, if there is one."""
+    return next((r for r in records if all(r[key] == value for key, value in values.items())), None)
+
+
+def _shots(results: dict) -> list[int]:
+    return sorted({r["n_shot"] for r in results["records"]})
+
+
+def domains_table(results: dict, n_shot: int) -> str:
+    """A row per domain: direct transfer and HyperFlow, their difference, and what of it is the flow's."""
+    lines = [
+        "| domain | ways | direct transfer | HyperFlow | difference, points | of it the flow |",
+        "|---|" + 5 * "---|",
+    ]
+    domains = sorted({r["domain"] for r in results["records"]})
+    for domain in domains:
+        direct, flow = (
+            _one(results["records"], domain=domain, n_shot=n_shot, method=m) for m in ("direct", "hyperflow")
+        )
+        alone = _one(results["hyperflow_against"], domain=domain, n_shot=n_shot, method="metric")
+        accuracies = [f"{r['accuracy']:.1f} ± {r['ci95']:.1f}" for r in (direct, flow)]
+        gain = interval(flow["diff_vs_direct"], flow["diff_ci95"])
+        row = [domain, f"{flow['n_way']:g}", *accuracies, gain, interval(alone["diff"], alone["diff_ci95"])]
+        lines.append(f"| {' | '.join(row)} |")
+    direct, flow = (_one(results["means"], n_shot=n_shot, method=m) for m in ("direct", "hyperflow"))
+    alone = _one(results["hyperflow_against"], domain=None, n_shot=n_shot, method="metric")
+    gain, share = interval(flow["diff_vs_direct"], flow["diff_ci95"]), interval(alone["diff"], alone["diff_ci95"])
+    lines.append(
+        f"| **mean of {len(domains)}** | | {direct['accuracy']:.1f} | {flow['accuracy']:.1f} | **{gain}** | {share} |"
+    )
+    return "\n".join(lines)
+
+
+def methods_table(results: dict) -> str:
+    """A row per method: its mean gain over direct transfer at each number of shots, and what HyperFlow has more."""
+    shots_there = _shots(results)
+    head = [f"{shots}-shot | HyperFlow has more" for shots in shots_there]
+    lines = [f"| gain over direct transfer, points | {' | '.join(head)} |", "|---|" + 2 * len(shots_there) * "---|"]
+    for method in dict.fromkeys(m["method"] for m in results["means"]):
+        cells = []
+        for shots in shots_there:
+            mean = _one(results["means"], n_shot=shots, method=method)
+            against = _one(results["hyperflow_against"], domain=None, n_shot=shots, method=method)
+            cells.append(interval(mean["diff_vs_direct"], mean["diff_ci95"]) if mean else "")
+            cells.append(interval(against["diff"], against["diff_ci95"]) if against else "")
+        lines.append(f"| {label(method)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def losses_table(results: dict) -> str:
+    """A row per domain: HyperFlow's difference to direct transfer at each number of shots."""
+    shots_there = _shots(results)
+    lines = [f"| HyperFlow minus direct transfer | {' | '.join(f'{shots}-shot' for shots in shots_there)} |"]
+    lines.append("|---|" + len(shots_there) * "---|")
+    for domain in sorted({r["domain"] for r in results["records"]}):
+        found = [_one(results["records"], domain=domain, n_shot=shots, method="hyperflow") for shots in shots_there]
+        cells = [interval(r["diff_vs_direct"], r["diff_ci95"]) if r else "" for r in found]
+        lines.append(f"| {domain} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cost_table(cost: dict) -> str:
+    """Time, memory and operations of getting ready for a task, from the JSON of `benchmark_cost.py`."""
+    sizes = [key for key in cost if key != "hardware"]
+    head = " | ".join(f"{size}: time | memory | FLOPs | of full fine-tuning's time, memory" for size in sizes)
+    lines = [f"| 25 images, 5 ways | {head} |", "|---|" + 4 * len(sizes) * "---|"]
+    for method in cost[sizes[0]]:
+        cells = []
+        for size in sizes:
+            c = cost[size][method]
+            cells += [f"{c['seconds']:.3g} s", f"{c['peak_memory_mb']:,.0f} MB", f"{c['flops'] / 1e9:,.0f} G"]
+            cells.append(f"{100 * c['time_share_of_full']:.3g} %, {100 * c['memory_share_of_full']:.3g} %")
+        lines.append(f"| {COSTS.get(method, method)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def recipes_table(recipes: dict) -> str:
+    """What was chosen for the baselines, and how the best and the worst setting of the grid did."""
+    lines = ["| baseline | chosen | its accuracy there | the grid's worst |", "|---|---|---|---|"]
+    for method, chosen in recipes["recipes"].items():
+        entries = [entry for entry in recipes["grid"] if entry["method"] == method]
+        best, worst = (choose(entries, key=lambda e: e["accuracy"]) for choose in (max, min))
+        settings = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
+        lines.append(f"| {label(method)} | {settings} | {best['accuracy']:.1f} % | {worst['accuracy']:.1f} % |")
+    return "\n".join(lines)
+
+
+def tables(found: dict[str, dict | str]) -> dict[str, str]:
+    """The tables by name, of what was measured.
+
+    Args:
+        found: `results` (of the benchmark), `cost`, `bill`, `recipes`, and `ablations` as their Markdown, or some.
+    """
+    by_name = {}
+    if "results" in found:
+        by_name["domains"] = domains_table(found["results"], 5)
+        by_name["shots"] = losses_table(found["results"])
+        by_name["methods"] = methods_table(found["results"])
+    if "cost" in found:
+        by_name["cost"] = cost_table(found["cost"])
+    if "bill" in found:
+        by_name["bill"] = bill_markdown(found["bill"]).rstrip()
+    if "recipes" in found:
+        by_name["recipes"] = recipes_table(found["recipes"])
+    if "ablations" in found:
+        by_name["ablations"] = found["ablations"].rstrip()
+    return by_name
+
+
+def filled(text: str, by_name: dict[str, str]) -> str:
+    """A text with its tables written anew.
+
+    Raises:
+        ValueError: it asks for a table that there is not, or that nothing was measured for.
+    """
+
+    def table(match: re.Match) -> str:
+        if match[2] not in by_name:
+            raise ValueError(f"there is no table {match[2]!r}: use one of {', '.join(by_name)}.")
+        return f"{match[1]}{by_name[match[2]]}\n{match[3]}"
+
+    return TABLE.sub(table, text)
+
+
+def with_model_index(text: str, results: dict, name: str) -> str:
+    """A card whose metadata say what HyperFlow reached, by domain and number of shots (the Hub's model-index)."""
+    card = ModelCard(text)
+    card.data.model_name, card.data.eval_results = name, []
+    for record in results["records"]:
+        if record["method"] != "hyperflow":
+            continue
+        task = {"task_type": "image-classification", "task_name": "few-shot image classification"}
+        config = f"{record['n_way']:g}-way {record['n_shot']}-shot"
+        where = {"dataset_type": record["domain"], "dataset_name": record["domain"], "dataset_config": config}
+        over = f"{record['n_episodes']} episodes"
+        accuracy = {"metric_value": round(record["accuracy"], 2), "metric_name": f"accuracy in %, mean of {over}"}
+        gain = {
+            "metric_value": round(record["diff_vs_direct"], 2),
+            "metric_name": f"points over direct transfer, {over}",
+        }
+        card.data.eval_results.append(EvalResult(**task, **where, metric_type="accuracy", **accuracy))
+        card.data.eval_results.append(EvalResult(**task, **where, metric_type="gain", **gain))
+    return str(card)
