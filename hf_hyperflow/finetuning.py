@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .augmentation import random_views
-from .backbones import SplitBackbone
+from .backbones import Hidden, SplitBackbone
 from .domains import normalise
 from .prototypes import PrototypeClassifier
 
@@ -23,12 +23,15 @@ class FineTuning:
         steps: gradient steps.
         learning_rate: of Adam.
         scale: of the cosine logits in the loss.
+        n_views: augmented views in each image's pool, of which every step draws one for every image, where the first
+            blocks are frozen: they run once for each view. Where they are trained, every step has new views.
         seed: of the augmentation.
     """
 
     steps: int = 50
     learning_rate: float = 1e-3
     scale: float = 10.0
+    n_views: int = 8
     seed: int = 0
 
 
@@ -45,7 +48,7 @@ def fine_tune(
     """Fine-tune `parameters` of a backbone on a support set, in place.
 
     Args:
-        split: the backbone. Its first blocks are run with the rest: they may be among what is trained.
+        split: the backbone, cut at 0 or where all that moves is behind the cut.
         parameters: what moves; everything else is left alone.
         images: `(n, 3, height, width)` uint8, on the backbone's device.
         labels: `(n,)` in 0..n_way-1.
@@ -59,13 +62,11 @@ def fine_tune(
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    clean = normalise(images, processor)
+    features_of_step = _clean_and_augmented(split, images, processor, recipe)
     losses = []
     try:
         for step in range(1, recipe.steps + 1):
-            views = normalise(random_views(images, generator), processor)
-            features = split.extract(torch.cat([clean, views])).float()
+            features = features_of_step().float()
             classifier = PrototypeClassifier.from_support(features[: len(images)], labels, recipe.scale)
             logits = classifier(features[len(images) :])
             loss = F.cross_entropy(logits, labels)
@@ -80,3 +81,26 @@ def fine_tune(
             parameter.requires_grad_(flag)
             parameter.grad = None
     return losses
+
+
+def _clean_and_augmented(
+    split: SplitBackbone, images: torch.Tensor, processor: object, recipe: FineTuning
+) -> Callable[[], torch.Tensor]:
+    """A function that gives, at every call, the features of the images and then of a view of each: `(2 n, width)`."""
+    generator, n = torch.Generator().manual_seed(recipe.seed), len(images)
+    clean = normalise(images, processor)
+
+    def view() -> torch.Tensor:
+        return normalise(random_views(images, generator), processor)
+
+    if split.start == 0:
+        return lambda: split.extract(torch.cat([clean, view()]))
+    with torch.no_grad():
+        pool = [split.prefix(clean), *(split.prefix(view()) for _ in range(recipe.n_views))]
+    states = torch.stack([hidden.states for hidden in pool])
+
+    def drawn() -> torch.Tensor:
+        choices = torch.cat([torch.zeros(n, dtype=torch.long), torch.randint(1, len(pool), (n,), generator=generator)])
+        return split(Hidden(states[choices, torch.arange(n).repeat(2)], pool[0].args, pool[0].kwargs))
+
+    return drawn

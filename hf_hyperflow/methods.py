@@ -100,6 +100,11 @@ class Target:
             self._spaces[method] = ParameterSpace.from_backbone(self.backbone, config)
         return self._spaces[method]
 
+    def cut(self, method: str) -> SplitBackbone:
+        """The backbone, cut before the first block that a gradient method moves."""
+        start = 0 if method == "full" else self.split.start
+        return SplitBackbone(self.backbone, start, self.adapter.config.pooling, self.split.blocks)
+
     def plain(self) -> nn.Module:
         """The backbone without any adapter in it."""
         self.adapter.space.inject(self.backbone).remove()
@@ -210,18 +215,17 @@ def fine_tuned_features(
     processor = target.adapter.processor
     images = domain.images[torch.cat([episode.support, episode.query])].to(target.device)
     labels, n_support = episode.support_labels.to(target.device), len(episode.support)
-    whole = SplitBackbone(target.backbone, 0, target.adapter.config.pooling)
-    found = []
+    split, found = target.cut(method), []
 
     @torch.no_grad()
     def note(step: int) -> None:
         if step in at_steps:
-            parts = [whole.extract(normalise(chunk, processor)) for chunk in images.split(256)]
+            parts = [split.extract(normalise(chunk, processor)) for chunk in images.split(256)]
             found.append(torch.cat(parts).float())
 
     recipe = replace(recipe, steps=at_steps[-1], seed=episode.index)
     with evaluating(target.backbone), target.moving(method) as parameters:
-        fine_tune(whole, parameters, images[:n_support], labels, processor, recipe, after_step=note)
+        fine_tune(split, parameters, images[:n_support], labels, processor, recipe, after_step=note)
     return found
 
 
@@ -254,7 +258,7 @@ def get_ready(
         recipe = target.recipes.fine_tuning(method)
         recipe = recipe if steps is None else replace(recipe, steps=steps)
         with evaluating(target.backbone), target.moving(method) as parameters:
-            fine_tune(whole, parameters, images, labels, processor, recipe)
+            fine_tune(target.cut(method), parameters, images, labels, processor, recipe)
             with torch.no_grad():
                 return unit_means(whole.extract(pixels).float(), labels)
     with torch.no_grad(), evaluating(target.plain()):

@@ -129,10 +129,11 @@ def _prepare_direct(backbone: torch.nn.Module, adapter: HyperFlowAdapter, suppor
 
 
 def _prepare_bias(backbone: torch.nn.Module, adapter: HyperFlowAdapter, support: dict) -> tuple:
-    whole, injection = SplitBackbone(backbone, 0, adapter.config.pooling), adapter.space.inject(backbone)
+    split = SplitBackbone(backbone, adapter.split(backbone).start, adapter.config.pooling)
+    injection = adapter.space.inject(backbone)
     images, labels = _images(adapter, support)
     with evaluating(backbone):
-        fine_tune(whole, injection.parameters, images, labels, adapter.processor, FineTuning(steps=20))
+        fine_tune(split, injection.parameters, images, labels, adapter.processor, FineTuning(steps=20))
     return _prepare_direct(backbone, adapter, support)
 
 

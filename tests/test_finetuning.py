@@ -72,6 +72,20 @@ def test_the_recipe_decides_alone(backbone, images, processor):
     assert not any(p.requires_grad for p in injection.parameters)
 
 
+def test_frozen_blocks_run_once_for_each_view(backbone, images, processor):
+    space = ParameterSpace.from_backbone(backbone, bias_config(backbone, 2))
+    injection = space.inject(backbone)
+    seen = []
+    backbone.embeddings.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    losses = {}
+    for start, steps in ((2, 5), (2, 1), (0, 1)):
+        injection.write(injection.start)
+        recipe, split = FineTuning(steps=steps, n_views=1), SplitBackbone(backbone, start)
+        losses[start, steps] = fine_tune(split, injection.parameters, images, LABELS, processor, recipe)
+    assert sum(seen[:4]) == 2 * (12 + 12)
+    assert losses[2, 5][0] == losses[2, 1][0] == pytest.approx(losses[0, 1][0], rel=1e-5)
+
+
 def test_no_steps_move_nothing(backbone, images, processor):
     before = Snapshot(backbone)
     assert (

@@ -39,7 +39,11 @@ class Arguments:
     output: str = field(metadata={"help": "JSON file to write"})
     resolution: list[int] = field(default_factory=lambda: [70, 224], metadata={"help": "image sides in pixels"})
     steps: int = field(default=50, metadata={"help": "gradient steps of fine-tuning"})
-    timed_steps: int = field(default=10, metadata={"help": "so many of them are run; all are alike"})
+    timed_steps: int = field(default=10, metadata={"help": "so many of them are run, at least 2; all are alike"})
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.timed_steps) < 2:
+            raise SystemExit("error: --steps and --timed_steps must be at least 2.")
 
 
 def work(method: str, backbone: torch.nn.Module, adapter: HyperFlowAdapter, side: int, steps: int) -> Callable:
@@ -65,9 +69,10 @@ def work(method: str, backbone: torch.nn.Module, adapter: HyperFlowAdapter, side
     def gradients() -> torch.Tensor:
         if method == "bias fine-tuning":
             parameters = adapter.space.inject(backbone).parameters
+            split = SplitBackbone(backbone, adapter.split(backbone).start, adapter.config.pooling)
         else:
-            parameters = list(backbone.parameters())
-        fine_tune(whole, parameters, images, labels, adapter.processor, FineTuning(steps=steps))
+            parameters, split = list(backbone.parameters()), whole
+        fine_tune(split, parameters, images, labels, adapter.processor, FineTuning(steps=steps))
         return prototypes()
 
     if method == "direct":
@@ -75,8 +80,10 @@ def work(method: str, backbone: torch.nn.Module, adapter: HyperFlowAdapter, side
     return hyperflow if method.startswith("hyperflow") else gradients
 
 
-def measure(method: str, backbone_name: str, adapter_name: str, side: int, timed_steps: int) -> dict[str, float]:
-    """Seconds, MiB and operations of one method at one resolution; of fine-tuning, of `timed_steps` steps."""
+def measure(
+    method: str, backbone_name: str, adapter_name: str, side: int, steps: int, timed_steps: int
+) -> dict[str, float]:
+    """Seconds, MiB and operations of one method at one resolution; fine-tuning from 1 and `timed_steps` steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = AutoModel.from_pretrained(backbone_name).float().eval().to(device)
     adapter = HyperFlowAdapter.from_pretrained(adapter_name).eval().to(device)
@@ -84,24 +91,26 @@ def measure(method: str, backbone_name: str, adapter_name: str, side: int, timed
     with torch.no_grad():
         backbone(torch.zeros(1, 3, side, side, device=device))
     _, cost = measured(get_ready, device)
-    seconds = cost.seconds
-    if "fine-tuning" not in method:
+    seconds, operations = cost.seconds, flops(get_ready)
+    if "fine-tuning" in method:  # what comes once, and as many more steps
+        one_step = work(method, backbone, adapter, side, 1)
+        more = (steps - 1) / (timed_steps - 1)
+        once = {"seconds": measured(one_step, device)[1].seconds, "flops": flops(one_step)}
+        seconds = once["seconds"] + more * (seconds - once["seconds"])
+        operations = once["flops"] + more * (operations - once["flops"])
+    else:
         seconds = statistics.median(measured(get_ready, device)[1].seconds for _ in range(10))
-    operations = flops(get_ready)
     return {"seconds": seconds, "peak_memory_mb": round(cost.peak_memory_mb, 1), "flops": operations}
 
 
 def main() -> None:
     arguments = parse(Arguments)
+    models = (arguments.backbone, arguments.adapter)
     result = {"hardware": device_name("cuda" if torch.cuda.is_available() else "cpu")}
     for side in arguments.resolution:
         rows = {}
         for method in METHODS:
-            row = in_fresh_process(measure, method, arguments.backbone, arguments.adapter, side, arguments.timed_steps)
-            if "fine-tuning" in method:  # the timed steps as many times as needed, the prototypes behind them once
-                for key in ("seconds", "flops"):
-                    once = rows["direct"][key]
-                    row[key] = once + (row[key] - once) * arguments.steps / arguments.timed_steps
+            row = in_fresh_process(measure, method, *models, side, arguments.steps, arguments.timed_steps)
             rows[method] = row
             print(f"{side} px  {method:18} {json.dumps(rows[method])}", flush=True)
         full = rows["full fine-tuning"]

@@ -80,7 +80,10 @@ def measure(a: Arguments, output: Path) -> None:
         )
     if not (output / FILES["cost"]).is_file():
         run({}, "Costs", "benchmark_cost.py", *pair, "--output", output / FILES["cost"])
-    run({}, "Bill", "bill.py", *pair, "--cost", output / FILES["cost"], "--output", output / FILES["bill"])
+    # Of a backbone that somebody else made there is no record to list.
+    known = ["--backbone", a.backbone] if Path(a.backbone, "pretraining.json").is_file() else []
+    bill = ["bill.py", "--adapter", a.adapter, *known, "--cost", output / FILES["cost"]]
+    run({}, "Bill", *bill, "--output", output / FILES["bill"])
     run(
         {},
         "Ablations",

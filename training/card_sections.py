@@ -104,6 +104,22 @@ def losses_table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def flow_table(results: dict, along: str) -> str:
+    """Gain over direct transfer, mean over domains, at points of the flow (`along` "t") or by solver `steps`."""
+    points = [r for r in results["flow"] if r["along"] == along]
+    values = sorted({r["value"] for r in points})
+    title = "t" if along == "t" else "solver steps to t = 1"
+    lines = [f"| {title} | {' | '.join(f'{value:g}' for value in values)} |", "|---|" + len(values) * "---|"]
+    for shots in sorted({r["n_shot"] for r in points}):
+        cells = []
+        for value in values:
+            mine = [r for r in points if (r["n_shot"], r["value"]) == (shots, value)]
+            gain = sum(r["diff_vs_direct"] for r in mine) / len(mine)
+            cells.append(interval(gain, sum(r["diff_ci95"] ** 2 for r in mine) ** 0.5 / len(mine)))
+        lines.append(f"| {shots}-shot | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def cost_table(cost: dict) -> str:
     """Time, memory and operations of getting ready for a task, from the JSON of `benchmark_cost.py`."""
     sizes = [key for key in cost if key != "hardware"]
@@ -141,6 +157,8 @@ def tables(found: dict[str, dict | str]) -> dict[str, str]:
         by_name["domains"] = domains_table(found["results"], 5)
         by_name["shots"] = losses_table(found["results"])
         by_name["methods"] = methods_table(found["results"])
+        by_name["time"] = flow_table(found["results"], "t")
+        by_name["steps"] = flow_table(found["results"], "steps")
     if "cost" in found:
         by_name["cost"] = cost_table(found["cost"])
     if "bill" in found:
