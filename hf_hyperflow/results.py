@@ -119,8 +119,10 @@ def _against_direct(found: Accuracies, direct: Accuracies | None, method: str) -
     }
 
 
-def _over_domains(values: list[float], halves: list[float | None]) -> tuple[float, float | None]:
-    """Mean over domains and its half-width: domains as given, episodes as drawn, so variances add up."""
+def over_domains(values: list[float], halves: list[float | None]) -> tuple[float, float | None]:
+    """Mean over domains and its half-width, None if one has none: domains as given, episodes as drawn, so variances
+    add up.
+    """
     mean = float(np.mean(values))
     if None in halves:
         return round(mean, 4), None
@@ -131,12 +133,12 @@ def _means(records: list[dict]) -> list[dict]:
     means = []
     for shots, method in dict.fromkeys((r["n_shot"], r["method"]) for r in records):
         mine = [r for r in records if (r["n_shot"], r["method"]) == (shots, method)]
-        accuracy, ci95 = _over_domains([r["accuracy"] for r in mine], [r["ci95"] for r in mine])
+        accuracy, ci95 = over_domains([r["accuracy"] for r in mine], [r["ci95"] for r in mine])
         mean = {"method": method, "n_shot": shots, "n_domains": len(mine)}
         mean |= {"n_episodes": sum(r["n_episodes"] for r in mine), "accuracy": accuracy, "ci95": ci95}
         mean |= {"diff_vs_direct": None, "diff_ci95": None, "diff_n_episodes": None}
         if all(r["diff_vs_direct"] is not None for r in mine):
-            gain, half = _over_domains([r["diff_vs_direct"] for r in mine], [r["diff_ci95"] for r in mine])
+            gain, half = over_domains([r["diff_vs_direct"] for r in mine], [r["diff_ci95"] for r in mine])
             episodes = sum(r["diff_n_episodes"] for r in mine)
             mean |= {"diff_vs_direct": gain, "diff_ci95": half, "diff_n_episodes": episodes}
         means.append(mean)
@@ -148,7 +150,7 @@ def _means_against(against: list[dict]) -> list[dict]:
     for shots, method in dict.fromkeys((r["n_shot"], r["method"]) for r in against):
         mine = [r for r in against if (r["n_shot"], r["method"]) == (shots, method) and r["diff"] is not None]
         if mine:
-            gain, half = _over_domains([r["diff"] for r in mine], [r["diff_ci95"] for r in mine])
+            gain, half = over_domains([r["diff"] for r in mine], [r["diff_ci95"] for r in mine])
             episodes = sum(r["n_episodes"] for r in mine)
             mean = {"method": method, "domain": None, "n_shot": shots, "n_domains": len(mine), "n_episodes": episodes}
             means.append(mean | {"diff": gain, "diff_ci95": half})

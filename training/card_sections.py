@@ -10,6 +10,7 @@ import re
 from huggingface_hub import EvalResult, ModelCard
 
 from hf_hyperflow.bill import bill_markdown
+from hf_hyperflow.results import over_domains
 
 TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LABELS = {
@@ -37,9 +38,11 @@ def label(method: str) -> str:
     return LABELS.get(method, f"`{method}`")
 
 
-def interval(value: float | None, half: float | None) -> str:
-    """A difference with its 95 % half-width."""
-    return "" if value is None else f"{value:+.2f} ± {half:.2f}"
+def interval(value: float | None, half: float | None, digits: str = "+.2f") -> str:
+    """A number with its 95 % half-width, which a single episode has not."""
+    if value is None:
+        return ""
+    return f"{value:{digits}}" if half is None else f"{value:{digits}} ± {half:{digits.removeprefix('+')}}"
 
 
 def _one(records: list[dict], **values: object) -> dict | None:
@@ -63,7 +66,7 @@ def domains_table(results: dict, n_shot: int) -> str:
             _one(results["records"], domain=domain, n_shot=n_shot, method=m) for m in ("direct", "hyperflow")
         )
         alone = _one(results["hyperflow_against"], domain=domain, n_shot=n_shot, method="metric")
-        accuracies = [f"{r['accuracy']:.1f} ± {r['ci95']:.1f}" for r in (direct, flow)]
+        accuracies = [interval(r["accuracy"], r["ci95"], ".1f") for r in (direct, flow)]
         gain = interval(flow["diff_vs_direct"], flow["diff_ci95"])
         row = [domain, f"{flow['n_way']:g}", *accuracies, gain, interval(alone["diff"], alone["diff_ci95"])]
         lines.append(f"| {' | '.join(row)} |")
@@ -92,15 +95,22 @@ def methods_table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def losses_table(results: dict) -> str:
-    """A row per domain: HyperFlow's difference to direct transfer at each number of shots."""
+def shots_table(results: dict) -> str:
+    """A row per domain and one for the mean: the gain at each number of shots, and what of it is the flow's."""
     shots_there = _shots(results)
-    lines = [f"| HyperFlow minus direct transfer | {' | '.join(f'{shots}-shot' for shots in shots_there)} |"]
-    lines.append("|---|" + len(shots_there) * "---|")
-    for domain in sorted({r["domain"] for r in results["records"]}):
-        found = [_one(results["records"], domain=domain, n_shot=shots, method="hyperflow") for shots in shots_there]
-        cells = [interval(r["diff_vs_direct"], r["diff_ci95"]) if r else "" for r in found]
-        lines.append(f"| {domain} | {' | '.join(cells)} |")
+    head = " | ".join(f"{shots}-shot | of it the flow" for shots in shots_there)
+    lines = [f"| HyperFlow minus direct transfer | {head} |", "|---|" + 2 * len(shots_there) * "---|"]
+    rows = [
+        (domain, results["records"], {"domain": domain}) for domain in sorted({r["domain"] for r in results["records"]})
+    ]
+    for name, records, where in [*rows, ("**mean**", results["means"], {})]:
+        cells = []
+        for shots in shots_there:
+            flow = _one(records, n_shot=shots, method="hyperflow", **where)
+            alone = _one(results["hyperflow_against"], n_shot=shots, method="metric", **(where or {"domain": None}))
+            cells.append(interval(flow["diff_vs_direct"], flow["diff_ci95"]) if flow else "")
+            cells.append(interval(alone["diff"], alone["diff_ci95"]) if alone else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -114,8 +124,7 @@ def flow_table(results: dict, along: str) -> str:
         cells = []
         for value in values:
             mine = [r for r in points if (r["n_shot"], r["value"]) == (shots, value)]
-            gain = sum(r["diff_vs_direct"] for r in mine) / len(mine)
-            cells.append(interval(gain, sum(r["diff_ci95"] ** 2 for r in mine) ** 0.5 / len(mine)))
+            cells.append(interval(*over_domains([r["diff_vs_direct"] for r in mine], [r["diff_ci95"] for r in mine])))
         lines.append(f"| {shots}-shot | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -155,7 +164,7 @@ def tables(found: dict[str, dict | str]) -> dict[str, str]:
     by_name = {}
     if "results" in found:
         by_name["domains"] = domains_table(found["results"], 5)
-        by_name["shots"] = losses_table(found["results"])
+        by_name["shots"] = shots_table(found["results"])
         by_name["methods"] = methods_table(found["results"])
         by_name["time"] = flow_table(found["results"], "t")
         by_name["steps"] = flow_table(found["results"], "steps")
