@@ -58,11 +58,11 @@ def fine_tune(
     Returns:
         The loss of every step.
     """
+    features_of_step = _clean_and_augmented(split, images, processor, recipe)
     before = [p.requires_grad for p in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate)
-    features_of_step = _clean_and_augmented(split, images, processor, recipe)
     losses = []
     try:
         for step in range(1, recipe.steps + 1):

@@ -97,11 +97,14 @@ def test_no_steps_move_nothing(backbone, images, processor):
     before.assert_unchanged()
 
 
-def test_flags_are_restored_after_an_error(backbone, images, processor):
+@pytest.mark.parametrize("start", [0, 2])
+def test_flags_are_restored_after_an_error(backbone, images, processor, start):
     parameters = list(backbone.layernorm.parameters())
     for parameter in parameters:
         parameter.requires_grad_(False)
     before = Snapshot(backbone)
     with pytest.raises(RuntimeError):
-        fine_tune(SplitBackbone(backbone, 0), parameters, images[:, :, :5, :5], LABELS, processor, FineTuning(steps=1))
+        fine_tune(
+            SplitBackbone(backbone, start), parameters, images[:, :, :5, :5], LABELS, processor, FineTuning(steps=1)
+        )
     before.assert_unchanged()

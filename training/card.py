@@ -54,7 +54,7 @@ class Arguments:
     trajectories: list[str] = field(default_factory=list, metadata={"help": "recordings, for the ablations"})
     n_episodes: int = field(default=600, metadata={"help": "episodes of each unseen domain and number of shots"})
     max_episodes_gradient: int = field(default=60, metadata={"help": "of them with fine-tuning by gradients"})
-    tuning_episodes: int = field(default=5, metadata={"help": "episodes of each domain that recipes are chosen on"})
+    tuning_episodes: int = field(default=2, metadata={"help": "episodes of each domain that recipes are chosen on"})
     variants: list[str] = field(default_factory=list, metadata={"help": "ablations of these names only; default: all"})
     ablation_steps: int = field(default=300, metadata={"help": "optimiser steps of each ablation's training"})
     ablation_episodes: int = field(default=100, metadata={"help": "episodes of each unseen domain, per ablation"})

@@ -166,8 +166,9 @@ def tables(found: dict[str, dict | str]) -> dict[str, str]:
         by_name["domains"] = domains_table(found["results"], 5)
         by_name["shots"] = shots_table(found["results"])
         by_name["methods"] = methods_table(found["results"])
-        by_name["time"] = flow_table(found["results"], "t")
-        by_name["steps"] = flow_table(found["results"], "steps")
+        if found["results"]["flow"]:
+            by_name["time"] = flow_table(found["results"], "t")
+            by_name["steps"] = flow_table(found["results"], "steps")
     if "cost" in found:
         by_name["cost"] = cost_table(found["cost"])
     if "bill" in found:
