@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .augmentation import random_views
-from .backbones import Hidden, SplitBackbone
+from .backbones import Hidden, SplitBackbone, plain_attention
 from .domains import normalise
 from .prototypes import PrototypeClassifier
 
@@ -65,17 +65,18 @@ def fine_tune(
     optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate)
     losses = []
     try:
-        for step in range(1, recipe.steps + 1):
-            features = features_of_step().float()
-            classifier = PrototypeClassifier.from_support(features[: len(images)], labels, recipe.scale)
-            logits = classifier(features[len(images) :])
-            loss = F.cross_entropy(logits, labels)
-            optimizer.zero_grad()
-            loss.backward(inputs=parameters)
-            optimizer.step()
-            losses.append(loss.item())
-            if after_step is not None:
-                after_step(step)
+        with plain_attention(split.backbone):
+            for step in range(1, recipe.steps + 1):
+                features = features_of_step().float()
+                classifier = PrototypeClassifier.from_support(features[: len(images)], labels, recipe.scale)
+                logits = classifier(features[len(images) :])
+                loss = F.cross_entropy(logits, labels)
+                optimizer.zero_grad()
+                loss.backward(inputs=parameters)
+                optimizer.step()
+                losses.append(loss.item())
+                if after_step is not None:
+                    after_step(step)
     finally:
         for parameter, flag in zip(parameters, before, strict=True):
             parameter.requires_grad_(flag)
