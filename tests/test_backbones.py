@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_hyperflow import IncompatibleBackboneError
-from hf_hyperflow.backbones import SplitBackbone, find_blocks
+from hf_hyperflow.backbones import SplitBackbone, find_blocks, plain_attention
 from hf_hyperflow.parameter_space import (
     ParameterSpace,
     bias_config,
@@ -185,3 +185,24 @@ def test_check_notices_a_change_between_the_blocks(backbone, pixels):
     )
     with pytest.raises(IncompatibleBackboneError, match=r"encoder\.layer in turn and then layernorm differs"):
         split.check(pixels)
+
+
+def test_plain_attention_gives_the_same(vit, pixels):
+    """In use only under bfloat16 autocast, where it is faster, and only until the block ends, however it does."""
+    before = vit.config._attn_implementation
+    with plain_attention(vit):
+        assert vit.config._attn_implementation == before
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = SplitBackbone(vit, 0).extract(pixels)
+        with plain_attention(vit):
+            assert vit.config._attn_implementation == "eager"
+            torch.testing.assert_close(SplitBackbone(vit, 0).extract(pixels), expected, rtol=0.05, atol=0.05)
+    assert vit.config._attn_implementation == before
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(KeyError), plain_attention(vit):
+        raise KeyError
+    assert vit.config._attn_implementation == before
+
+
+def test_plain_attention_leaves_other_modules_alone():
+    with torch.autocast("cpu", torch.bfloat16), plain_attention(nn.Linear(2, 2)) as nothing:
+        assert nothing is None
