@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from .adapter import HyperFlowAdapter
-from .backbones import Hidden, SplitBackbone
+from .backbones import Hidden, SplitBackbone, plain_attention
 from .domains import Domain, normalise
 from .paths import PATHS
 from .prototypes import PrototypeClassifier, exact
@@ -60,7 +60,8 @@ class TaskObjective(nn.Module):
         """Features `(n, width)` of the target with the adapter's weights `theta`, differentiable in theta."""
         self.adapter.space.inject(self.split.backbone)  # again, if another adapter was in between (a validation)
         tensors = self.adapter.space.to_tensors(theta)
-        return functional_call(self.split, {f"backbone.{n}": t for n, t in tensors.items()}, (hidden,))
+        with plain_attention(self.split.backbone):
+            return functional_call(self.split, {f"backbone.{n}": t for n, t in tensors.items()}, (hidden,))
 
     def query_logits(self, theta: torch.Tensor, hidden: Hidden, episode: EpisodeImages) -> torch.Tensor:
         """Logits `(n_query, n_way)` against the prototypes of the support images."""
