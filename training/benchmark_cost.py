@@ -4,9 +4,9 @@
         --adapter model_cards/hyperflow-vit-s14-70 --output cost.json
 
 5 ways, 5 shots (25 images), fine-tuning in 50 steps of Adam of which ten are run and timed; every measurement on a CPU
-in a process of its own, HyperFlow and direct transfer timed as the median of ten calls after a first one. `adapt` is
-the flow alone (with a shared encoder: with the frozen first blocks on the support images), `ready` includes the
-prototypes.
+in a process of its own, HyperFlow and direct transfer timed as the median of ten calls after a first one. `integrate`
+is task encoder and drift network alone, what the paper counts, on images that the support encoder has read already
+(direct transfer runs the blocks of a shared one, too); `adapt` begins with the images, `ready` includes prototypes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from hf_hyperflow.finetuning import FineTuning, fine_tune
 from hf_hyperflow.prototypes import unit_means
 from hf_hyperflow.task_cost import device_name
 
-METHODS = ("direct", "hyperflow adapt", "hyperflow ready", "bias fine-tuning", "full fine-tuning")
+METHODS = (
+    *("direct", "hyperflow integrate", "hyperflow adapt", "hyperflow ready"),
+    *("bias fine-tuning", "full fine-tuning"),
+)
 
 
 @dataclass
@@ -59,6 +62,10 @@ def work(method: str, backbone: torch.nn.Module, adapter: HyperFlowAdapter, side
     def prototypes() -> torch.Tensor:
         return unit_means(whole.extract(pixels), labels)
 
+    @torch.no_grad()
+    def integrate(features: torch.Tensor) -> object:
+        return adapter.flow(adapter.task_encoder(features, labels))
+
     def hyperflow() -> object:
         task = adapter.adapt(backbone, (pixels, labels))
         if method == "hyperflow ready":
@@ -77,6 +84,10 @@ def work(method: str, backbone: torch.nn.Module, adapter: HyperFlowAdapter, side
 
     if method == "direct":
         return prototypes
+    if method == "hyperflow integrate":
+        with torch.no_grad():  # of one image, so that memory which is free again does not hide what is taken later
+            features, _ = adapter.support_features(adapter.split(backbone), pixels[:1])
+        return lambda: integrate(features.repeat(len(labels), 1))
     return hyperflow if method.startswith("hyperflow") else gradients
 
 

@@ -26,6 +26,7 @@ LABELS = {
 }
 COSTS = {
     "direct": "direct transfer",
+    "hyperflow integrate": "HyperFlow, the flow alone, of images that are encoded",
     "hyperflow adapt": "HyperFlow, the adaptation alone",
     "hyperflow ready": "**HyperFlow, ready to predict**",
 }
