@@ -64,12 +64,14 @@ def draw_accuracy_cost(results: dict[str, list[dict]]) -> Figure:
     """
     means, shots_there = results["means"], _shots(results["means"])
     figure, axes = _panels(len(shots_there), 4.5, 4)
+    named = set()
     for axis, shots in zip(axes, shots_there, strict=True):
         for mean in _of(means, n_shot=shots):
             mine = _of(results["records"], n_shot=shots, method=mean["method"])
             seconds = [r["seconds_per_task"] for r in mine if r["seconds_per_task"] is not None]
             if seconds:
-                label = mean["method"] if shots == shots_there[0] else None
+                label = None if mean["method"] in named else mean["method"]
+                named.add(mean["method"])
                 style = {"fmt": "o", "capsize": 3, "color": COLOURS[mean["method"]], "label": label}
                 axis.errorbar(np.mean(seconds), _accuracy(mean, means), yerr=mean["diff_ci95"] or 0, **style)
         _seconds_axis(axis, [r["seconds_per_task"] for r in _of(results["records"], n_shot=shots)])
