@@ -12,6 +12,7 @@ from torch import nn
 from .augmentation import random_views
 from .backbones import Hidden, SplitBackbone, plain_attention
 from .domains import normalise
+from .first_token import first_token_in_last_mlp
 from .prototypes import PrototypeClassifier
 
 
@@ -53,19 +54,20 @@ def fine_tune(
         images: `(n, 3, height, width)` uint8, on the backbone's device.
         labels: `(n,)` in 0..n_way-1.
         processor: the image processor, for mean and standard deviation.
-        after_step: called after every step with its number, 1 for the first.
+        after_step: called after every step with its number, 1 for the first. Features are as ever then; tokens that
+            no feature is made of may not be.
 
     Returns:
         The loss of every step.
     """
-    features_of_step = _clean_and_augmented(split, images, processor, recipe)
+    sample, features_of_step = _clean_and_augmented(split, images, processor, recipe)
     before = [p.requires_grad for p in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate)
     losses = []
     try:
-        with plain_attention(split.backbone):
+        with plain_attention(split.backbone), first_token_in_last_mlp(split, sample):
             for step in range(1, recipe.steps + 1):
                 features = features_of_step().float()
                 classifier = PrototypeClassifier.from_support(features[: len(images)], labels, recipe.scale)
@@ -86,8 +88,11 @@ def fine_tune(
 
 def _clean_and_augmented(
     split: SplitBackbone, images: torch.Tensor, processor: object, recipe: FineTuning
-) -> Callable[[], torch.Tensor]:
-    """A function that gives, at every call, the features of the images and then of a view of each: `(2 n, width)`."""
+) -> tuple[Hidden, Callable[[], torch.Tensor]]:
+    """One image behind the first blocks, and a function of features.
+
+    At every call it gives those of the images and then of a view of each, `(2 n, width)`.
+    """
     generator, n = torch.Generator().manual_seed(recipe.seed), len(images)
     clean = normalise(images, processor)
 
@@ -95,7 +100,9 @@ def _clean_and_augmented(
         return normalise(random_views(images, generator), processor)
 
     if split.start == 0:
-        return lambda: split.extract(torch.cat([clean, view()]))
+        with torch.no_grad():
+            sample = split.prefix(clean[:1])
+        return sample, lambda: split.extract(torch.cat([clean, view()]))
     with torch.no_grad():
         pool = [split.prefix(clean), *(split.prefix(view()) for _ in range(recipe.n_views))]
     states = torch.stack([hidden.states for hidden in pool])
@@ -104,4 +111,4 @@ def _clean_and_augmented(
         choices = torch.cat([torch.zeros(n, dtype=torch.long), torch.randint(1, len(pool), (n,), generator=generator)])
         return split(Hidden(states[choices, torch.arange(n).repeat(2)], pool[0].args, pool[0].kwargs))
 
-    return drawn
+    return pool[0][:1], drawn

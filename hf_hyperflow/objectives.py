@@ -12,6 +12,7 @@ from torch.func import functional_call
 from .adapter import HyperFlowAdapter
 from .backbones import Hidden, SplitBackbone, plain_attention
 from .domains import Domain, normalise
+from .first_token import first_token_in_last_mlp
 from .paths import PATHS
 from .prototypes import PrototypeClassifier, exact
 from .task_encoder import stack
@@ -60,7 +61,7 @@ class TaskObjective(nn.Module):
         """Features `(n, width)` of the target with the adapter's weights `theta`, differentiable in theta."""
         self.adapter.space.inject(self.split.backbone)  # again, if another adapter was in between (a validation)
         tensors = self.adapter.space.to_tensors(theta)
-        with plain_attention(self.split.backbone):
+        with plain_attention(self.split.backbone), first_token_in_last_mlp(self.split, hidden[:1]):
             return functional_call(self.split, {f"backbone.{n}": t for n, t in tensors.items()}, (hidden,))
 
     def query_logits(self, theta: torch.Tensor, hidden: Hidden, episode: EpisodeImages) -> torch.Tensor:

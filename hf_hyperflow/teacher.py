@@ -6,19 +6,17 @@ each task's own theta. Adam acts on each number by itself, so one Adam on the st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .augmentation import random_views
-from .backbones import Hidden, SplitBackbone, plain_modules
+from .backbones import Hidden, SplitBackbone
 from .domains import normalise
+from .first_token import first_token_in_last_mlp
 from .parameter_space import ParameterSpace
 from .prototypes import exact
 from .task import evaluating
@@ -142,12 +140,12 @@ def fine_tune_tasks(
             tensors = {f"backbone.{name}": tensor for name, tensor in space.to_tensors(theta).items()}
             return functional_call(split, tensors, (Hidden(states, rest.args, rest.kwargs),))
 
-        short = _only_first_token_matters(split, Hidden(clean[0, :1], rest.args, rest.kwargs))
+        sample = Hidden(clean[0, :1], rest.args, rest.kwargs)
         recorded = teacher.recorded
         theta = (start + torch.stack([chance.noise for chance in chances])).requires_grad_()
         optimizer = torch.optim.Adam([theta], lr=teacher.learning_rate)
         deltas, losses, support_accuracy, query_accuracy = [], [], [], []
-        with _first_token_in_last_mlp(split) if short else nullcontext():
+        with first_token_in_last_mlp(split, sample):
             for step in range(teacher.steps + 1):
                 drawn = views[rows, choices[step], columns]
                 with torch.set_grad_enabled(step < teacher.steps):
@@ -189,36 +187,6 @@ def _hidden(split: SplitBackbone, images: torch.Tensor, processor: object) -> tu
 
 #: Images that the frozen first blocks run at once.
 _PREFIX = 256
-
-
-@contextmanager
-def _first_token_in_last_mlp(split: SplitBackbone) -> Iterator[None]:
-    """Within, the last LayerNorm of the last block passes on the first token alone.
-
-    Where that norm starts the MLP and a residual connection ends it, as in Dinov2 and ViT, the first token comes out
-    as ever, the MLP costs next to nothing, and the other tokens, which nothing reads any more, come out wrong.
-    """
-    block = split.backbone.get_submodule(split.blocks.path)[-1]
-    norm = [path for path, module in plain_modules(block) if isinstance(module, nn.LayerNorm)][-1]
-    handle = block.get_submodule(norm).register_forward_pre_hook(lambda _, args: (args[0][:, :1], *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@torch.no_grad()
-def _only_first_token_matters(split: SplitBackbone, hidden: Hidden) -> bool:
-    """Whether this backbone's features are the same with `_first_token_in_last_mlp`."""
-    if split.pooling != "cls":
-        return False
-    expected = split(hidden).float()
-    try:
-        with _first_token_in_last_mlp(split):
-            found = split(hidden).float()
-    except (RuntimeError, TypeError, ValueError, IndexError):  # a block of another make
-        return False
-    return found.shape == expected.shape and bool((found - expected).abs().max() <= 0.02 * expected.abs().max())
 
 
 def _prototypes(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -7,18 +7,15 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import SIZE, Snapshot, tiny_dinov2, tiny_vit
+from tiny import SIZE, Snapshot
 
 from hf_hyperflow.backbones import SplitBackbone
-from hf_hyperflow.cost import flops
 from hf_hyperflow.domains import normalise
 from hf_hyperflow.parameter_space import ParameterSpace, bias_config, layernorm_config, lora_config
 from hf_hyperflow.prototypes import PrototypeClassifier
 from hf_hyperflow.teacher import (
     Chance,
     Teacher,
-    _first_token_in_last_mlp,
-    _only_first_token_matters,
     fine_tune_tasks,
 )
 
@@ -155,17 +152,3 @@ def test_points_are_denser_early_and_end_at_the_end():
     assert gaps == sorted(gaps)
     with pytest.raises(ValueError, match="steps must be at least 1"):
         Teacher(steps=0)
-
-
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-@pytest.mark.parametrize("make", [tiny_dinov2, tiny_vit])
-def test_the_last_mlp_runs_on_the_first_token_where_nothing_reads_the_others(make, pooling):
-    split = SplitBackbone(make(), 2, pooling)
-    hidden = split.prefix(torch.randn(3, 3, SIZE, SIZE, generator=seeds(1)[0]))
-    assert _only_first_token_matters(split, hidden) == (pooling == "cls")
-    whole, n_flops = split(hidden), flops(lambda: split(hidden))
-    if pooling == "cls":
-        with _first_token_in_last_mlp(split):
-            torch.testing.assert_close(split(hidden), whole)
-            assert flops(lambda: split(hidden)) < 0.85 * n_flops
-    assert flops(lambda: split(hidden)) == n_flops
