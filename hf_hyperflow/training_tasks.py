@@ -1,4 +1,4 @@
-"""Training tasks: few-shot tasks drawn from labelled image datasets, half real, half made up.
+"""Training tasks: few-shot tasks drawn from labelled image datasets, some as they are, some changed in looks.
 
 Task `index` is a function of `(seed, index)` alone, so that collecting trajectories and training on them, any number
 of processes and a resumed run see the same tasks. Images are never stored: a task names its domain and rows.
@@ -50,10 +50,11 @@ def load_domains(
 
     Raises:
         ValueError: a dataset cannot be read or is too small for a task (it says how many images are needed), a
-            holdout is not among the domains, two domains have one name, or none is left to train on.
+            holdout is not among the domains or not NAME or NAME:K, two domains have one name, or none is left to train
+            on.
     """
     training, validation = [], []
-    kept = dict((*entry.split(":"), "")[:2] for entry in holdout)
+    kept = dict(_holdout(entry) for entry in holdout)
     for source in sources:
         try:
             domain = load_domain(source, processor, max_per_class=max_per_class)
@@ -62,10 +63,10 @@ def load_domains(
             raise ValueError(f"cannot train on {source}, a domain of at least {needed} is needed: {error}") from error
         if domain.name not in kept:
             training.append(domain)
-        elif kept[domain.name] == "":
+        elif kept[domain.name] == 1:
             validation.append(domain)
         else:
-            every, classes = int(kept[domain.name]), range(len(domain.class_names))
+            every, classes = kept[domain.name], range(len(domain.class_names))
             training.append(domain.with_classes([c for c in classes if c % every]))
             validation.append(domain.with_classes([c for c in classes if c % every == 0], f"{domain.name}-held-out"))
     names = [domain.name for domain in (*training, *validation)]
@@ -79,6 +80,14 @@ def load_domains(
         raise ValueError("no domain is left to train on: give more datasets, or hold fewer out.")
     require_enough(training, MIN_WAY, 1, query_count(MIN_WAY))
     return training, validation
+
+
+def _holdout(entry: str) -> tuple[str, int]:
+    """NAME and K of `NAME:K`; 1 without K: every class is held out."""
+    name, colon, every = entry.partition(":")
+    if not name or (colon and not (every.isdecimal() and int(every) >= 2)):
+        raise ValueError(f"holdout {entry!r}: give NAME for a whole domain, or NAME:K, K at least 2, for some classes.")
+    return name, int(every or 1)
 
 
 def query_count(n_way: int) -> int:

@@ -127,7 +127,7 @@ def read_collection(folder: str | os.PathLike) -> dict:
         raise CheckpointError(f"{folder} holds no trajectories: there is no {COLLECTION} in it.")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not {"parameter_space", "domains", "backbone", "times", "groups", "totals"} <= set(found):
+        if not set(found) >= _KEYS:
             raise ValueError("it has not the keys of a collection")
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}). Download or collect it again.") from error
@@ -202,6 +202,8 @@ def _require_same(
             )
 
 
+#: What every `collection.json` has.
+_KEYS = {"arguments", "teacher", "times", "backbone", "parameter_space", "domains", "groups", "totals"}
 #: The columns that training reads.
 _NEEDED = ["index", "domain", "classes", "support", "support_labels", "query", "query_labels", "made_seed", "flip"]
 _NEEDED += ["diverged", "theta"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -245,6 +246,12 @@ def test_bad_input_is_named(ground, whole, tmp_path, collect):
     assert not (tmp_path / "out").exists()
     assert "holds other trajectories: arguments.seed differ" in collect(flags(ground, whole, seed=1))
     assert "domains" in collect(flags(ground, whole, max_per_class=12))
+    other = shutil.copytree(ground / "backbone", tmp_path / "backbone")
+    assert "wrote" in run(*flags(ground, whole, backbone=other)).stdout  # another name of the same weights
+    backbone = Dinov2Model.from_pretrained(other)
+    torch.nn.init.constant_(backbone.encoder.layer[0].norm1.weight, 3.0)
+    backbone.save_pretrained(other)
+    assert "the backbone's weights differ" in collect(flags(ground, whole, backbone=other))
     assert "bias, lora or layernorm" in collect(flags(ground, tmp_path / "out", parameters="prompt"))
     assert rows(whole)[0]["index"] == 0
 

@@ -151,6 +151,9 @@ def test_domains_and_what_is_held_out(tmp_path, processor):
         load_domains(sources, processor, holdout=["c"])
     with pytest.raises(ValueError, match="no domain is left"):
         load_domains(sources, processor, holdout=["a", "b"])
+    for entry in ("a:0", "a:1", "a:some", "a:", ":2", ""):
+        with pytest.raises(ValueError, match=f"holdout {entry!r}: give NAME"):
+            load_domains(sources, processor, holdout=[entry])
     with pytest.raises(ValueError, match=r"several datasets are called \['a'\]"):
         load_domains([sources[0], image_folder(tmp_path / "other" / "a", 6, 10)], processor)
 

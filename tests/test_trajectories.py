@@ -62,6 +62,7 @@ def collection(tmp_path, space, domains):
         tasks += rows
         recordings.append(found)
     described = {
+        "arguments": {},
         "teacher": {"steps": 6},
         "times": TEACHER.times,
         "backbone": {"name": "tiny", "fingerprint": FINGERPRINT},

@@ -34,7 +34,7 @@ from hf_hyperflow.backbones import SplitBackbone, find_blocks
 from hf_hyperflow.cost import flop_counter
 from hf_hyperflow.domains import Domain
 from hf_hyperflow.episodes import episode_generator
-from hf_hyperflow.fingerprint import fingerprint
+from hf_hyperflow.fingerprint import fingerprint, same_fingerprint
 from hf_hyperflow.hub import push_folder
 from hf_hyperflow.model_card import write_card
 from hf_hyperflow.parameter_space import ParameterSpace, bias_config, layernorm_config, lora_config
@@ -196,10 +196,12 @@ def begin(folder: Path, wanted: dict) -> dict:
         there = read_collection(folder)
         different = [
             f"{key}.{name}" if isinstance(wanted[key], dict) else key
-            for key in ("arguments", "teacher", "backbone", "parameter_space", "domains")
+            for key in ("arguments", "teacher", "parameter_space", "domains")
             for name in (wanted[key] if isinstance(wanted[key], dict) else [None])
             if (there[key].get(name) != wanted[key][name] if name is not None else there[key] != wanted[key])
         ]
+        if not same_fingerprint(there["backbone"]["fingerprint"], wanted["backbone"]["fingerprint"]):
+            different.append("the backbone's weights")
         if different:
             raise CheckpointError(
                 f"{folder} holds other trajectories: {', '.join(different)} differ. Choose another --output_dir, or "
