@@ -33,7 +33,7 @@ def ablations(ground: Path, output: Path, *more: object) -> subprocess.Completed
 
 
 def test_each_variant_is_trained_and_measured_once(ground, tmp_path):
-    variants = ["task objective", "without the metric"]
+    variants = ["task objective", "with metric and middle"]
     for name in variants:
         with_known_costs(tmp_path / name.replace(" ", "-") / "benchmark")
     first = ablations(ground, tmp_path, "--variants", variants[0])
@@ -43,11 +43,11 @@ def test_each_variant_is_trained_and_measured_once(ground, tmp_path):
     assert "task objective: training" not in both.stdout
     rows = json.loads((tmp_path / "ablations.json").read_text())
     assert [row["variant"] for row in rows] == variants
-    assert [row["arguments"]["metric"] for row in rows] == [True, False]
+    assert [row["arguments"]["metric"] for row in rows] == [False, True]
     assert all(row["n_episodes"] == 3 for row in rows)
-    assert rows[1]["gain"] == rows[1]["gain_of_the_flow"]  # by plain cosines there is nothing else
+    assert rows[0]["gain"] == rows[0]["gain_of_the_flow"]  # by plain cosines there is nothing else
     written = (tmp_path / "ablations.md").read_text()
-    assert written.splitlines()[3].startswith(f"| without the metric | {rows[1]['gain']:+.2f} ± ")
+    assert written.splitlines()[3].startswith(f"| with metric and middle | {rows[1]['gain']:+.2f} ± ")
 
 
 def test_an_unknown_variant_is_named(ground, tmp_path):

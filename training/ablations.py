@@ -3,8 +3,9 @@
     python training/ablations.py --backbone model_cards/vit-s14-focus-70 --dataset TRAINING_DOMAIN [...] \
         --unseen FILE_OR_HUB_ID [...] --trajectories FOLDER [...] --output_dir ablations
 
-Writes `ablations.json` and `ablations.md`. Interrupted, the same command goes on where it was; what is finished is not
-done again. Nothing is chosen by this table: its domains are those that are reported.
+All but one variant compare images by plain cosines, as the paper does: so the flow has everything to do, and what
+changes it shows after few steps. Writes `ablations.json` and `ablations.md`. Interrupted, the same command goes on where
+it was; what is finished is not done again. Nothing is chosen by this table: its domains are those that are reported.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from hf_hyperflow.benchmark import RESULTS
 from hf_hyperflow.saving import replaced, write_json
 
 
+#: The variant that has the metric and features of a released adapter.
+METRIC = "with metric and middle"
+
+
 @dataclass
 class Arguments:
     backbone: str = field(metadata={"help": "the target: Hub id or folder"})
@@ -32,9 +37,10 @@ class Arguments:
         default_factory=list, metadata={"help": "recordings to match, without the task objective: a row and path each"}
     )
     steps: int = field(default=300, metadata={"help": "optimiser steps of every training, if it says nothing else"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "its peak, higher than usual for so few steps"})
     variants: list[str] = field(default_factory=list, metadata={"help": "only those of these names; default: all"})
     n_shot: int = field(default=5, metadata={"help": "support images of a class"})
-    n_episodes: int = field(default=100, metadata={"help": "episodes of each unseen domain"})
+    n_episodes: int = field(default=200, metadata={"help": "episodes of each unseen domain"})
 
 
 def fewer(a: Arguments, every: int) -> list[str]:
@@ -48,7 +54,7 @@ def variants(a: Arguments) -> dict[str, list[object]]:
     """What is trained, by name: arguments of `train_drift.py` beside the common ones."""
     found = {
         "task objective": [],
-        "without the metric": ["--no_metric"],
+        METRIC: [],
         "LayerNorms": ["--parameters", "layernorm"],
         "LoRA": ["--parameters", "lora"],
         "separate encoder": ["--encoder", a.backbone],
@@ -66,6 +72,8 @@ def variants(a: Arguments) -> dict[str, list[object]]:
     unknown = sorted(set(a.variants) - set(found))
     if unknown:
         raise SystemExit(f"error: there are no variants {unknown}: choose from {', '.join(found)}.")
+    plain = ["--no_metric", "--middle", 0]
+    found = {name: more if name == METRIC else [*plain, *more] for name, more in found.items()}
     return {name: more for name, more in found.items() if name in a.variants or not a.variants}
 
 
@@ -107,7 +115,8 @@ def main() -> None:
             run(
                 {},
                 f"{name}: training",
-                *("train_drift.py", "--backbone", a.backbone, "--steps", a.steps),
+                *("train_drift.py", "--backbone", a.backbone, "--steps", a.steps, "--validate_every", a.steps),
+                *("--learning_rate", a.learning_rate),
                 *([] if "--dataset" in more else ["--dataset", *a.dataset]),
                 *(["--holdout", *a.holdout] if a.holdout else []),
                 *(*more, "--checkpointing_steps", 50, "--resume_from_checkpoint", "latest", "--output_dir", adapter),

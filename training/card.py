@@ -57,7 +57,7 @@ class Arguments:
     tuning_episodes: int = field(default=2, metadata={"help": "episodes of each domain that recipes are chosen on"})
     variants: list[str] = field(default_factory=list, metadata={"help": "ablations of these names only; default: all"})
     ablation_steps: int = field(default=300, metadata={"help": "optimiser steps of each ablation's training"})
-    ablation_episodes: int = field(default=100, metadata={"help": "episodes of each unseen domain, per ablation"})
+    ablation_episodes: int = field(default=200, metadata={"help": "episodes of each unseen domain, per ablation"})
 
 
 def measure(a: Arguments, output: Path) -> None:
