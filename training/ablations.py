@@ -4,8 +4,9 @@
         --unseen FILE_OR_HUB_ID [...] --trajectories FOLDER [...] --output_dir ablations
 
 All but one variant compare images by plain cosines, as the paper does: so the flow has everything to do, and what
-changes it shows after few steps. Writes `ablations.json` and `ablations.md`. Interrupted, the same command goes on where
-it was; what is finished is not done again. Nothing is chosen by this table: its domains are those that are reported.
+changes it shows after few steps. Writes `ablations.json` and `ablations.md`. Interrupted, the same command goes on
+where it was; what is finished is not done again. Nothing is chosen by this table: its domains are those that are
+reported.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from stages import run
 from hf_hyperflow.adapter import TRAINING_RECORD
 from hf_hyperflow.benchmark import RESULTS
 from hf_hyperflow.saving import replaced, write_json
-
 
 #: The variant that has the metric and features of a released adapter.
 METRIC = "with metric and middle"
