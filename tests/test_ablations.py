@@ -46,6 +46,11 @@ def test_each_variant_is_trained_and_measured_once(ground, tmp_path):
     assert [row["arguments"]["metric"] for row in rows] == [False, True]
     assert all(row["n_episodes"] == 3 for row in rows)
     assert rows[0]["gain"] == rows[0]["gain_of_the_flow"]  # by plain cosines there is nothing else
+    accuracies = []
+    for name in variants:
+        found = json.loads((tmp_path / name.replace(" ", "-") / "benchmark" / "results.json").read_text())
+        accuracies.append(next(m["accuracy"] for m in found["means"] if m["method"] == "hyperflow"))
+    assert [row["against_the_first"] for row in rows] == pytest.approx([0, accuracies[1] - accuracies[0]], abs=1e-3)
     written = (tmp_path / "ablations.md").read_text()
     assert written.splitlines()[3].startswith(f"| with metric and middle | {rows[1]['gain']:+.2f} ± ")
 

@@ -20,6 +20,9 @@ from stages import run
 
 from hf_hyperflow.adapter import TRAINING_RECORD
 from hf_hyperflow.benchmark import RESULTS
+from hf_hyperflow.episode_log import EpisodeLog
+from hf_hyperflow.evaluation import mean_ci95
+from hf_hyperflow.results import over_domains
 from hf_hyperflow.saving import replaced, write_json
 
 #: The variant that has the metric and features of a released adapter.
@@ -77,18 +80,37 @@ def variants(a: Arguments) -> dict[str, list[object]]:
     return {name: more for name, more in found.items() if name in a.variants or not a.variants}
 
 
-def result(name: str, adapter: Path, benchmark: Path) -> dict:
+def of_hyperflow(benchmark: Path) -> dict[str, dict[int, float]]:
+    """Accuracies of HyperFlow in a benchmark's folder, by domain and episode."""
+    found: dict[str, dict[int, float]] = {}
+    for row in EpisodeLog(benchmark, {}).rows:
+        if row["method"] == "hyperflow":
+            found.setdefault(row["domain"], {})[row["index"]] = row["accuracy"]
+    return found
+
+
+def paired(one: Path, other: Path) -> tuple[float, float | None]:
+    """Mean over the domains of one benchmark's HyperFlow minus another's on the same episodes, and its half-width."""
+    a, b = of_hyperflow(one), of_hyperflow(other)
+    found = [mean_ci95([a[d][i] - b[d][i] for i in sorted(a[d].keys() & b[d].keys())]) for d in sorted(a)]
+    return over_domains([mean for mean, _ in found], [half for _, half in found])
+
+
+def result(name: str, adapter: Path, benchmark: Path, first: Path) -> dict:
     """A row of the table; differences are paired, means over the domains, with their 95 % half-widths."""
     record = json.loads((adapter / TRAINING_RECORD).read_text())
     found = json.loads((benchmark / RESULTS).read_text())
     gain = next(m for m in found["means"] if m["method"] == "hyperflow")
     flow = next(m for m in found["hyperflow_against"] if m["method"] == "metric" and m["domain"] is None)
+    difference, half = paired(benchmark, first)
     return {
         "variant": name,
         "gain": gain["diff_vs_direct"],
         "gain_ci95": gain["diff_ci95"],
         "gain_of_the_flow": flow["diff"],
         "gain_of_the_flow_ci95": flow["diff_ci95"],
+        "against_the_first": difference,
+        "against_the_first_ci95": half,
         "n_episodes": gain["diff_n_episodes"],
         "training_minutes": round(sum(phase["seconds"] for phase in record["phases"].values()) / 60, 1),
         "arguments": record["arguments"],
@@ -97,17 +119,20 @@ def result(name: str, adapter: Path, benchmark: Path) -> dict:
 
 def table(rows: list[dict]) -> str:
     """The rows as Markdown."""
-    lines = ["| variant | gain over direct transfer | of it the flow | minutes of training |", "|---|---|---|---|"]
+    minus_first = f"minus {rows[0]['variant']}"
+    heads = ["variant", "gain over direct transfer", "of it the flow", minus_first, "minutes of training"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         gain = f"{row['gain']:+.2f} ± {row['gain_ci95']:.2f}"
         flow = f"{row['gain_of_the_flow']:+.2f} ± {row['gain_of_the_flow_ci95']:.2f}"
-        lines.append(f"| {row['variant']} | {gain} | {flow} | {row['training_minutes']} |")
+        minus = f"{row['against_the_first']:+.2f} ± {row['against_the_first_ci95']:.2f}" if row is not rows[0] else ""
+        lines.append(f"| {row['variant']} | {gain} | {flow} | {minus} | {row['training_minutes']} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     a = parse(Arguments)
-    output, rows = Path(a.output_dir), []
+    output, rows, first = Path(a.output_dir), [], None
     for name, more in variants(a).items():
         folder = output / name.replace(",", "").replace(" ", "-")
         adapter, benchmark = folder / "adapter", folder / "benchmark"
@@ -128,7 +153,8 @@ def main() -> None:
             *("--methods", "direct,metric,hyperflow", "--n_shot", a.n_shot, "--n_episodes", a.n_episodes),
             *("--flow_episodes", 0, "--output_dir", benchmark),
         )
-        rows.append(result(name, adapter, benchmark))
+        first = first or benchmark
+        rows.append(result(name, adapter, benchmark, first))
         write_json(output / "ablations.json", rows)
         with replaced(output / "ablations.md") as draft:
             draft.write_text(table(rows))
