@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import CommitInfo
 from peft import PeftConfig, get_peft_config
 from torch import nn
@@ -60,6 +61,8 @@ class HyperFlowAdapter(PreTrainedModel):
         super().__init__(config)
         if not 1 <= config.last_blocks <= config.backbone["num_blocks"]:
             raise ValueError(f"last_blocks={config.last_blocks}, but there are {config.backbone['num_blocks']} blocks.")
+        if config.image_size is not None and (len(config.image_size) != 2 or min(config.image_size) < 1):
+            raise ValueError(f"image_size={config.image_size}, expected a height and a width.")
         self.space = ParameterSpace(
             get_peft_config(dict(config.peft)),
             config.backbone["hidden_size"],
@@ -183,13 +186,25 @@ class HyperFlowAdapter(PreTrainedModel):
     ) -> tuple[torch.Tensor, Hidden | None]:
         """Features `(n, feature_dim)` for the task encoder and, with a shared encoder, what the first blocks computed.
 
-        `hidden` is that if it is known already.
+        `hidden` is that if it is known already. Of images larger than `config.image_size` the features are those at
+        that size, and what the first blocks would say of them as they are is not computed.
         """
-        if self.encoder is None:
-            hidden = hidden or split.prefix(pixel_values)
-            return pooled_tokens(hidden.states).to(self.device), hidden
-        states = self.encoder(pixel_values.to(self.device, self.encoder.dtype)).last_hidden_state
-        return pooled_tokens(states), hidden
+        reduced = self._reduced(pixel_values)
+        if self.encoder is not None:
+            states = self.encoder(reduced.to(self.device, self.encoder.dtype)).last_hidden_state
+            return pooled_tokens(states), hidden
+        if hidden is None and reduced is not pixel_values:
+            return pooled_tokens(split.prefix(reduced).states).to(self.device), None
+        hidden = hidden or split.prefix(pixel_values)
+        return pooled_tokens(hidden.states).to(self.device), hidden
+
+    def _reduced(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pixel values as they are or, of larger images, at the size the adapter was trained at."""
+        size = self.config.image_size
+        if size is None or math.prod(pixel_values.shape[-2:]) <= math.prod(size):
+            return pixel_values
+        small = F.interpolate(pixel_values.float(), size=tuple(size), mode="bicubic", antialias=True)
+        return small.to(pixel_values.dtype)
 
     @property
     def prototypes(self) -> Prototypes:

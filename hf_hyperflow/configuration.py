@@ -19,6 +19,8 @@ class HyperFlowConfig(PreTrainedConfig):
         tensor_names, tensor_shapes: the tensors that the flow moves, in order.
         frozen_tensors: parts of names of adapter tensors that keep their seeded start.
         adapter_seed: seed of that start.
+        image_size: height and width of the images it was trained on, if known: larger ones are brought to this size to
+            condition the flow, which has seen no others (and so takes no longer for them).
         encoder: None to encode the support set with the frozen first blocks of the target ("shared"), or the
             `to_dict()` of a `transformers` vision model's config, whose weights are then part of this checkpoint.
         drift_width, drift_depth, drift_heads: of the drift network.
@@ -38,6 +40,7 @@ class HyperFlowConfig(PreTrainedConfig):
     tensor_shapes: list | None = None
     frozen_tensors: list | None = None
     adapter_seed: int = 0
+    image_size: list | None = None
     encoder: dict | None = None
     drift_width: int = 192
     drift_depth: int = 4

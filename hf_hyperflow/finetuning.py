@@ -24,14 +24,18 @@ class FineTuning:
         steps: gradient steps.
         learning_rate: of Adam.
         scale: of the cosine logits in the loss.
+        batch_size: support images that give the prototypes of a step, and as many whose views are classified: the same
+            number of each class (at least one), both drawn anew in every step. All of them where there are no more.
         n_views: augmented views in each image's pool, of which every step draws one for every image, where the first
-            blocks are frozen: they run once for each view. Where they are trained, every step has new views.
+            blocks are frozen: they run once for each view that is drawn. Where they are trained, every step has new
+            views.
         seed: of the augmentation.
     """
 
     steps: int = 50
     learning_rate: float = 1e-3
     scale: float = 10.0
+    batch_size: int = 25
     n_views: int = 8
     seed: int = 0
 
@@ -60,7 +64,8 @@ def fine_tune(
     Returns:
         The loss of every step.
     """
-    sample, features_of_step = _clean_and_augmented(split, images, processor, recipe)
+    batches = _batches(labels.cpu(), recipe)
+    sample, features_of = _clean_and_augmented(split, images, processor, recipe, batches)
     before = [p.requires_grad for p in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -68,11 +73,11 @@ def fine_tune(
     losses = []
     try:
         with plain_attention(split.backbone), first_token_in_last_mlp(split, sample):
-            for step in range(1, recipe.steps + 1):
-                features = features_of_step().float()
-                classifier = PrototypeClassifier.from_support(features[: len(images)], labels, recipe.scale)
-                logits = classifier(features[len(images) :])
-                loss = F.cross_entropy(logits, labels)
+            for step, batch in enumerate(batches, start=1):
+                clean, augmented = labels[batch.clean], labels[batch.augmented]
+                features = features_of(batch).float()
+                classifier = PrototypeClassifier.from_support(features[: len(clean)], clean, recipe.scale)
+                loss = F.cross_entropy(classifier(features[len(clean) :]), augmented)
                 optimizer.zero_grad()
                 loss.backward(inputs=parameters)
                 optimizer.step()
@@ -86,29 +91,71 @@ def fine_tune(
     return losses
 
 
-def _clean_and_augmented(
-    split: SplitBackbone, images: torch.Tensor, processor: object, recipe: FineTuning
-) -> tuple[Hidden, Callable[[], torch.Tensor]]:
-    """One image behind the first blocks, and a function of features.
+@dataclass(frozen=True)
+class _Batch:
+    """The support images of a step.
 
-    At every call it gives those of the images and then of a view of each, `(2 n, width)`.
+    Attributes:
+        clean: rows of those that give the prototypes.
+        augmented: rows of those whose views are classified.
+        views: which view of each of the latter, 1..n_views, where there is a pool.
     """
-    generator, n = torch.Generator().manual_seed(recipe.seed), len(images)
-    clean = normalise(images, processor)
 
-    def view() -> torch.Tensor:
-        return normalise(random_views(images, generator), processor)
+    clean: torch.Tensor
+    augmented: torch.Tensor
+    views: torch.Tensor
 
-    if split.start == 0:
-        with torch.no_grad():
-            sample = split.prefix(clean[:1])
-        return sample, lambda: split.extract(torch.cat([clean, view()]))
-    with torch.no_grad():
-        pool = [split.prefix(clean), *(split.prefix(view()) for _ in range(recipe.n_views))]
-    states = torch.stack([hidden.states for hidden in pool])
+
+def _batches(labels: torch.Tensor, recipe: FineTuning) -> list[_Batch]:
+    """One for every step; a step's does not depend on how many follow."""
+    generator = torch.Generator().manual_seed(2 * recipe.seed)
+    classes = [(labels == label).nonzero().flatten() for label in labels.unique()]
+    room = max(1, recipe.batch_size // len(classes))
 
     def drawn() -> torch.Tensor:
-        choices = torch.cat([torch.zeros(n, dtype=torch.long), torch.randint(1, len(pool), (n,), generator=generator)])
-        return split(Hidden(states[choices, torch.arange(n).repeat(2)], pool[0].args, pool[0].kwargs))
+        chosen = [rows[torch.randperm(len(rows), generator=generator)[:room]] for rows in classes]
+        return torch.cat(chosen).sort().values
 
-    return pool[0][:1], drawn
+    batches = []
+    for _ in range(recipe.steps):
+        clean, augmented = drawn(), drawn()
+        views = torch.randint(1, recipe.n_views + 1, (len(augmented),), generator=generator)
+        batches.append(_Batch(clean, augmented, views))
+    return batches
+
+
+def _clean_and_augmented(
+    split: SplitBackbone, images: torch.Tensor, processor: object, recipe: FineTuning, batches: list[_Batch]
+) -> tuple[Hidden, Callable[[_Batch], torch.Tensor]]:
+    """One image behind the first blocks, and a function of features.
+
+    Of a batch it gives those of its clean images and then those of its views, `(n_clean + n_augmented, width)`.
+    """
+    generator = torch.Generator().manual_seed(2 * recipe.seed + 1)
+    clean = normalise(images, processor)
+    with torch.no_grad():
+        sample = split.prefix(clean[:1])
+    if split.start == 0:
+
+        def whole(batch: _Batch) -> torch.Tensor:
+            views = normalise(random_views(images[batch.augmented], generator), processor)
+            return split.extract(torch.cat([clean[batch.clean], views]))
+
+        return sample, whole
+
+    pool = torch.zeros(recipe.n_views + 1, len(images), *sample.states.shape[1:]).to(sample.states)
+    with torch.no_grad():
+        pool[0] = split.prefix(clean).states
+        for view in range(1, recipe.n_views + 1):
+            views = normalise(random_views(images, generator), processor)
+            used = torch.zeros(len(images), dtype=torch.bool)
+            for batch in batches:
+                used[batch.augmented[batch.views == view]] = True
+            if used.any():
+                pool[view, used] = split.prefix(views[used]).states
+
+    def behind(batch: _Batch) -> torch.Tensor:
+        states = torch.cat([pool[0, batch.clean], pool[batch.views, batch.augmented]])
+        return split(Hidden(states, sample.args, sample.kwargs))
+
+    return sample, behind

@@ -36,6 +36,7 @@ def choose_recipes(
     domains: list[Domain],
     *,
     methods: Sequence[str] = TUNED,
+    max_steps: int = STEPS[-1],
     n_episodes: int = 20,
     n_shot: list[int],
     n_way: int = 5,
@@ -51,6 +52,8 @@ def choose_recipes(
     Args:
         path: the JSON file; `read_recipes` reads it.
         domains: training domains, never those that are reported.
+        max_steps: gradient steps that there is time for; the grid ends there, and of what is in the file already no
+            setting of more steps is chosen.
         n_episodes: of each domain and number of shots.
 
     Returns:
@@ -68,6 +71,9 @@ def choose_recipes(
     settings |= {"n_way": n_way, "n_query": n_query, "seed": seed}
     settings |= {"backbone": fingerprint(target.plain()), "last_blocks": target.adapter.config.last_blocks}
     grid = _known(path, settings)
+    steps = [n for n in STEPS if n <= max_steps]
+    if not steps:
+        raise ValueError(f"max_steps must be at least {STEPS[0]}, not {max_steps}.")
     tasks = [
         (features, cdfsl_episode(features.domain, index, n_way=n_way, n_shot=shots, n_query=n_query, seed=seed))
         for features in [DomainFeatures(target.split, d, target.adapter.processor) for d in domains]
@@ -79,47 +85,49 @@ def choose_recipes(
             if any(e["method"] == method and e.get("learning_rate") == learning_rate for e in grid):
                 continue
             bar = tqdm(tasks, desc=f"{method} {learning_rate or ''}", disable=None, leave=False)
-            found = [_along_grid(method, learning_rate, target, *task) for task in bar]
-            for point, values in zip(_points(method, learning_rate), zip(*found, strict=True), strict=True):
+            points = _points(method, learning_rate, steps)
+            found = [_along_grid(method, points, target, *task) for task in bar]
+            for point, values in zip(points, zip(*found, strict=True), strict=True):
                 mean, half = mean_ci95(values)
                 measured = {"accuracy": round(mean, 3), "ci95": round(half, 3) if len(values) > 1 else None}
                 grid.append({"method": method} | point | measured | {"n_episodes": len(values)})
-            write_json(path, {"settings": settings, "grid": grid, "recipes": _best(grid)})
-    write_json(path, {"settings": settings, "grid": grid, "recipes": _best(grid)})
-    return _best(grid)
+            write_json(path, {"settings": settings, "grid": grid, "recipes": _best(grid, max_steps)})
+    write_json(path, {"settings": settings, "grid": grid, "recipes": _best(grid, max_steps)})
+    return _best(grid, max_steps)
 
 
-def _best(grid: list[dict]) -> dict[str, dict[str, float]]:
-    """The best settings of every method whose grid is complete."""
+def _best(grid: list[dict], max_steps: int) -> dict[str, dict[str, float]]:
+    """The best settings, of no more steps, of every method whose grid is complete."""
     recipes = {}
     for method in TUNED:
-        entries = [e for e in grid if e["method"] == method]
+        entries = [e for e in grid if e["method"] == method and e.get("steps", 0) <= max_steps]
         rates = LEARNING_RATES.get(method, (None,))
         if {e.get("learning_rate") for e in entries} == set(rates):
             best = max(entries, key=lambda e: e["accuracy"])
-            recipes[method] = {key: best[key] for key in _points(method, None)[0]}
+            recipes[method] = {key: best[key] for key in ("c", "learning_rate", "steps") if key in best}
     return recipes
 
 
-def _points(method: str, learning_rate: float | None) -> list[dict[str, float]]:
+def _points(method: str, learning_rate: float | None, steps: list[int]) -> list[dict[str, float]]:
     """The points of the grid that one run gives."""
     if method == "head":
         return [{"c": c} for c in HEAD_C]
-    return [{"learning_rate": learning_rate, "steps": n} for n in STEPS]
+    return [{"learning_rate": learning_rate, "steps": n} for n in steps]
 
 
 def _along_grid(
-    method: str, learning_rate: float | None, target: Target, features: DomainFeatures, episode: Episode
+    method: str, points: list[dict[str, float]], target: Target, features: DomainFeatures, episode: Episode
 ) -> list[float]:
-    """Accuracies in % at `_points`."""
+    """Accuracies in % at the points of one run."""
     if method != "head":
-        recipe = FineTuning(learning_rate=learning_rate)
-        found = fine_tuned_features(method, target, features.domain, episode, recipe, list(STEPS))
+        recipe, steps = FineTuning(learning_rate=points[0]["learning_rate"]), [point["steps"] for point in points]
+        found = fine_tuned_features(method, target, features, episode, recipe, steps)
         return [prototype_accuracy(each, episode) for each in found]
     with torch.no_grad(), evaluating(target.plain()):
         found = features.plain(torch.cat([episode.support, episode.query]))
     support, query = found[: len(episode.support)], found[len(episode.support) :]
-    return [label_accuracy(head_classifier(support, episode.support_labels, c)(query), episode) for c in HEAD_C]
+    heads = [head_classifier(support, episode.support_labels, point["c"]) for point in points]
+    return [label_accuracy(head(query), episode) for head in heads]
 
 
 def _known(path: Path, settings: dict) -> list[dict]:

@@ -25,7 +25,7 @@ from torch import nn
 
 from .adapter import HyperFlowAdapter
 from .backbones import SplitBackbone
-from .domains import Domain, normalise
+from .domains import normalise
 from .easyfsl_methods import EASYFSL_METHODS, easyfsl_classifier
 from .episodes import Episode
 from .evaluation import DomainFeatures, features_of, flow_thetas, prototype_accuracy
@@ -133,12 +133,12 @@ def accuracies(method: str, target: Target, features: DomainFeatures, episode: E
 
     Args:
         method: one of `METHODS`, `EASYFSL_METHODS` or `target.points`.
-        features: of the episode's domain; the gradient methods take the images themselves.
+        features: of the episode's domain.
     """
     adapter = target.adapter
     if method in GRADIENT_METHODS:
         recipe = target.recipes.fine_tuning(method)
-        (found,) = fine_tuned_features(method, target, features.domain, episode, recipe, [recipe.steps])
+        (found,) = fine_tuned_features(method, target, features, episode, recipe, [recipe.steps])
         reached = {method: prototype_accuracy(found, episode)}
         if adapter.metric is not None:
             hidden = features.hidden(torch.cat([episode.support, episode.query]))
@@ -205,23 +205,27 @@ def head_classifier(features: torch.Tensor, labels: torch.Tensor, c: float) -> C
 
 
 def fine_tuned_features(
-    method: str, target: Target, domain: Domain, episode: Episode, recipe: FineTuning, at_steps: list[int]
+    method: str, target: Target, features: DomainFeatures, episode: Episode, recipe: FineTuning, at_steps: list[int]
 ) -> list[torch.Tensor]:
     """Features `(n_support + n_query, width)` of an episode's images after so many gradient steps, ascending, of one
     run of fine-tuning.
 
-    The augmentation of episode i is seeded by i: the features depend on the episode and the recipe alone.
+    The augmentation of episode i is seeded by i: what is found depends on the episode and the recipe alone.
     """
-    processor = target.adapter.processor
-    images = domain.images[torch.cat([episode.support, episode.query])].to(target.device)
+    processor, rows = target.adapter.processor, torch.cat([episode.support, episode.query])
+    images = features.domain.images[rows].to(target.device)
     labels, n_support = episode.support_labels.to(target.device), len(episode.support)
     split, found = target.cut(method), []
 
     @torch.no_grad()
     def note(step: int) -> None:
-        if step in at_steps:
-            parts = [split.extract(normalise(chunk, processor)) for chunk in images.split(256)]
-            found.append(torch.cat(parts).float())
+        if step not in at_steps:
+            return
+        if split.start > 0:
+            found.append(features_of(split, features.hidden(rows)))
+            return
+        parts = [split.extract(normalise(chunk, processor)) for chunk in images.split(256)]
+        found.append(torch.cat(parts).float())
 
     recipe = replace(recipe, steps=at_steps[-1], seed=episode.index)
     with evaluating(target.backbone), target.moving(method) as parameters:

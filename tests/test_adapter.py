@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, Features, Image
 from safetensors.torch import load_file, save_file
 from tiny import (
@@ -37,7 +38,7 @@ from hf_hyperflow import (
 from hf_hyperflow.backbones import SplitBackbone
 from hf_hyperflow.fingerprint import fingerprint
 from hf_hyperflow.parameter_space import bias_config, layernorm_config, lora_config
-from hf_hyperflow.prototypes import PrototypeClassifier
+from hf_hyperflow.prototypes import PrototypeClassifier, unit_means
 from hf_hyperflow.saving import sha256
 from hf_hyperflow.solvers import ADAPTIVE, TABLEAUX
 from hf_hyperflow.support import read_support
@@ -122,6 +123,32 @@ CONFIGS = {
     "lora, A frozen": (lambda b: lora_config(b, 2), ("lora_A",)),
     "layernorms": (lambda b: layernorm_config(b, 2), ()),
 }
+
+
+@pytest.mark.parametrize("encoder", [None, tiny_resnet], ids=["shared", "separate"])
+def test_larger_images_condition_the_flow_at_the_size_it_was_trained_at(backbone, encoder):
+    """It has seen no others; prototypes are those of the images as they are."""
+    adapter = tiny_adapter(backbone, encoder=encoder and encoder(), image_size=[SIZE, SIZE])
+    plain = tiny_adapter(backbone, encoder=encoder and encoder())
+    large = torch.randn(6, 3, 2 * SIZE, 2 * SIZE, generator=torch.Generator().manual_seed(1))
+    small = F.interpolate(large, size=(SIZE, SIZE), mode="bicubic", antialias=True)
+    labels = torch.arange(3).repeat_interleave(2)
+    seen = []
+    handle = backbone.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[-2:])))
+    task = adapter.adapt(backbone, (large, labels))
+    assert set(seen) <= {(SIZE, SIZE)}  # a shared encoder's; a separate one runs no target
+    handle.remove()
+    assert_same_weights(task.theta, plain.adapt(backbone, (small, labels)).theta)
+    assert (task.theta - plain.adapt(backbone, (large, labels)).theta).abs().max() > 1e-4
+    with torch.no_grad(), task._active():
+        features = SplitBackbone(backbone, 0).extract(large)
+    torch.testing.assert_close(task.prototypes, unit_means(features, labels), rtol=1e-4, atol=1e-5)
+    for pixels in (small, small[..., : SIZE - 14]):  # what is no larger is taken as it is
+        assert_same_weights(
+            adapter.adapt(backbone, (pixels, labels)).theta, plain.adapt(backbone, (pixels, labels)).theta
+        )
+    guarded = adapter.adapt(backbone, (large, labels), guard="loo")
+    assert guarded.choice.accuracies
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -692,6 +719,10 @@ def test_a_broken_config(saved, text):
         ("encoder", {"model_type": "no_such_model"}),
         ("encoder", {}),
         ("last_blocks", "two"),
+        ("image_size", 28),
+        ("image_size", [28]),
+        ("image_size", [28, 0]),
+        ("image_size", ["28", "28"]),
     ],
 )
 def test_a_config_with_wrong_values(saved, key, value):

@@ -18,10 +18,11 @@ from training_runs import SCRIPTS, make_images
 from hf_hyperflow.released import ADAPTER, released
 
 sys.path.insert(0, str(SCRIPTS))  # the scripts of training/ find each other so
-from card import FIGURES, FILES, read, write_cards
+from card import FIGURES, FILES, FINE_TUNING_EPISODES, read, write_cards
 from card_sections import filled
 
 ROOT = SCRIPTS.parent
+DRAWN = {name for names in FIGURES.values() for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_model_index_has_every_domain_and_number_of_shots(adapter):
 def test_figures_of_the_card_are_there(adapter):
     shown = set(re.findall(r"\(results/(\w+\.png)\)", (adapter / "README.md").read_text()))
     assert shown
-    assert shown <= set(FIGURES)
+    assert shown <= DRAWN
     for name in shown:
         assert (adapter / "results" / name).stat().st_size > 10_000
 
@@ -83,9 +84,10 @@ def test_one_command_measures_and_writes(tmp_path, adapter):
     output, card = tmp_path / "output", tmp_path / "made" / "README.md"
     card.write_text(
         "---\nlicense: mit\n---\n# Mine\n"
-        + "".join(f"<!-- table: {t} -->\n<!-- end -->\n" for t in ("methods", "bill"))
+        + "".join(f"<!-- table: {t} -->\n<!-- end -->\n" for t in ("methods", "fine-tuning", "bill"))
     )
-    with_known_costs(output / "benchmark", largest=121)
+    for folder in ("benchmark", "fine-tuning"):
+        with_known_costs(output / folder, largest=121)
     with_known_costs(output / "ablations" / "task-objective" / "benchmark")
     shutil.copy(adapter / "results" / FILES["cost"], output)
     numbers = ["--n_episodes", 2, "--max_episodes_gradient", 1, "--tuning_episodes", 1, "--ablation_steps", 1]
@@ -97,7 +99,11 @@ def test_one_command_measures_and_writes(tmp_path, adapter):
     assert "| task objective and validation" in text or "| task " in text
     (gain,) = {e.metric_type for e in ModelCard.load(card).data.eval_results} - {"accuracy"}
     assert gain == "gain"
-    assert {path.name for path in (tmp_path / "made" / "results").iterdir()} == {*FILES.values(), *FIGURES}
+    assert {path.name for path in (tmp_path / "made" / "results").iterdir()} == {
+        *FILES.values(),
+        *DRAWN,
+        FINE_TUNING_EPISODES,
+    }
 
 
 def run(command: list) -> None:

@@ -6,7 +6,7 @@ from tiny import Snapshot, pictures, same_bits
 
 from hf_hyperflow.backbones import SplitBackbone
 from hf_hyperflow.domains import resized
-from hf_hyperflow.finetuning import FineTuning, fine_tune
+from hf_hyperflow.finetuning import FineTuning, _batches, fine_tune
 from hf_hyperflow.parameter_space import ParameterSpace, bias_config
 
 LABELS = torch.arange(3).repeat_interleave(4)
@@ -82,8 +82,39 @@ def test_frozen_blocks_run_once_for_each_view(backbone, images, processor):
         injection.write(injection.start)
         recipe, split = FineTuning(steps=steps, n_views=1), SplitBackbone(backbone, start)
         losses[start, steps] = fine_tune(split, injection.parameters, images, LABELS, processor, recipe)
-    assert sum(seen[:4]) == 2 * (12 + 12)
+    assert sum(seen[:6]) == 2 * (1 + 12 + 12)
     assert losses[2, 5][0] == losses[2, 1][0] == pytest.approx(losses[0, 1][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_large_support_set_is_gone_through_in_batches(backbone, images, processor, start):
+    """As many of each class as there is room for, drawn anew; nothing but the batches is run."""
+    labels = torch.tensor([0] * 6 + [1] * 5 + [2])
+    recipe, split = FineTuning(steps=4, batch_size=7), SplitBackbone(backbone, start)
+    batches = _batches(labels, recipe)
+    assert len(batches) == 4
+    drawn = [rows for batch in batches for rows in (batch.clean, batch.augmented)]
+    for rows in drawn:
+        assert torch.bincount(labels[rows]).tolist() == [2, 2, 1]
+        assert len(rows.unique()) == len(rows)
+    assert len({tuple(rows.tolist()) for rows in drawn}) > 4
+    seen = []
+    backbone.encoder.layer[3].register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    parameters = list(backbone.layernorm.parameters())
+    losses = fine_tune(split, parameters, images, labels, processor, recipe)
+    assert seen[-4:] == [10, 10, 10, 10]
+    assert all(loss > 0 for loss in losses)
+
+
+def test_a_small_support_set_is_taken_whole():
+    whole = torch.arange(len(LABELS))
+    for batch in _batches(LABELS, FineTuning(steps=3, batch_size=12)):
+        assert torch.equal(batch.clean, whole)
+        assert torch.equal(batch.augmented, whole)
+    many_classes = torch.arange(40).repeat_interleave(2)
+    for batch in _batches(many_classes, FineTuning(steps=3)):
+        assert torch.equal(many_classes[batch.clean], torch.arange(40))
+        assert torch.equal(many_classes[batch.augmented], torch.arange(40))
 
 
 def test_no_steps_move_nothing(backbone, images, processor):

@@ -101,17 +101,17 @@ def test_moved_parameters_go_back_after_an_error(target, backbone):
 
 
 @pytest.mark.parametrize("method", GRADIENT_METHODS)
-def test_one_run_gives_the_features_after_fewer_steps(method, target, domain):
+def test_one_run_gives_the_features_after_fewer_steps(method, target, features, domain):
     episode, recipe = draw(domain), FineTuning(learning_rate=1e-2)
-    along = fine_tuned_features(method, target, domain, episode, recipe, [1, 2, 6])
-    each = [fine_tuned_features(method, target, domain, episode, recipe, [n])[0] for n in (1, 2, 6)]
+    along = fine_tuned_features(method, target, features, episode, recipe, [1, 2, 6])
+    each = [fine_tuned_features(method, target, features, episode, recipe, [n])[0] for n in (1, 2, 6)]
     assert all(torch.equal(a, b) for a, b in zip(along, each, strict=True))
     assert not torch.allclose(along[0], along[2], atol=1e-4)
 
 
 def test_fine_tuned_features_are_classified_by_cosines_and_in_the_metric(target, features, domain):
     episode, recipe = draw(domain), target.recipes.fine_tuning("layernorm")
-    (found,) = fine_tuned_features("layernorm", target, domain, episode, recipe, [3])
+    (found,) = fine_tuned_features("layernorm", target, features, episode, recipe, [3])
     reached = accuracies("layernorm", target, features, episode)
     both = target.split.joined(found, features.hidden(torch.cat([episode.support, episode.query])))
     assert reached == {
@@ -175,9 +175,12 @@ def test_getting_ready_does_all_of_the_work(method, target, features, domain, ba
     backbone.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     images, labels = domain.images[episode.support], episode.support_labels
     found = get_ready(method, target, images, labels)
-    # frozen blocks run once for every view; where there are none, one image is tried beforehand
-    steps = 1 + 3 * 20 if method == "full" else 10 + FineTuning().n_views * 10
-    assert sum(seen) == (steps + 10 if method in GRADIENT_METHODS else 10)
+    if method == "full":
+        assert sum(seen) == 1 + 3 * 20 + 10  # one image is tried beforehand
+    elif method in GRADIENT_METHODS:  # frozen blocks run once for every view that one of the 3 steps draws
+        assert 1 + 10 + 10 < sum(seen) - 10 <= 1 + 10 + 3 * 10
+    else:
+        assert sum(seen) == 10
     pixels = normalise(images, processor)
     if method == "direct":
         with torch.no_grad():

@@ -102,7 +102,9 @@ def test_a_grid_goes_on_where_it_was(tmp_path, small_grid, monkeypatch):
     path.write_text(json.dumps(whole | {"grid": whole["grid"][:4], "recipes": {}}))  # one learning rate is missing
     ran = []
     along = grid._along_grid
-    monkeypatch.setattr(grid, "_along_grid", lambda *given: ran.append(given[:2]) or along(*given))
+    monkeypatch.setattr(
+        grid, "_along_grid", lambda *given: ran.append((given[0], given[1][0]["learning_rate"])) or along(*given)
+    )
     choose_recipes(path, target, [domain], methods=("head", "layernorm"), **numbers)
     assert set(ran) == {("layernorm", 3e-2)}
     assert json.loads(path.read_text()) == whole
@@ -115,3 +117,14 @@ def test_a_grid_goes_on_where_it_was(tmp_path, small_grid, monkeypatch):
     path.write_text("half a gr")
     with pytest.raises(ValueError, match=r"recipes\.json holds no grid"):
         choose_recipes(path, target, [domain], **numbers)
+
+
+def test_a_grid_ends_where_there_is_no_more_time(tmp_path, small_grid):
+    target, domain = setting()
+    numbers = {"n_episodes": 1, "n_shot": [1], "n_way": 3, "n_query": 2}
+    path = tmp_path / "recipes.json"
+    chosen = choose_recipes(path, target, [domain], methods=["layernorm"], max_steps=2, **numbers)
+    assert {entry["steps"] for entry in json.loads(path.read_text())["grid"]} == {1}
+    assert chosen["layernorm"]["steps"] == 1
+    with pytest.raises(ValueError, match="max_steps must be at least 1, not 0"):
+        choose_recipes(path, target, [domain], methods=["layernorm"], max_steps=0, **numbers)

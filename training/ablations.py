@@ -4,9 +4,9 @@
         --unseen FILE_OR_HUB_ID [...] --trajectories FOLDER [...] --output_dir ablations
 
 All but one variant compare images by plain cosines, as the paper does: so the flow has everything to do, and what
-changes it shows after few steps. Writes `ablations.json` and `ablations.md`. Interrupted, the same command goes on
-where it was; what is finished is not done again. Nothing is chosen by this table: its domains are those that are
-reported.
+changes it shows after few steps. Writes `ablations.json`, with the accuracy of every episode, and `ablations.md`.
+Interrupted, the same command goes on where it was; a row that is in the JSON file is not measured again, and more
+variants can be added to it. Nothing is chosen by this table: its domains are those that are reported.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from arguments import parse
+from card_sections import ablations_table
 from stages import run
 
 from hf_hyperflow.adapter import TRAINING_RECORD
 from hf_hyperflow.benchmark import RESULTS
 from hf_hyperflow.episode_log import EpisodeLog
-from hf_hyperflow.evaluation import mean_ci95
-from hf_hyperflow.results import over_domains
 from hf_hyperflow.saving import replaced, write_json
 
-#: The variant that has the metric and features of a released adapter.
-METRIC = "with metric and middle"
+ABLATIONS = "ablations.json"
+#: The variant that the others are compared with, and the one that has the metric and features of a released adapter.
+FIRST, METRIC = "task objective", "with metric and middle"
 
 
 @dataclass
@@ -56,7 +56,7 @@ def fewer(a: Arguments, every: int) -> list[str]:
 def variants(a: Arguments) -> dict[str, list[object]]:
     """What is trained, by name: arguments of `train_drift.py` beside the common ones."""
     found = {
-        "task objective": [],
+        FIRST: [],
         METRIC: [],
         "LayerNorms": ["--parameters", "layernorm"],
         "LoRA": ["--parameters", "lora"],
@@ -80,60 +80,61 @@ def variants(a: Arguments) -> dict[str, list[object]]:
     return {name: more for name, more in found.items() if name in a.variants or not a.variants}
 
 
-def of_hyperflow(benchmark: Path) -> dict[str, dict[int, float]]:
-    """Accuracies of HyperFlow in a benchmark's folder, by domain and episode."""
-    found: dict[str, dict[int, float]] = {}
+def accuracies(benchmark: Path) -> dict[str, list[float]]:
+    """HyperFlow's in a benchmark's folder, by domain, in the order of the episodes."""
+    found: dict[str, list[float]] = {}
     for row in EpisodeLog(benchmark, {}).rows:
         if row["method"] == "hyperflow":
-            found.setdefault(row["domain"], {})[row["index"]] = row["accuracy"]
+            found.setdefault(row["domain"], []).append(round(row["accuracy"], 3))
     return found
 
 
-def paired(one: Path, other: Path) -> tuple[float, float | None]:
-    """Mean over the domains of one benchmark's HyperFlow minus another's on the same episodes, and its half-width."""
-    a, b = of_hyperflow(one), of_hyperflow(other)
-    found = [mean_ci95([a[d][i] - b[d][i] for i in sorted(a[d].keys() & b[d].keys())]) for d in sorted(a)]
-    return over_domains([mean for mean, _ in found], [half for _, half in found])
-
-
-def result(name: str, adapter: Path, benchmark: Path, first: Path) -> dict:
-    """A row of the table; differences are paired, means over the domains, with their 95 % half-widths."""
+def result(name: str, settings: dict, adapter: Path, benchmark: Path) -> dict:
+    """A row: means over the domains with their 95 % half-widths, and the accuracies they come from."""
     record = json.loads((adapter / TRAINING_RECORD).read_text())
     found = json.loads((benchmark / RESULTS).read_text())
     gain = next(m for m in found["means"] if m["method"] == "hyperflow")
     flow = next(m for m in found["hyperflow_against"] if m["method"] == "metric" and m["domain"] is None)
-    difference, half = paired(benchmark, first)
     return {
         "variant": name,
+        "settings": settings,
         "gain": gain["diff_vs_direct"],
         "gain_ci95": gain["diff_ci95"],
         "gain_of_the_flow": flow["diff"],
         "gain_of_the_flow_ci95": flow["diff_ci95"],
-        "against_the_first": difference,
-        "against_the_first_ci95": half,
         "n_episodes": gain["diff_n_episodes"],
         "training_minutes": round(sum(phase["seconds"] for phase in record["phases"].values()) / 60, 1),
+        "accuracies": accuracies(benchmark),
         "arguments": record["arguments"],
     }
 
 
-def table(rows: list[dict]) -> str:
-    """The rows as Markdown."""
-    minus_first = f"minus {rows[0]['variant']}"
-    heads = ["variant", "gain over direct transfer", "of it the flow", minus_first, "minutes of training"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in rows:
-        gain = f"{row['gain']:+.2f} ± {row['gain_ci95']:.2f}"
-        flow = f"{row['gain_of_the_flow']:+.2f} ± {row['gain_of_the_flow_ci95']:.2f}"
-        minus = f"{row['against_the_first']:+.2f} ± {row['against_the_first_ci95']:.2f}" if row is not rows[0] else ""
-        lines.append(f"| {row['variant']} | {gain} | {flow} | {minus} | {row['training_minutes']} |")
-    return "\n".join(lines) + "\n"
+def known_rows(path: Path) -> list[dict]:
+    """The rows that are in the file.
+
+    Raises:
+        SystemExit: it is no such file.
+    """
+    if not path.is_file():
+        return []
+    try:
+        rows = json.loads(path.read_text())
+        _ = [(row["variant"], row["settings"], row["accuracies"]) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"error: {path} holds no ablations ({error!r}): remove it to measure again.") from error
+    return rows
 
 
 def main() -> None:
     a = parse(Arguments)
-    output, rows, first = Path(a.output_dir), [], None
+    output = Path(a.output_dir)
+    rows = known_rows(output / ABLATIONS)
+    common = {key: vars(a)[key] for key in ("steps", "learning_rate", "n_shot", "n_episodes", "holdout")}
+    common |= {key: [Path(source).stem for source in vars(a)[key]] for key in ("dataset", "unseen")}
     for name, more in variants(a).items():
+        settings = common | {"options": [Path(part).stem if Path(part).exists() else part for part in map(str, more)]}
+        if any(row["variant"] == name and row["settings"] == settings for row in rows):
+            continue
         folder = output / name.replace(",", "").replace(" ", "-")
         adapter, benchmark = folder / "adapter", folder / "benchmark"
         if not (adapter / TRAINING_RECORD).is_file():
@@ -149,16 +150,17 @@ def main() -> None:
         run(
             {},
             f"{name}: benchmark",
-            *("benchmark.py", "--backbone", a.backbone, "--adapter", adapter, "--dataset", *a.unseen, "--bf16"),
+            *("benchmark.py", "--backbone", a.backbone, "--adapter", adapter, "--dataset", *a.unseen),
             *("--methods", "direct,metric,hyperflow", "--n_shot", a.n_shot, "--n_episodes", a.n_episodes),
             *("--flow_episodes", 0, "--output_dir", benchmark),
         )
-        first = first or benchmark
-        rows.append(result(name, adapter, benchmark, first))
-        write_json(output / "ablations.json", rows)
+        rows = [row for row in rows if row["variant"] != name]
+        rows.append(result(name, settings, adapter, benchmark))
+        rows.sort(key=lambda row: row["variant"] != FIRST)
+        write_json(output / ABLATIONS, rows)
         with replaced(output / "ablations.md") as draft:
-            draft.write_text(table(rows))
-    print(table(rows))
+            draft.write_text(ablations_table(rows) + "\n")
+    print(ablations_table(rows))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@
         --dataset TRAINING_DOMAIN [...] --tuning TRAINING_DOMAIN [...] --unseen FILE_OR_HUB_ID [...] \
         --trajectories FOLDER --output_dir outputs/card --card model_cards/hyperflow-vit-s14-70/README.md README.md
 
-Runs the scripts of this folder one after another, each shown as it could be typed: recipes of the baselines, benchmark,
-costs, bill and ablations. Interrupted, the same command goes on where it was. What was found is copied to `results/`
-beside the adapter; in each card the tables between `<!-- table: NAME -->` and `<!-- end -->` are written anew, and the
-adapter's own card gets its model-index.
+Runs the scripts of this folder one after another, each shown as it could be typed: recipes of the baselines, the
+benchmark without and with fine-tuning by gradients, costs, bill and ablations. Interrupted, the same command goes on
+where it was. What was found is copied to `results/` beside the adapter; in each card the tables between
+`<!-- table: NAME -->` and `<!-- end -->` are written anew, and the adapter's own card gets its model-index.
 """
 
 from __future__ import annotations
@@ -21,21 +21,28 @@ from arguments import parse
 from card_sections import filled, tables, with_model_index
 from stages import run
 
+from hf_hyperflow.benchmark import RESULTS
+from hf_hyperflow.episode_log import EPISODES
 from hf_hyperflow.model_card import CARD
 from hf_hyperflow.saving import replaced
 
 #: What the tables are made of, by the names that `tables` knows them by.
 FILES = {
     "results": "results.json",
+    "fine_tuning": "fine_tuning.json",
     "cost": "cost.json",
     "bill": "bill.json",
     "recipes": "recipes.json",
-    "ablations": "ablations.md",
+    "ablations": "ablations.json",
 }
-FIGURES = ("gain.png", "accuracy_cost.png", "shots.png", "flow.png")
-#: Methods and numbers of shots: what is cheap first. On a CPU fine-tuning on 100 images takes minutes a task.
-BENCHMARKS = (
-    ("direct,metric,head,hyperflow,hyperflow-guard,easyfsl", (1, 5, 20)),
+#: Every episode of the benchmark with fine-tuning, which takes longest.
+FINE_TUNING_EPISODES = "fine_tuning.parquet"
+#: Figures by the benchmark that draws them: of many episodes, and of all methods on the same few.
+FIGURES = {"benchmark": ("gain.png", "shots.png"), "fine-tuning": ("accuracy_cost.png", "flow.png")}
+#: Methods and numbers of shots of the benchmark without gradients, then of those with.
+FORWARD = (("direct,metric,head,hyperflow,easyfsl", (1, 5, 20)),)
+GRADIENT = (
+    ("direct,metric,head,hyperflow,hyperflow-guard", (1, 5, 20)),
     ("direct,hyperflow,bias", (1, 5, 20)),
     ("direct,hyperflow,lora,layernorm,full", (5,)),
 )
@@ -54,6 +61,7 @@ class Arguments:
     trajectories: list[str] = field(default_factory=list, metadata={"help": "recordings, for the ablations"})
     n_episodes: int = field(default=600, metadata={"help": "episodes of each unseen domain and number of shots"})
     max_episodes_gradient: int = field(default=60, metadata={"help": "of them with fine-tuning by gradients"})
+    max_steps: int = field(default=100, metadata={"help": "of fine-tuning by gradients; less where time is short"})
     tuning_episodes: int = field(default=2, metadata={"help": "episodes of each domain that recipes are chosen on"})
     variants: list[str] = field(default_factory=list, metadata={"help": "ablations of these names only; default: all"})
     ablation_steps: int = field(default=300, metadata={"help": "optimiser steps of each ablation's training"})
@@ -66,17 +74,19 @@ def measure(a: Arguments, output: Path) -> None:
     run(
         {},
         "Recipes of the baselines, on training domains",
-        *("choose_recipes.py", *pair, "--dataset", *a.tuning, "--n_episodes", a.tuning_episodes, "--bf16"),
-        *("--output", output / FILES["recipes"]),
+        *("choose_recipes.py", *pair, "--dataset", *a.tuning, "--n_episodes", a.tuning_episodes),
+        *("--max_steps", a.max_steps, "--output", output / FILES["recipes"]),
     )
-    for methods, shots in BENCHMARKS:
+    few = min(a.max_episodes_gradient, a.n_episodes)
+    stages = [("benchmark", *stage, a.n_episodes, 0) for stage in FORWARD]
+    stages += [("fine-tuning", *stage, few, few) for stage in GRADIENT]
+    for folder, methods, shots, n_episodes, flow_episodes in stages:
         run(
             {},
             f"Benchmark: {methods}",
             *("benchmark.py", *pair, "--dataset", *a.unseen, "--methods", methods, "--n_shot", *shots),
-            *("--n_episodes", a.n_episodes, "--flow_episodes", a.max_episodes_gradient),
-            *("--max_episodes_gradient", a.max_episodes_gradient, "--recipes", output / FILES["recipes"], "--bf16"),
-            *("--output_dir", output / "benchmark"),
+            *("--n_episodes", n_episodes, "--max_episodes_gradient", few, "--flow_episodes", flow_episodes),
+            *("--recipes", output / FILES["recipes"], "--output_dir", output / folder),
         )
     if not (output / FILES["cost"]).is_file():
         run({}, "Costs", "benchmark_cost.py", *pair, "--output", output / FILES["cost"])
@@ -98,23 +108,24 @@ def measure(a: Arguments, output: Path) -> None:
 def collect(output: Path, results: Path) -> None:
     """Copy what the card needs beside the adapter."""
     results.mkdir(exist_ok=True)
-    for source in [
-        *(output / "benchmark" / name for name in (FILES["results"], *FIGURES)),
-        *(output / FILES[name] for name in ("cost", "bill", "recipes")),
-        output / "ablations" / FILES["ablations"],
-    ]:
-        with replaced(results / source.name) as draft:
+    sources = {name: output / folder / name for folder, names in FIGURES.items() for name in names}
+    sources |= {FILES[name]: output / FILES[name] for name in ("cost", "bill", "recipes")}
+    sources[FILES["results"]] = output / "benchmark" / RESULTS
+    sources[FILES["fine_tuning"]] = output / "fine-tuning" / RESULTS
+    sources[FINE_TUNING_EPISODES] = output / "fine-tuning" / EPISODES
+    sources[FILES["ablations"]] = output / "ablations" / FILES["ablations"]
+    for name, source in sources.items():
+        with replaced(results / name) as draft:
             shutil.copy(source, draft)
 
 
-def read(results: Path) -> dict[str, dict | str]:
+def read(results: Path) -> dict[str, dict | list]:
     """What `tables` needs, from the files beside an adapter that are there."""
     there = {name: results / file for name, file in FILES.items() if (results / file).is_file()}
-    texts = {name: path.read_text(encoding="utf-8") for name, path in there.items()}
-    return {name: text if FILES[name].endswith(".md") else json.loads(text) for name, text in texts.items()}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in there.items()}
 
 
-def write_cards(cards: list[Path], adapter: Path, found: dict[str, dict | str]) -> None:
+def write_cards(cards: list[Path], adapter: Path, found: dict[str, dict | list]) -> None:
     """Write the tables into all cards, and the model-index into the adapter's own."""
     by_name = tables(found)
     for card in cards:

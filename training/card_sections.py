@@ -10,7 +10,9 @@ import re
 from huggingface_hub import EvalResult, ModelCard
 
 from hf_hyperflow.bill import bill_markdown
-from hf_hyperflow.results import over_domains
+from hf_hyperflow.evaluation import mean_ci95
+from hf_hyperflow.methods import GRADIENT_METHODS, IN_METRIC
+from hf_hyperflow.results import ORDER, over_domains
 
 TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LABELS = {
@@ -80,12 +82,14 @@ def domains_table(results: dict, n_shot: int) -> str:
     return "\n".join(lines)
 
 
-def methods_table(results: dict) -> str:
+def methods_table(results: dict, methods: list[str]) -> str:
     """A row per method: its mean gain over direct transfer at each number of shots, and what HyperFlow has more."""
-    shots_there = _shots(results)
+    there = [m["method"] for m in results["means"]]
+    methods = [method for method in methods if method in there]
+    shots_there = sorted({m["n_shot"] for m in results["means"] if m["method"] in methods})
     head = [f"{shots}-shot | HyperFlow has more" for shots in shots_there]
     lines = [f"| gain over direct transfer, points | {' | '.join(head)} |", "|---|" + 2 * len(shots_there) * "---|"]
-    for method in dict.fromkeys(m["method"] for m in results["means"]):
+    for method in methods:
         cells = []
         for shots in shots_there:
             mean = _one(results["means"], n_shot=shots, method=method)
@@ -156,20 +160,45 @@ def recipes_table(recipes: dict) -> str:
     return "\n".join(lines)
 
 
-def tables(found: dict[str, dict | str]) -> dict[str, str]:
+def ablations_table(rows: list[dict]) -> str:
+    """A row per variant, from the JSON of `ablations.py`: its gain, and what it has more than the first on the same
+    episodes.
+    """
+    heads = ["variant", "gain over direct transfer", "of it the flow", f"minus {rows[0]['variant']}"]
+    heads.append("minutes of training")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in rows:
+        gain, flow = (interval(row[key], row[f"{key}_ci95"]) for key in ("gain", "gain_of_the_flow"))
+        minus = "" if row is rows[0] else interval(*_minus(row["accuracies"], rows[0]["accuracies"]))
+        lines.append(f"| {row['variant']} | {gain} | {flow} | {minus} | {row['training_minutes']} |")
+    return "\n".join(lines)
+
+
+def _minus(one: dict[str, list[float]], other: dict[str, list[float]]) -> tuple[float, float | None]:
+    """Mean over the domains of the differences on the same episodes, and its half-width."""
+    pairs = [list(zip(one[domain], other[domain], strict=False)) for domain in sorted(one.keys() & other.keys())]
+    found = [mean_ci95([a - b for a, b in episodes]) for episodes in pairs]
+    return over_domains([mean for mean, _ in found], [half for _, half in found])
+
+
+def tables(found: dict[str, dict | list]) -> dict[str, str]:
     """The tables by name, of what was measured.
 
     Args:
-        found: `results` (of the benchmark), `cost`, `bill`, `recipes`, and `ablations` as their Markdown, or some.
+        found: `results` (of the benchmark), `fine_tuning` (of the one with gradients), `cost`, `bill`, `recipes`, and
+            `ablations`, or some.
     """
     by_name = {}
     if "results" in found:
         by_name["domains"] = domains_table(found["results"], 5)
         by_name["shots"] = shots_table(found["results"])
-        by_name["methods"] = methods_table(found["results"])
-        if found["results"]["flow"]:
-            by_name["time"] = flow_table(found["results"], "t")
-            by_name["steps"] = flow_table(found["results"], "steps")
+        without = [m for m in ORDER if m not in (*GRADIENT_METHODS, *IN_METRIC.values())]
+        by_name["methods"] = methods_table(found["results"], without)
+    if "fine_tuning" in found:
+        by_name["fine-tuning"] = methods_table(found["fine_tuning"], [*ORDER])
+        if found["fine_tuning"]["flow"]:
+            by_name["time"] = flow_table(found["fine_tuning"], "t")
+            by_name["steps"] = flow_table(found["fine_tuning"], "steps")
     if "cost" in found:
         by_name["cost"] = cost_table(found["cost"])
     if "bill" in found:
@@ -177,7 +206,7 @@ def tables(found: dict[str, dict | str]) -> dict[str, str]:
     if "recipes" in found:
         by_name["recipes"] = recipes_table(found["recipes"])
     if "ablations" in found:
-        by_name["ablations"] = found["ablations"].rstrip()
+        by_name["ablations"] = ablations_table(found["ablations"])
     return by_name
 
 

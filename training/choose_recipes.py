@@ -18,7 +18,7 @@ from transformers import AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.domains import load_domain
-from hf_hyperflow.grid import TUNED, choose_recipes
+from hf_hyperflow.grid import STEPS, TUNED, choose_recipes
 from hf_hyperflow.methods import Target
 from hf_hyperflow.recipes import Recipes
 
@@ -32,6 +32,9 @@ class Arguments:
     methods: str = field(
         default=",".join(TUNED),
         metadata={"help": f"separated by commas, of {', '.join(TUNED)}; what else is in the file stays"},
+    )
+    max_steps: int = field(
+        default=STEPS[-1], metadata={"help": f"the grid ends there; where time is short, less than {STEPS[-1]}"}
     )
     n_way: int = field(default=5, metadata={"help": "classes of an episode"})
     n_shot: list[int] = field(default_factory=lambda: [5], metadata={"help": "support images of a class"})
@@ -53,6 +56,7 @@ def main() -> None:
             Target(backbone, adapter, Recipes()),
             domains,
             methods=arguments.methods.split(","),
+            max_steps=arguments.max_steps,
             n_episodes=arguments.n_episodes,
             n_shot=arguments.n_shot,
             n_way=arguments.n_way,

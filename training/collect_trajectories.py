@@ -25,6 +25,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from arguments import parse
 from offline_cost import hardware, versions
 from peft import PeftConfig
+from precision import HELP, MixedPrecision, resolved
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
@@ -69,12 +70,13 @@ class Arguments:
     learning_rate: float = field(default=1e-3, metadata={"help": "of the teacher's Adam"})
     noise: float = field(default=5e-4, metadata={"help": "standard deviation of the noise on the teacher's start"})
     n_views: int = field(default=4, metadata={"help": "augmented views of each support image to draw from"})
-    mixed_precision: str = field(default="bf16", metadata={"help": "no or bf16"})
+    mixed_precision: MixedPrecision = field(default="auto", metadata={"help": HELP})
     cpu: bool = field(default=False, metadata={"help": "stay on the CPU also where there is a GPU"})
     seed: int = field(default=0, metadata={"help": "of the tasks and the teacher"})
     push_to_hub: str | None = field(default=None, metadata={"help": "Hub id of the dataset repository to push to"})
 
     def __post_init__(self) -> None:
+        self.mixed_precision = resolved(self.mixed_precision, cpu=self.cpu)
         for name in ("n_trajectories", "group_size", "images_per_pass", "max_per_class", "teacher_steps"):
             if vars(self)[name] < 1:
                 raise SystemExit(f"--{name} must be at least 1, not {vars(self)[name]}.")

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from precision import HELP, MixedPrecision, resolved
 from tracking import Tracker
 
 
@@ -73,12 +74,13 @@ class Arguments:
     report_to: Tracker = field(default="none", metadata={"help": "where the curves go"})
     push_to_hub: bool = field(default=False, metadata={"help": "push the trained adapter to the Hub"})
     hub_model_id: str | None = field(default=None, metadata={"help": "its repository; default: output_dir's name"})
-    mixed_precision: Literal["no", "bf16", "fp16"] = field(default="bf16", metadata={"help": "of autocast"})
+    mixed_precision: MixedPrecision = field(default="auto", metadata={"help": HELP})
     cpu: bool = field(default=False, metadata={"help": "stay on the CPU also where there is a GPU"})
     seed: int = field(default=0, metadata={"help": "of the episodes and of the drift network's start"})
 
     def __post_init__(self) -> None:
         """Raises ValueError where the settings contradict each other."""
+        self.mixed_precision = resolved(self.mixed_precision, cpu=self.cpu)
         if self.trajectories and not self.matching_steps + self.blend_steps:
             raise ValueError("--trajectories are given but never used: set --matching_steps or --blend_steps.")
         if self.matching_steps + self.blend_steps and not self.trajectories:

@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from arguments import named, parse
 from offline_cost import hardware, versions
+from precision import HELP, MixedPrecision, resolved
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
@@ -57,10 +58,11 @@ class Arguments:
     unseen: list[str] = field(default_factory=list, metadata={"help": "collections of tasks they were not matched to"})
     n_tasks: int = field(default=64, metadata={"help": "tasks of each collection, spread evenly over it"})
     solver_tasks: int = field(default=16, metadata={"help": "of them, those that all solvers are compared on"})
-    mixed_precision: str = field(default="bf16", metadata={"help": "of the target, no or bf16; the drift is in fp32"})
+    mixed_precision: MixedPrecision = field(default="auto", metadata={"help": f"{HELP}; the drift is in float32"})
     cpu: bool = field(default=False, metadata={"help": "stay on the CPU also where there is a GPU"})
 
     def __post_init__(self) -> None:
+        self.mixed_precision = resolved(self.mixed_precision, cpu=self.cpu)
         """Raises ValueError where the settings make no sense."""
         if self.n_tasks < 2 or self.solver_tasks < 2:
             raise ValueError("--n_tasks and --solver_tasks must be at least 2: there is no interval of one task.")

@@ -21,6 +21,7 @@ from accelerate.utils import set_seed
 from arguments import described, parse
 from checkpoints import load_checkpoint, save_checkpoint
 from offline_cost import OfflineCost, hardware, versions
+from precision import HELP, MixedPrecision, resolved
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, get_scheduler
@@ -56,12 +57,15 @@ class Arguments:
     temperature: float = field(default=16.0, metadata={"help": "scale of the cosine logits"})
     checkpointing_steps: int = field(default=200, metadata={"help": "steps between checkpoints"})
     checkpoints_total_limit: int | None = field(default=2, metadata={"help": "how many of the last ones are kept"})
-    mixed_precision: str = field(default="bf16", metadata={"help": "no, bf16 or fp16"})
+    mixed_precision: MixedPrecision = field(default="auto", metadata={"help": HELP})
     cpu: bool = field(default=False, metadata={"help": "stay on the CPU also where there is a GPU"})
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "go on from a checkpoint: its folder, or `latest` in output_dir"}
     )
     seed: int = field(default=0, metadata={"help": "of the order, the crops and the head"})
+
+    def __post_init__(self) -> None:
+        self.mixed_precision = resolved(self.mixed_precision, cpu=self.cpu)
 
 
 class CosineClassifier(nn.Module):

@@ -129,7 +129,7 @@ def main() -> None:
         "Benchmark: unseen domains, against no adaptation and against the teacher",
         *("benchmark.py", *backbone, "--adapter", adapter, "--dataset", *unseen, "--n_shot", 5),
         *("--methods", "direct,hyperflow,bias", "--n_episodes", a.n_episodes),
-        *("--max_episodes_gradient", a.gradient_episodes, "--recipes", recipes, "--bf16"),
+        *("--max_episodes_gradient", a.gradient_episodes, "--recipes", recipes),
         *("--output_dir", output / "benchmark"),
     )
     print(f"\n=== What there is now, after {(time.monotonic() - started) / 60:.1f} minutes\n{summary(output)}")

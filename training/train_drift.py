@@ -53,8 +53,10 @@ WINDOW = 50
 SMALLEST_TASK, VALIDATION_TASK = (MIN_WAY, 1, query_count(MIN_WAY)), (2, 5, 15)
 
 
-def new_adapter(arguments: Arguments, backbone: nn.Module, processor: object) -> HyperFlowAdapter:
-    """The untrained adapter that the arguments describe."""
+def new_adapter(
+    arguments: Arguments, backbone: nn.Module, processor: object, image_size: torch.Size
+) -> HyperFlowAdapter:
+    """The untrained adapter that the arguments describe, for images of this height and width."""
     if arguments.parameters == "bias":
         peft_config = bias_config(backbone, arguments.last_blocks, norms=arguments.norms)
     elif arguments.parameters == "lora":
@@ -73,6 +75,7 @@ def new_adapter(arguments: Arguments, backbone: nn.Module, processor: object) ->
         n_steps=arguments.n_steps,
         metric=arguments.metric,
         middle=arguments.middle,
+        image_size=list(image_size),
     )
 
 
@@ -165,7 +168,7 @@ def train(arguments: Arguments, accelerator: Accelerator) -> None:
         accelerator.print(f"{kind} on", ", ".join(f"{d.name} ({len(d.class_names)}/{len(d)})" for d in domains))
 
     backbone = AutoModel.from_pretrained(arguments.backbone).float().eval().requires_grad_(False).to(accelerator.device)
-    adapter = new_adapter(arguments, backbone, processor)
+    adapter = new_adapter(arguments, backbone, processor, training[0].images.shape[-2:])
     schedule = Schedule(arguments.matching_steps, arguments.blend_steps)
     recorded = load_recorded(arguments.trajectories, adapter, training)
     if arguments.token_scale is not None:
