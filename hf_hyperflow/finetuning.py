@@ -48,6 +48,7 @@ def fine_tune(
     processor: object,
     recipe: FineTuning,
     *,
+    only: int | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Fine-tune `parameters` of a backbone on a support set, in place.
@@ -58,6 +59,8 @@ def fine_tune(
         images: `(n, 3, height, width)` uint8, on the backbone's device.
         labels: `(n,)` in 0..n_way-1.
         processor: the image processor, for mean and standard deviation.
+        only: run only the first so many of the recipe's steps, to see what a step costs: the frozen blocks are run on
+            all views that the whole recipe draws.
         after_step: called after every step with its number, 1 for the first. Features are as ever then; tokens that
             no feature is made of may not be.
 
@@ -73,7 +76,7 @@ def fine_tune(
     losses = []
     try:
         with plain_attention(split.backbone), first_token_in_last_mlp(split, sample):
-            for step, batch in enumerate(batches, start=1):
+            for step, batch in enumerate(batches[:only], start=1):
                 clean, augmented = labels[batch.clean], labels[batch.augmented]
                 features = features_of(batch).float()
                 classifier = PrototypeClassifier.from_support(features[: len(clean)], clean, recipe.scale)

@@ -234,7 +234,7 @@ def fine_tuned_features(
 
 
 def get_ready(
-    method: str, target: Target, images: torch.Tensor, labels: torch.Tensor, steps: int | None = None
+    method: str, target: Target, images: torch.Tensor, labels: torch.Tensor, only: int | None = None
 ) -> object:
     """All the work between holding a support set and being able to classify: what a task costs.
 
@@ -244,7 +244,7 @@ def get_ready(
     Args:
         images: `(n, 3, height, width)` uint8 on the backbone's device.
         labels: `(n,)` there.
-        steps: gradient steps, in place of the recipe's.
+        only: run only the first so many gradient steps, see `fine_tune`.
 
     Returns:
         What classifies: prototypes, a head or a task that was reset.
@@ -260,9 +260,8 @@ def get_ready(
         return task
     if method in GRADIENT_METHODS:
         recipe = target.recipes.fine_tuning(method)
-        recipe = recipe if steps is None else replace(recipe, steps=steps)
         with evaluating(target.backbone), target.moving(method) as parameters:
-            fine_tune(target.cut(method), parameters, images, labels, processor, recipe)
+            fine_tune(target.cut(method), parameters, images, labels, processor, recipe, only=only)
             with torch.no_grad():
                 return unit_means(whole.extract(pixels).float(), labels)
     with torch.no_grad(), evaluating(target.plain()):

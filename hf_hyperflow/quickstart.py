@@ -133,7 +133,8 @@ def _prepare_bias(backbone: torch.nn.Module, adapter: HyperFlowAdapter, support:
     injection = adapter.space.inject(backbone)
     images, labels = _images(adapter, support)
     with evaluating(backbone):
-        fine_tune(split, injection.parameters, images, labels, adapter.processor, FineTuning(steps=20))
+        recipe = FineTuning(steps=20, batch_size=len(images))
+        fine_tune(split, injection.parameters, images, labels, adapter.processor, recipe)
     return _prepare_direct(backbone, adapter, support)
 
 

@@ -64,8 +64,8 @@ def _measure(method: str, setting: CostSetting, n_way: int, n_support: int, n_th
     images = torch.randint(0, 256, (n_support, 3, *setting.size), generator=generator, dtype=torch.uint8)
     images, labels = images.to(setting.device), (torch.arange(n_support) % n_way).to(setting.device)
 
-    def work(steps: int | None = None) -> object:
-        return get_ready(method, target, images, labels, steps)
+    def work(only: int | None = None) -> object:
+        return get_ready(method, target, images, labels, only)
 
     with torch.autocast(setting.device, torch.bfloat16, enabled=setting.bf16):
         with torch.no_grad():

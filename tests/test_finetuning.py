@@ -139,3 +139,18 @@ def test_flags_are_restored_after_an_error(backbone, images, processor, start):
             SplitBackbone(backbone, start), parameters, images[:, :, :5, :5], LABELS, processor, FineTuning(steps=1)
         )
     before.assert_unchanged()
+
+
+def test_what_a_step_costs_can_be_seen_without_all_of_them(backbone, images, processor):
+    """The first steps alone, with all that is done once for the whole recipe."""
+    space = ParameterSpace.from_backbone(backbone, bias_config(backbone, 2))
+    injection, split, recipe = space.inject(backbone), SplitBackbone(backbone, 2), FineTuning(steps=6)
+    seen, losses = [], []
+    backbone.embeddings.register_forward_hook(lambda module, args, output: seen[-1].append(len(args[0])))
+    for only in (2, None):
+        seen.append([])
+        injection.write(injection.start)
+        losses.append(fine_tune(split, injection.parameters, images, LABELS, processor, recipe, only=only))
+    assert losses[0] == losses[1][:2]
+    assert len(losses[1]) == 6
+    assert seen[0] == seen[1]

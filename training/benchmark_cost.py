@@ -49,8 +49,10 @@ class Arguments:
             raise SystemExit("error: --steps and --timed_steps must be at least 2.")
 
 
-def work(method: str, backbone: torch.nn.Module, adapter: HyperFlowAdapter, side: int, steps: int) -> Callable:
-    """A function that gets ready for a 5-way 5-shot task of random images."""
+def work(
+    method: str, backbone: torch.nn.Module, adapter: HyperFlowAdapter, side: int, recipe: FineTuning, only: int
+) -> Callable:
+    """A function that gets ready for a 5-way 5-shot task of random images, with the first steps only of a recipe."""
     device = next(backbone.parameters()).device
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (25, 3, side, side), generator=generator, dtype=torch.uint8).to(device)
@@ -79,7 +81,7 @@ def work(method: str, backbone: torch.nn.Module, adapter: HyperFlowAdapter, side
             split = SplitBackbone(backbone, adapter.split(backbone).start, adapter.config.pooling)
         else:
             parameters, split = list(backbone.parameters()), whole
-        fine_tune(split, parameters, images, labels, adapter.processor, FineTuning(steps=steps))
+        fine_tune(split, parameters, images, labels, adapter.processor, recipe, only=only)
         return prototypes()
 
     if method == "direct":
@@ -98,13 +100,14 @@ def measure(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = AutoModel.from_pretrained(backbone_name).float().eval().to(device)
     adapter = HyperFlowAdapter.from_pretrained(adapter_name).eval().to(device)
-    get_ready = work(method, backbone, adapter, side, timed_steps)
+    recipe = FineTuning(steps=steps)
+    get_ready = work(method, backbone, adapter, side, recipe, timed_steps)
     with torch.no_grad():
         backbone(torch.zeros(1, 3, side, side, device=device))
     _, cost = measured(get_ready, device)
     seconds, operations = cost.seconds, flops(get_ready)
     if "fine-tuning" in method:  # what comes once, and as many more steps
-        one_step = work(method, backbone, adapter, side, 1)
+        one_step = work(method, backbone, adapter, side, recipe, 1)
         more = (steps - 1) / (timed_steps - 1)
         once = {"seconds": measured(one_step, device)[1].seconds, "flops": flops(one_step)}
         seconds = once["seconds"] + more * (seconds - once["seconds"])
