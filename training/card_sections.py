@@ -150,14 +150,21 @@ def cost_table(cost: dict) -> str:
 
 
 def recipes_table(recipes: dict) -> str:
-    """What was chosen for the baselines, and how the best and the worst setting of the grid did."""
-    lines = ["| baseline | chosen | its accuracy there | the grid's worst |", "|---|---|---|---|"]
+    """What was chosen for the baselines, and how it and the best and the worst setting of the grid did."""
+    lines = ["| baseline | chosen | accuracy | best of the grid | worst |", "|---|---|---|---|---|"]
     for method, chosen in recipes["recipes"].items():
         entries = [entry for entry in recipes["grid"] if entry["method"] == method]
         best, worst = (choose(entries, key=lambda e: e["accuracy"]) for choose in (max, min))
-        settings = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
-        lines.append(f"| {label(method)} | {settings} | {best['accuracy']:.1f} % | {worst['accuracy']:.1f} % |")
+        mine = _one(entries, **chosen)
+        cells = [label(method), _settings(chosen, chosen), f"{mine['accuracy']:.1f} %", f"{best['accuracy']:.1f} %"]
+        if mine is not best:
+            cells[-1] += f" ({_settings(best, chosen)})"
+        lines.append(f"| {' | '.join([*cells, format(worst['accuracy'], '.1f') + ' %'])} |")
     return "\n".join(lines)
+
+
+def _settings(entry: dict, keys: dict) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {entry[key]:g}" for key in keys)
 
 
 def ablations_table(rows: list[dict]) -> str:
