@@ -37,6 +37,8 @@ from .saving import CheckpointError, claimed, write_json, written_whole
 from .task_cost import CostSetting, device_name, task_cost
 
 RESULTS, COSTS = "results.json", "costs.json"
+#: How settings of a method are called in the log.
+RECIPE = "recipe of "
 
 #: Episodes of the gradient methods where there is no GPU, if `max_episodes_gradient` does not say.
 GRADIENT_EPISODES_ON_CPU = 60
@@ -165,7 +167,7 @@ def _settings(
     if arguments.protocol == "cdfsl":
         settings |= {"n_way": arguments.n_way, "n_query": arguments.n_query}
     settings |= {"adapter": adapter.config.weights_sha256, "backbone": fingerprint(backbone)}
-    return settings | {f"recipe of {m}": recipes.of(m) for m in method_list(arguments.methods) if recipes.of(m)}
+    return settings | {f"{RECIPE}{m}": recipes.of(m) for m in method_list(arguments.methods) if recipes.of(m)}
 
 
 def _fingerprint(domain: Domain) -> str:
@@ -256,7 +258,7 @@ def _report(
     results = summarise(log.rows, costs)
     own = {key: value for key, value in asdict(arguments).items() if key not in ("output_dir", "backbone", "recipes")}
     own |= {"dataset": [domain.name for domain in domains], "adapter": Path(arguments.adapter).name}
-    own |= {"recipes": {m: recipes.of(m) for m in method_list(arguments.methods) if recipes.of(m)}}
+    own |= {"recipes": {k.removeprefix(RECIPE): v for k, v in log.settings.items() if k.startswith(RECIPE)}}
     own |= {"backbone": Path(backbone_name).name, "device": device_name(device), "torch": torch.__version__}
     results = {"arguments": own, "left_out": left_out} | results
     write_json(Path(arguments.output_dir) / RESULTS, results)

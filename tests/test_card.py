@@ -19,7 +19,7 @@ from hf_hyperflow.released import ADAPTER, released
 
 sys.path.insert(0, str(SCRIPTS))  # the scripts of training/ find each other so
 from card import FIGURES, FILES, FINE_TUNING_EPISODES, read, write_cards
-from card_sections import filled
+from card_sections import filled, methods_table
 
 ROOT = SCRIPTS.parent
 DRAWN = {name for names in FIGURES.values() for name in names}
@@ -68,6 +68,35 @@ def test_a_table_that_is_not_there_is_named():
     assert filled("a\n<!-- table: costs -->\nold\n<!-- end -->\nb", {"costs": "| a |"}) == (
         "a\n<!-- table: costs -->\n| a |\n<!-- end -->\nb"
     )
+
+
+def test_a_table_of_methods_names_steps_and_leaves_out_what_is_unfinished():
+    def mean(method: str, n_shot: int, n_domains: int = 2) -> dict:
+        found = {"method": method, "n_shot": n_shot, "n_domains": n_domains}
+        return found | {"diff_vs_direct": None if method == "direct" else 1.25, "diff_ci95": 0.5}
+
+    def against(method: str) -> dict:
+        return {"method": method, "domain": None, "n_shot": 1, "diff": 2.0, "diff_ci95": None}
+
+    few = {
+        "means": [mean("direct", 1), mean("bias", 1), mean("bias-metric", 1), mean("lora", 1, n_domains=1)],
+        "hyperflow_against": [against(m) for m in ("direct", "bias", "lora")],
+        "arguments": {"recipes": {"bias": {"steps": 7, "learning_rate": 0.1}}},
+    }
+    more = {
+        "means": [mean("direct", 5), mean("full", 5)],
+        "hyperflow_against": [],
+        "arguments": {"recipes": {"full": {"steps": 3}}},
+    }
+    lines = methods_table((few, ["direct", "bias", "bias-metric", "lora", "layernorm"]), (more, ["full"])).splitlines()
+    assert lines[0].count("-shot") == 2
+    assert lines[2:] == [
+        "| direct transfer (cosines to class means) |  | +2.00 |  |  |",
+        "| bias and norm tuning, 7 steps | +1.25 ± 0.50 | +2.00 |  |  |",
+        "| bias and norm tuning, 7 steps, in the metric | +1.25 ± 0.50 |  |  |  |",
+        "| LoRA tuning |  |  |  |  |",
+        "| full fine-tuning, 3 steps |  |  | +1.25 ± 0.50 |  |",
+    ]
 
 
 def test_one_command_measures_and_writes(tmp_path, adapter):

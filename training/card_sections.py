@@ -26,6 +26,7 @@ LABELS = {
     "layernorm": "LayerNorm tuning",
     "full": "full fine-tuning",
 }
+WITH_GRADIENTS = [*GRADIENT_METHODS, *IN_METRIC.values()]
 COSTS = {
     "direct": "direct transfer",
     "hyperflow integrate": "HyperFlow, the flow alone, of images that are encoded",
@@ -34,11 +35,12 @@ COSTS = {
 }
 
 
-def label(method: str) -> str:
-    """A method in words; `bias-metric` is bias tuning, classified in the metric."""
+def label(method: str, steps: int | None = None) -> str:
+    """A method in words, with its gradient steps; `bias-metric` is bias tuning, classified in the metric."""
+    of_steps = "" if steps is None else f", {steps} steps"
     if method.endswith("-metric"):
-        return f"{LABELS[method.removesuffix('-metric')]}, in the metric"
-    return LABELS.get(method, f"`{method}`")
+        return f"{LABELS[method.removesuffix('-metric')]}{of_steps}, in the metric"
+    return LABELS.get(method, f"`{method}`") + of_steps
 
 
 def interval(value: float | None, half: float | None, digits: str = "+.2f") -> str:
@@ -82,21 +84,27 @@ def domains_table(results: dict, n_shot: int) -> str:
     return "\n".join(lines)
 
 
-def methods_table(results: dict, methods: list[str]) -> str:
-    """A row per method: its mean gain over direct transfer at each number of shots, and what HyperFlow has more."""
-    there = [m["method"] for m in results["means"]]
-    methods = [method for method in methods if method in there]
-    shots_there = sorted({m["n_shot"] for m in results["means"] if m["method"] in methods})
+def methods_table(*sources: tuple[dict, list[str]]) -> str:
+    """A row per method: its mean gain over direct transfer at each number of shots, and what HyperFlow has more.
+
+    Means over some of the domains only, of a benchmark that was interrupted, are left out.
+
+    Args:
+        sources: results of a benchmark, and the methods to take from it.
+    """
+    rows = [(results, m) for results, methods in sources for m in methods if _one(results["means"], method=m)]
+    shots_there = sorted({mean["n_shot"] for results, m in rows for mean in results["means"] if mean["method"] == m})
     head = [f"{shots}-shot | HyperFlow has more" for shots in shots_there]
     lines = [f"| gain over direct transfer, points | {' | '.join(head)} |", "|---|" + 2 * len(shots_there) * "---|"]
-    for method in methods:
-        cells = []
+    for results, method in rows:
+        cells, all_domains = [], max(mean["n_domains"] for mean in results["means"])
         for shots in shots_there:
-            mean = _one(results["means"], n_shot=shots, method=method)
-            against = _one(results["hyperflow_against"], domain=None, n_shot=shots, method=method)
+            mean = _one(results["means"], n_shot=shots, method=method, n_domains=all_domains)
+            against = _one(results["hyperflow_against"], domain=None, n_shot=shots, method=method) if mean else None
             cells.append(interval(mean["diff_vs_direct"], mean["diff_ci95"]) if mean else "")
             cells.append(interval(against["diff"], against["diff_ci95"]) if against else "")
-        lines.append(f"| {label(method)} | {' | '.join(cells)} |")
+        recipe = results["arguments"]["recipes"].get(method.removesuffix("-metric"), {})
+        lines.append(f"| {label(method, recipe.get('steps'))} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -199,10 +207,10 @@ def tables(found: dict[str, dict | list]) -> dict[str, str]:
     if "results" in found:
         by_name["domains"] = domains_table(found["results"], 5)
         by_name["shots"] = shots_table(found["results"])
-        without = [m for m in ORDER if m not in (*GRADIENT_METHODS, *IN_METRIC.values())]
-        by_name["methods"] = methods_table(found["results"], without)
+        by_name["methods"] = methods_table((found["results"], [m for m in ORDER if m not in WITH_GRADIENTS]))
     if "fine_tuning" in found:
-        by_name["fine-tuning"] = methods_table(found["fine_tuning"], [*ORDER])
+        also = [(found["results"], WITH_GRADIENTS)] if "results" in found else []
+        by_name["fine-tuning"] = methods_table((found["fine_tuning"], [*ORDER]), *also)
         if found["fine_tuning"]["flow"]:
             by_name["time"] = flow_table(found["fine_tuning"], "t")
             by_name["steps"] = flow_table(found["fine_tuning"], "steps")
