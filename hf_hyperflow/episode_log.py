@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .parquet import read_parquet
 from .saving import CheckpointError, replaced
 
 EPISODES = "episodes.parquet"
@@ -89,7 +90,7 @@ def _digest(settings: str, rows: list[dict]) -> str:
 def _read(path: Path) -> tuple[dict, list[dict]]:
     """Settings and rows, after a check that they are what was written."""
     try:
-        table = pq.read_table(path)
+        table = read_parquet(path)
         metadata = table.schema.metadata or {}
         if _SETTINGS not in metadata:
             raise CheckpointError(f"{path} is not the record of a benchmark. Choose another folder for the results.")

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import torch
 from datasets import Array2D, Dataset, Features, List, Value
 
+from .parquet import read_parquet
 from .saving import replaced, sha256
 from .teacher import Recording
 from .training_tasks import TrainingTask
@@ -119,7 +120,7 @@ def totals(folder: str | os.PathLike, groups: int) -> dict:
     """Sums over the whole shards of a collection (`bytes` on disk), and means of the rows that did not diverge."""
     names = ["diverged", "seconds", "flops", "query_accuracy", "losses"]
     paths = [shard_path(folder, n) for n in range(groups) if shard_problem(folder, n) is None]
-    rows = [row for path in paths for row in pyarrow.parquet.read_table(path, columns=names).to_pylist()]
+    rows = [row for path in paths for row in read_parquet(path, names).to_pylist()]
     good = [row for row in rows if not row["diverged"]]
     ends = {"start": 0, "end": -1}
     return {

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
+import pyarrow
 import torch
 
 from .domains import Domain
@@ -29,6 +29,7 @@ from .fingerprint import same_fingerprint
 from .hub import fetch
 from .model_card import MARK, PAPER
 from .parameter_space import ParameterSpace, config_to_dict
+from .parquet import read_parquet
 from .saving import CheckpointError
 from .shards import DATA, shard_path, shard_problem, totals
 from .training_tasks import TrainingTask
@@ -100,7 +101,7 @@ def load_trajectories(
             f"{'; '.join(bad.values())}. Run the command that collected it again: it makes what is missing.",
             stacklevel=2,
         )
-    tables = [pyarrow.parquet.read_table(shard_path(folder, n), columns=_NEEDED) for n in wanted if n not in bad]
+    tables = [read_parquet(shard_path(folder, n), _NEEDED) for n in wanted if n not in bad]
     if not tables:
         raise CheckpointError(f"{source} has no whole shard. Run training/collect_trajectories.py on that folder.")
     if bad or not collection["totals"]:  # as it was collected so far
