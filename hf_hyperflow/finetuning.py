@@ -146,7 +146,7 @@ def _clean_and_augmented(
 
         return sample, whole
 
-    pool = torch.zeros(recipe.n_views + 1, len(images), *sample.states.shape[1:]).to(sample.states)
+    pool = sample.states.new_zeros(recipe.n_views + 1, len(images), *sample.states.shape[1:])
     with torch.no_grad():
         pool[0] = split.prefix(clean).states
         for view in range(1, recipe.n_views + 1):
