@@ -62,8 +62,8 @@ class Arguments:
     cpu: bool = field(default=False, metadata={"help": "stay on the CPU also where there is a GPU"})
 
     def __post_init__(self) -> None:
-        self.mixed_precision = resolved(self.mixed_precision, cpu=self.cpu)
         """Raises ValueError where the settings make no sense."""
+        self.mixed_precision = resolved(self.mixed_precision, cpu=self.cpu)
         if self.n_tasks < 2 or self.solver_tasks < 2:
             raise ValueError("--n_tasks and --solver_tasks must be at least 2: there is no interval of one task.")
         if self.mixed_precision not in ("no", "bf16"):
