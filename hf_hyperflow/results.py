@@ -35,7 +35,8 @@ def summarise(rows: list[dict], costs: Costs) -> dict[str, list[dict]]:
         hyperflow_against: HyperFlow minus every other method, paired on the `n_episodes` episodes that both have, by
             domain and (`domain` null) as the mean over domains.
         flow: accuracy at points along the flow (`t`) and at t = 1 with other numbers of solver steps (`steps`),
-            against direct transfer on the same episodes.
+            against direct transfer and (`diff_vs_hyperflow`, null where it was not run) HyperFlow as it is, on the
+            same episodes.
     """
     table = _table(rows)
     groups = sorted({(domain, shots) for domain, shots, _ in table}, key=lambda g: (g[1] or 0, g[0]))
@@ -164,5 +165,7 @@ def _flow_records(table: dict[tuple[str, int | None, str], Accuracies]) -> list[
             along, value = name.removeprefix("hyperflow ").split("=")
             direct = {i: a for i, a in table[domain, shots, REFERENCE].items() if i in found}
             record = {"domain": domain, "n_shot": shots, "along": along, "value": float(value)} | _mean(found)
-            records.append(record | _against_direct(found, direct, name))
+            record |= _against_direct(found, direct, name)
+            more = _paired(found, table.get((domain, shots, "hyperflow"), {}))
+            records.append(record | {"diff_vs_hyperflow": more["diff"], "diff_vs_hyperflow_ci95": more["diff_ci95"]})
     return sorted(records, key=lambda r: (r["along"], r["n_shot"] or 0, r["domain"], r["value"]))

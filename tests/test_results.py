@@ -65,13 +65,18 @@ def test_domains_count_the_same_in_the_mean(made):
     assert (overall["diff"], overall["diff_ci95"]) == (mean["diff_vs_direct"], mean["diff_ci95"])
 
 
-def test_points_of_the_flow_are_compared_with_direct_on_their_episodes():
+def test_points_of_the_flow_are_compared_on_their_episodes():
     found = rows("a", "direct", [50.0, 60.0, 70.0]) + rows("a", "hyperflow t=0.5", [51.0, 63.0])
-    results = summarise(found + rows("a", "hyperflow steps=16", [52.0, 64.0]), {})
+    found += rows("a", "hyperflow steps=16", [52.0, 64.0])
+    results = summarise(found, {})
     assert [r["method"] for r in results["records"]] == ["direct"]
     steps, time = results["flow"]
     assert (time["along"], time["value"], time["diff_vs_direct"]) == ("t", 0.5, 2.0)
     assert (steps["along"], steps["value"], steps["diff_vs_direct"]) == ("steps", 16.0, 3.0)
+    assert steps["diff_vs_hyperflow"] is None
+    steps, time = summarise(found + rows("a", "hyperflow", [54.0, 64.0, 90.0]), {})["flow"]
+    assert (time["diff_vs_hyperflow"], steps["diff_vs_hyperflow"]) == (-2.0, -1.0)
+    assert steps["diff_vs_hyperflow_ci95"] == pytest.approx(mean_ci95([-2.0, 0.0])[1], abs=1e-4)
 
 
 def test_costs_and_variable_shots():

@@ -28,6 +28,9 @@ ABLATIONS = "ablations.json"
 #: The variant that the others are compared with, and the one that has the metric and features of a released adapter.
 FIRST, METRIC = "task objective", "with metric and middle"
 
+#: Of so few steps a long warmup and average would leave little, and nobody reads the validation.
+SHORT = ("--warmup_steps", 8, "--ema_decay", 0.9, "--validation_episodes", 4)
+
 
 @dataclass
 class Arguments:
@@ -142,7 +145,7 @@ def main() -> None:
                 {},
                 f"{name}: training",
                 *("train_drift.py", "--backbone", a.backbone, "--steps", a.steps, "--validate_every", a.steps),
-                *("--learning_rate", a.learning_rate),
+                *("--learning_rate", a.learning_rate, *SHORT),
                 *([] if "--dataset" in more else ["--dataset", *a.dataset]),
                 *(["--holdout", *a.holdout] if a.holdout else []),
                 *(*more, "--checkpointing_steps", 50, "--resume_from_checkpoint", "latest", "--output_dir", adapter),

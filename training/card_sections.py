@@ -128,17 +128,22 @@ def shots_table(results: dict) -> str:
 
 
 def flow_table(results: dict, along: str) -> str:
-    """Gain over direct transfer, mean over domains, at points of the flow (`along` "t") or by solver `steps`."""
+    """Means over domains at points of the flow (`along` "t") or by solver `steps`: gains over direct transfer, and over
+    HyperFlow as it is on the same episodes.
+    """
     points = [r for r in results["flow"] if r["along"] == along]
     values = sorted({r["value"] for r in points})
     title = "t" if along == "t" else "solver steps to t = 1"
     lines = [f"| {title} | {' | '.join(f'{value:g}' for value in values)} |", "|---|" + len(values) * "---|"]
+    rows = (("direct transfer", "diff_vs_direct", "diff_ci95"),)
+    rows += (("HyperFlow as it is", "diff_vs_hyperflow", "diff_vs_hyperflow_ci95"),)
     for shots in sorted({r["n_shot"] for r in points}):
-        cells = []
-        for value in values:
-            mine = [r for r in points if (r["n_shot"], r["value"]) == (shots, value)]
-            cells.append(interval(*over_domains([r["diff_vs_direct"] for r in mine], [r["diff_ci95"] for r in mine])))
-        lines.append(f"| {shots}-shot | {' | '.join(cells)} |")
+        for other, diff, half in rows:
+            cells = []
+            for value in values:
+                mine = [r for r in points if (r["n_shot"], r["value"]) == (shots, value)]
+                cells.append(interval(*over_domains([r[diff] for r in mine], [r[half] for r in mine])))
+            lines.append(f"| {shots}-shot, minus {other} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
