@@ -99,6 +99,7 @@ def test_a_table_of_methods_names_steps_and_leaves_out_what_is_unfinished():
     ]
 
 
+#: Tables that the card of the test asks for.
 ASKED = ("methods", "fine-tuning", "time", "steps", "ablations", "bill")
 
 
