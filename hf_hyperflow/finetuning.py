@@ -67,7 +67,7 @@ def fine_tune(
     Returns:
         The loss of every step.
     """
-    batches = _batches(labels.cpu(), recipe)
+    batches = draw_batches(labels.cpu(), recipe)
     sample, features_of = _clean_and_augmented(split, images, processor, recipe, batches)
     before = [p.requires_grad for p in parameters]
     for parameter in parameters:
@@ -95,7 +95,7 @@ def fine_tune(
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """The support images of a step.
 
     Attributes:
@@ -109,8 +109,8 @@ class _Batch:
     views: torch.Tensor
 
 
-def _batches(labels: torch.Tensor, recipe: FineTuning) -> list[_Batch]:
-    """One for every step; a step's does not depend on how many follow."""
+def draw_batches(labels: torch.Tensor, recipe: FineTuning) -> list[Batch]:
+    """One for every step; a step's does not depend on how many follow. Labels are on the CPU."""
     generator = torch.Generator().manual_seed(2 * recipe.seed)
     classes = [(labels == label).nonzero().flatten() for label in labels.unique()]
     room = max(1, recipe.batch_size // len(classes))
@@ -123,13 +123,13 @@ def _batches(labels: torch.Tensor, recipe: FineTuning) -> list[_Batch]:
     for _ in range(recipe.steps):
         clean, augmented = drawn(), drawn()
         views = torch.randint(1, recipe.n_views + 1, (len(augmented),), generator=generator)
-        batches.append(_Batch(clean, augmented, views))
+        batches.append(Batch(clean, augmented, views))
     return batches
 
 
 def _clean_and_augmented(
-    split: SplitBackbone, images: torch.Tensor, processor: object, recipe: FineTuning, batches: list[_Batch]
-) -> tuple[Hidden, Callable[[_Batch], torch.Tensor]]:
+    split: SplitBackbone, images: torch.Tensor, processor: object, recipe: FineTuning, batches: list[Batch]
+) -> tuple[Hidden, Callable[[Batch], torch.Tensor]]:
     """One image behind the first blocks, and a function of features.
 
     Of a batch it gives those of its clean images and then those of its views, `(n_clean + n_augmented, width)`.
@@ -140,7 +140,7 @@ def _clean_and_augmented(
         sample = split.prefix(clean[:1])
     if split.start == 0:
 
-        def whole(batch: _Batch) -> torch.Tensor:
+        def whole(batch: Batch) -> torch.Tensor:
             views = normalise(random_views(images[batch.augmented], generator), processor)
             return split.extract(torch.cat([clean[batch.clean], views]))
 
@@ -157,7 +157,7 @@ def _clean_and_augmented(
             if used.any():
                 pool[view, used] = split.prefix(views[used]).states
 
-    def behind(batch: _Batch) -> torch.Tensor:
+    def behind(batch: Batch) -> torch.Tensor:
         states = torch.cat([pool[0, batch.clean], pool[batch.views, batch.augmented]])
         return split(Hidden(states, sample.args, sample.kwargs))
 

@@ -6,7 +6,7 @@ from tiny import Snapshot, pictures, same_bits
 
 from hf_hyperflow.backbones import SplitBackbone
 from hf_hyperflow.domains import resized
-from hf_hyperflow.finetuning import FineTuning, _batches, fine_tune
+from hf_hyperflow.finetuning import FineTuning, draw_batches, fine_tune
 from hf_hyperflow.parameter_space import ParameterSpace, bias_config
 
 LABELS = torch.arange(3).repeat_interleave(4)
@@ -91,7 +91,7 @@ def test_a_large_support_set_is_gone_through_in_batches(backbone, images, proces
     """As many of each class as there is room for, drawn anew; nothing but the batches is run."""
     labels = torch.tensor([0] * 6 + [1] * 5 + [2])
     recipe, split = FineTuning(steps=4, batch_size=7), SplitBackbone(backbone, start)
-    batches = _batches(labels, recipe)
+    batches = draw_batches(labels, recipe)
     assert len(batches) == 4
     drawn = [rows for batch in batches for rows in (batch.clean, batch.augmented)]
     for rows in drawn:
@@ -108,11 +108,11 @@ def test_a_large_support_set_is_gone_through_in_batches(backbone, images, proces
 
 def test_a_small_support_set_is_taken_whole():
     whole = torch.arange(len(LABELS))
-    for batch in _batches(LABELS, FineTuning(steps=3, batch_size=12)):
+    for batch in draw_batches(LABELS, FineTuning(steps=3, batch_size=12)):
         assert torch.equal(batch.clean, whole)
         assert torch.equal(batch.augmented, whole)
     many_classes = torch.arange(40).repeat_interleave(2)
-    for batch in _batches(many_classes, FineTuning(steps=3)):
+    for batch in draw_batches(many_classes, FineTuning(steps=3)):
         assert torch.equal(many_classes[batch.clean], torch.arange(40))
         assert torch.equal(many_classes[batch.augmented], torch.arange(40))
 

@@ -16,7 +16,7 @@ from hf_hyperflow.domains import Domain, normalise, resized
 from hf_hyperflow.easyfsl_methods import EASYFSL_METHODS, easyfsl_classifier, import_easyfsl
 from hf_hyperflow.episodes import cdfsl_episode
 from hf_hyperflow.evaluation import DomainFeatures, prototype_accuracy
-from hf_hyperflow.finetuning import FineTuning, _batches
+from hf_hyperflow.finetuning import FineTuning, draw_batches
 from hf_hyperflow.methods import (
     GRADIENT_METHODS,
     IN_METRIC,
@@ -178,7 +178,7 @@ def test_getting_ready_does_all_of_the_work(method, target, features, domain, ba
     if method == "full":
         assert sum(seen) == 1 + 3 * 20 + 10  # one image is tried beforehand
     elif method in GRADIENT_METHODS:  # frozen blocks run once for every view that one of the 3 steps draws
-        batches = _batches(labels, RECIPES.fine_tuning(method))
+        batches = draw_batches(labels, RECIPES.fine_tuning(method))
         views = {pair for b in batches for pair in zip(b.augmented.tolist(), b.views.tolist(), strict=True)}
         assert sum(seen) == 1 + 10 + len(views) + 10
         assert 10 < len(views) <= 3 * 10
