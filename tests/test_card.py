@@ -100,7 +100,7 @@ def test_a_table_of_methods_names_steps_and_leaves_out_what_is_unfinished():
 
 
 #: Tables that the card of the test asks for.
-ASKED = ("methods", "fine-tuning", "time", "steps", "ablations", "bill")
+ASKED = ("methods", "fine-tuning", "time", "steps", "conditioning", "ablations", "bill")
 
 
 def test_one_command_measures_and_writes(tmp_path, adapter):
@@ -129,6 +129,7 @@ def test_one_command_measures_and_writes(tmp_path, adapter):
     assert "| t | 0 | 0.25 |" in text
     assert "| solver steps to t = 1 | 1 |" in text
     assert "| 5-shot, minus HyperFlow as it is | " in text
+    assert "| other domain | " in text
     assert "| task objective | " in text
     assert "| task | " in text
     (gain,) = {e.metric_type for e in ModelCard.load(card).data.eval_results} - {"accuracy"}

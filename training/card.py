@@ -5,9 +5,9 @@
         --trajectories FOLDER --output_dir outputs/card --card model_cards/hyperflow-vit-s14-70/README.md README.md
 
 Runs the scripts of this folder one after another, each shown as it could be typed: recipes of the baselines, the
-benchmark without and with fine-tuning by gradients, costs, bill and ablations. Interrupted, the same command goes on
-where it was. What was found is copied to `results/` beside the adapter; in each card the tables between
-`<!-- table: NAME -->` and `<!-- end -->` are written anew, and the adapter's own card gets its model-index.
+benchmark without and with fine-tuning by gradients, what the flow reads, costs, bill and ablations. Interrupted, the
+same command goes on where it was. What was found is copied to `results/` beside the adapter; in each card the tables
+between `<!-- table: NAME -->` and `<!-- end -->` are written anew, and the adapter's own card gets its model-index.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from hf_hyperflow.saving import replaced
 FILES = {
     "results": "results.json",
     "fine_tuning": "fine_tuning.json",
+    "conditioning": "conditioning.json",
     "cost": "cost.json",
     "bill": "bill.json",
     "recipes": "recipes.json",
@@ -88,6 +89,13 @@ def measure(a: Arguments, output: Path) -> None:
             *("--n_episodes", n_episodes, "--max_episodes_gradient", few, "--flow_episodes", flow_episodes),
             *("--recipes", output / FILES["recipes"], "--output_dir", output / folder),
         )
+    if not (output / FILES["conditioning"]).is_file():
+        run(
+            {},
+            "What the flow reads",
+            *("conditioning.py", *pair, "--dataset", *a.dataset, "--unseen", *a.unseen, "--n_episodes", few),
+            *("--output", output / FILES["conditioning"]),
+        )
     if not (output / FILES["cost"]).is_file():
         run({}, "Costs", "benchmark_cost.py", *pair, "--output", output / FILES["cost"])
     # Of a backbone that somebody else made there is no record to list.
@@ -109,7 +117,7 @@ def collect(output: Path, results: Path) -> None:
     """Copy what the card needs beside the adapter."""
     results.mkdir(exist_ok=True)
     sources = {name: output / folder / name for folder, names in FIGURES.items() for name in names}
-    sources |= {FILES[name]: output / FILES[name] for name in ("cost", "bill", "recipes")}
+    sources |= {FILES[name]: output / FILES[name] for name in ("conditioning", "cost", "bill", "recipes")}
     sources[FILES["results"]] = output / "benchmark" / RESULTS
     sources[FILES["fine_tuning"]] = output / "fine-tuning" / RESULTS
     sources[FINE_TUNING_EPISODES] = output / "fine-tuning" / EPISODES

@@ -147,6 +147,17 @@ def flow_table(results: dict, along: str) -> str:
     return "\n".join(lines)
 
 
+def conditioning_table(found: dict) -> str:
+    """What the flow gains by what it reads, means over domains, from the JSON of `conditioning.py`."""
+    own, *others = (r for r in found["records"] if r["domain"] is None)
+    head = f"the flow reads | {found['n_shot']}-shot, minus the metric without the flow | {own['condition']} has more"
+    lines = [f"| {head} |", "|---|---|---|", f"| {own['condition']} | {interval(own['gain'], own['gain_ci95'])} |  |"]
+    for r in others:
+        cells = [interval(r[key], r[f"{key}_ci95"]) for key in ("gain", "own_has_more")]
+        lines.append(f"| {r['condition']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def cost_table(cost: dict) -> str:
     """Time, memory and operations of getting ready for a task, from the JSON of `benchmark_cost.py`."""
     sizes = [key for key in cost if key != "hardware"]
@@ -205,8 +216,8 @@ def tables(found: dict[str, dict | list]) -> dict[str, str]:
     """The tables by name, of what was measured.
 
     Args:
-        found: `results` (of the benchmark), `fine_tuning` (of the one with gradients), `cost`, `bill`, `recipes`, and
-            `ablations`, or some.
+        found: `results` (of the benchmark), `fine_tuning` (of the one with gradients), `conditioning`, `cost`, `bill`,
+            `recipes`, and `ablations`, or some.
     """
     by_name = {}
     if "results" in found:
@@ -219,6 +230,8 @@ def tables(found: dict[str, dict | list]) -> dict[str, str]:
         if found["fine_tuning"]["flow"]:
             by_name["time"] = flow_table(found["fine_tuning"], "t")
             by_name["steps"] = flow_table(found["fine_tuning"], "steps")
+    if "conditioning" in found:
+        by_name["conditioning"] = conditioning_table(found["conditioning"])
     if "cost" in found:
         by_name["cost"] = cost_table(found["cost"])
     if "bill" in found:
