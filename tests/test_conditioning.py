@@ -47,7 +47,7 @@ def test_a_record_for_every_condition_and_domain(ground, tmp_path):
     more = {r["condition"]: r["own_has_more"] for r in found if r["domain"] is None}
     assert more[OWN] == 0
     assert any(more[condition] != 0 for condition in (NEXT, OTHER, NOTHING))
-    assert "| next episode | " in conditioning_table({"n_shot": 1, "records": found})
+    assert "| next episode | " in conditioning_table(("unseen domains", {"records": found}))
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def test_shuffled_labels_lead_elsewhere_but_at_one_shot(ground):
     backbone = AutoModel.from_pretrained(ground / "backbone").eval()
     adapter = HyperFlowAdapter.from_pretrained(ground / "adapter").eval()
     for n_shot, elsewhere in ((1, False), (5, True)):
-        flow = Flow(adapter, backbone, Arguments("", "", [], [], "", n_shot=n_shot))
+        flow = Flow(adapter, backbone, Arguments("", "", ["alpha"], ["beta"], "", n_shot=n_shot))
         features = flow.load(str(ground / "beta"))
         episode = flow.episode(features, 0)
         ends = [flow.end(features, e) - flow.injection.start for e in (episode, shuffled(episode, seed=0))]
@@ -89,7 +89,9 @@ def test_figures_are_paired_by_episode_and_mean_over_domains():
     assert by[OWN, None]["own_has_more"] == 0
 
 
-def test_no_episodes_or_too_few_images_are_named(ground, tmp_path):
+def test_no_episodes_no_other_domain_or_too_few_images_are_named(ground, tmp_path):
+    with pytest.raises(SystemExit, match="--dataset needs a domain beside beta"):
+        Arguments("", "", ["beta"], ["alpha", "beta"], "")
     done = measured(ground, tmp_path / "x.json", "--n_episodes", 0)
     assert done.returncode == 1
     assert "--n_episodes" in done.stderr

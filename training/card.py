@@ -31,6 +31,7 @@ FILES = {
     "results": "results.json",
     "fine_tuning": "fine_tuning.json",
     "conditioning": "conditioning.json",
+    "conditioning_training": "conditioning_training.json",
     "cost": "cost.json",
     "bill": "bill.json",
     "recipes": "recipes.json",
@@ -89,13 +90,14 @@ def measure(a: Arguments, output: Path) -> None:
             *("--n_episodes", n_episodes, "--max_episodes_gradient", few, "--flow_episodes", flow_episodes),
             *("--recipes", output / FILES["recipes"], "--output_dir", output / folder),
         )
-    if not (output / FILES["conditioning"]).is_file():
-        run(
-            {},
-            "What the flow reads",
-            *("conditioning.py", *pair, "--dataset", *a.dataset, "--unseen", *a.unseen, "--n_episodes", few),
-            *("--output", output / FILES["conditioning"]),
-        )
+    for name, domains in (("conditioning", a.unseen), ("conditioning_training", a.tuning)):
+        if not (output / FILES[name]).is_file():
+            run(
+                {},
+                "What the flow reads",
+                *("conditioning.py", *pair, "--dataset", *a.dataset, "--unseen", *domains, "--n_episodes", few),
+                *("--output", output / FILES[name]),
+            )
     if not (output / FILES["cost"]).is_file():
         run({}, "Costs", "benchmark_cost.py", *pair, "--output", output / FILES["cost"])
     # Of a backbone that somebody else made there is no record to list.
@@ -117,7 +119,7 @@ def collect(output: Path, results: Path) -> None:
     """Copy what the card needs beside the adapter."""
     results.mkdir(exist_ok=True)
     sources = {name: output / folder / name for folder, names in FIGURES.items() for name in names}
-    sources |= {FILES[name]: output / FILES[name] for name in ("conditioning", "cost", "bill", "recipes")}
+    sources |= {name: output / name for name in FILES.values()}
     sources[FILES["results"]] = output / "benchmark" / RESULTS
     sources[FILES["fine_tuning"]] = output / "fine-tuning" / RESULTS
     sources[FINE_TUNING_EPISODES] = output / "fine-tuning" / EPISODES

@@ -147,15 +147,21 @@ def flow_table(results: dict, along: str) -> str:
     return "\n".join(lines)
 
 
-def conditioning_table(found: dict) -> str:
-    """What the flow gains by what it reads, means over domains, from the JSON of `conditioning.py`."""
-    own, *others = (r for r in found["records"] if r["domain"] is None)
-    head = f"the flow reads | {found['n_shot']}-shot, minus the metric without the flow | {own['condition']} has more"
-    lines = [f"| {head} |", "|---|---|---|", f"| {own['condition']} | {interval(own['gain'], own['gain_ci95'])} |  |"]
-    for r in others:
-        cells = [interval(r[key], r[f"{key}_ci95"]) for key in ("gain", "own_has_more")]
-        lines.append(f"| {r['condition']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def conditioning_table(*sources: tuple[str, dict]) -> str:
+    """What the flow gains by what it reads, means over domains.
+
+    Args:
+        sources: what kind of domains, and the JSON of `conditioning.py` of them.
+    """
+    heads, lines = ["the flow reads"], {}
+    for kind, found in sources:
+        own, *others = (r for r in found["records"] if r["domain"] is None)
+        heads += [f"{kind}: minus the metric without the flow", f"{own['condition']} has more"]
+        for r in (own, *others):
+            more = "" if r is own else interval(r["own_has_more"], r["own_has_more_ci95"])
+            lines.setdefault(r["condition"], []).extend([interval(r["gain"], r["gain_ci95"]), more])
+    rows = [f"| {' | '.join([condition, *cells])} |" for condition, cells in lines.items()]
+    return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows])
 
 
 def cost_table(cost: dict) -> str:
@@ -216,8 +222,8 @@ def tables(found: dict[str, dict | list]) -> dict[str, str]:
     """The tables by name, of what was measured.
 
     Args:
-        found: `results` (of the benchmark), `fine_tuning` (of the one with gradients), `conditioning`, `cost`, `bill`,
-            `recipes`, and `ablations`, or some.
+        found: `results` (of the benchmark), `fine_tuning` (of the one with gradients), `conditioning` (on unseen
+            domains), `conditioning_training`, `cost`, `bill`, `recipes`, and `ablations`, or some.
     """
     by_name = {}
     if "results" in found:
@@ -231,7 +237,8 @@ def tables(found: dict[str, dict | list]) -> dict[str, str]:
             by_name["time"] = flow_table(found["fine_tuning"], "t")
             by_name["steps"] = flow_table(found["fine_tuning"], "steps")
     if "conditioning" in found:
-        by_name["conditioning"] = conditioning_table(found["conditioning"])
+        known = [("training and validation domains", found[key]) for key in ("conditioning_training",) if key in found]
+        by_name["conditioning"] = conditioning_table(("unseen domains", found["conditioning"]), *known)
     if "cost" in found:
         by_name["cost"] = cost_table(found["cost"])
     if "bill" in found:

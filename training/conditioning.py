@@ -8,7 +8,7 @@ On the same episodes of unseen domains the backbone gets the weights where the f
 - `own support`: the episode's support set, as HyperFlow does it;
 - `next episode`: the support set of the domain's next episode, so other images and mostly other classes;
 - `shuffled labels`: its own images, their labels shuffled among them;
-- `other domain`: the support set of an episode of the next unseen domain, of the last one's: the first training one;
+- `other domain`: the support set of an episode of the next unseen domain (for the last one: of a training domain);
 - `nothing`: the mean of where the flow ends on tasks of the training domains, an adapter that is the same for all.
 
 Queries are always compared with the episode's own support images. The JSON has, for each condition and domain and for
@@ -53,8 +53,15 @@ class Arguments:
     seed: int = field(default=0, metadata={"help": "of the episodes"})
 
     def __post_init__(self) -> None:
+        if not self.after_the_last:
+            raise SystemExit(f"error: --dataset needs a domain beside {self.unseen[-1]}, to condition on another one.")
         if min(self.n_episodes, self.n_training_episodes, self.n_shot) < 1:
             raise SystemExit("error: --n_episodes, --n_training_episodes and --n_shot must be at least 1.")
+
+    @property
+    def after_the_last(self) -> list[str]:
+        """Training domains, those that are the last unseen one left out."""
+        return [source for source in self.dataset if source != self.unseen[-1]]
 
 
 class Flow:
@@ -145,7 +152,7 @@ def main() -> None:
             features = flow.load(source)
             ends += [flow.end(features, flow.episode(features, i)) for i in range(a.n_training_episodes)]
         same_for_all = torch.stack(ends).mean(dim=0)
-        by_domain, domains = {}, [flow.load(source) for source in (*a.unseen, a.dataset[0])]
+        by_domain, domains = {}, [flow.load(source) for source in (*a.unseen, a.after_the_last[0])]
         for features, other in pairwise(domains):
             rows = accuracies(flow, features, other, same_for_all)
             by_domain[features.domain.name] = list(
