@@ -3,7 +3,8 @@
     python training/conditioning.py --backbone model_cards/vit-s14-focus-70 --adapter model_cards/hyperflow-vit-s14-70 \
         --dataset TRAINING_DOMAIN [...] --unseen FILE_OR_HUB_ID [...] --output conditioning.json
 
-On the same episodes of unseen domains the backbone gets the weights where the flow ends, conditioned on
+On the same episodes of unseen domains, 5-way or of all classes there are, the backbone gets the weights where the flow
+ends, conditioned on
 
 - `own support`: the episode's support set, as HyperFlow does it;
 - `next episode`: the support set of the domain's next episode, so other images and mostly other classes;
