@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from test_training import run_plain
 from tiny import tiny_adapter
 from training_runs import SCRIPTS, make_ground, make_images
 from transformers import AutoImageProcessor, AutoModel
@@ -18,7 +18,20 @@ from hf_hyperflow.episodes import cdfsl_episode
 
 sys.path.insert(0, str(SCRIPTS))  # the scripts of training/ find each other so
 from card_sections import conditioning_table
-from conditioning import CONDITIONS, NEXT, NOTHING, OTHER, OWN, SHUFFLED, WITHOUT, Arguments, Flow, records, shuffled
+from conditioning import (
+    CONDITIONS,
+    NEXT,
+    NOTHING,
+    OTHER,
+    OWN,
+    SHUFFLED,
+    WITHOUT,
+    Arguments,
+    Flow,
+    main,
+    records,
+    shuffled,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +44,23 @@ def ground(tmp_path_factory):
     return folder
 
 
-def measured(ground, output, *more):
-    common = ["--backbone", ground / "backbone", "--adapter", ground / "adapter", "--dataset", ground / "alpha"]
-    return run_plain(
-        "conditioning.py", *common, "--unseen", ground / "beta", ground / "gamma", "--output", output, *more
-    )
+@pytest.fixture
+def measure(ground, tmp_path, monkeypatch):
+    """Runs the script with more options; the file it is to write."""
+
+    def run(*more: object) -> Path:
+        output = tmp_path / "conditioning.json"
+        command = ["--backbone", ground / "backbone", "--adapter", ground / "adapter", "--dataset", ground / "alpha"]
+        command += ["--unseen", ground / "beta", ground / "gamma", "--output", output, *more]
+        monkeypatch.setattr(sys, "argv", ["conditioning.py", *map(str, command)])
+        main()
+        return output
+
+    return run
 
 
-def test_a_record_for_every_condition_and_domain(ground, tmp_path):
-    done = measured(ground, tmp_path / "one.json", "--n_shot", 1, "--n_episodes", 6)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "one.json").read_text())["records"]
+def test_a_record_for_every_condition_and_domain(measure):
+    found = json.loads(measure("--n_shot", 1, "--n_episodes", 6).read_text())["records"]
     assert [r["condition"] for r in found if r["domain"] is None] == list(CONDITIONS)
     assert {(r["domain"], r["n_episodes"]) for r in found} == {("beta", 6), ("gamma", 6), (None, 12)}
     more = {r["condition"]: r["own_has_more"] for r in found if r["domain"] is None}
@@ -89,12 +108,11 @@ def test_figures_are_paired_by_episode_and_mean_over_domains():
     assert by[OWN, None]["own_has_more"] == 0
 
 
-def test_no_episodes_no_other_domain_or_too_few_images_are_named(ground, tmp_path):
+def test_no_episodes_no_other_domain_or_too_few_images_are_named(measure, tmp_path):
+    with pytest.raises(SystemExit, match="--n_episodes"):
+        measure("--n_episodes", 0)
     with pytest.raises(SystemExit, match="--dataset needs a domain beside beta"):
         Arguments("", "", ["beta"], ["alpha", "beta"], "")
-    done = measured(ground, tmp_path / "x.json", "--n_episodes", 0)
-    assert done.returncode == 1
-    assert "--n_episodes" in done.stderr
-    done = measured(ground, tmp_path / "x.json", "--n_shot", 6, "--n_episodes", 1)
-    assert "domain 'alpha' has 0 classes of at least 21 images" in done.stderr
-    assert not (tmp_path / "x.json").exists()
+    with pytest.raises(ValueError, match="domain 'alpha' has 0 classes of at least 21 images"):
+        measure("--n_shot", 6, "--n_episodes", 1)
+    assert list(tmp_path.iterdir()) == []
