@@ -110,7 +110,7 @@ class Batch:
 
 
 def draw_batches(labels: torch.Tensor, recipe: FineTuning) -> list[Batch]:
-    """One for every step; a step's does not depend on how many follow. Labels are on the CPU."""
+    """The support images of every step, from labels `(n,)` on the CPU; a step's do not depend on how many follow."""
     generator = torch.Generator().manual_seed(2 * recipe.seed)
     classes = [(labels == label).nonzero().flatten() for label in labels.unique()]
     room = max(1, recipe.batch_size // len(classes))

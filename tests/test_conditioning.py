@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor, AutoModel
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.domains import load_domain
 from hf_hyperflow.episodes import cdfsl_episode
+from hf_hyperflow.saving import CheckpointError
 
 sys.path.insert(0, str(SCRIPTS))  # the scripts of training/ find each other so
 from card_sections import conditioning_table
@@ -116,3 +117,9 @@ def test_no_episodes_no_other_domain_or_too_few_images_are_named(measure, tmp_pa
     with pytest.raises(ValueError, match="domain 'alpha' has 0 classes of at least 21 images"):
         measure("--n_shot", 6, "--n_episodes", 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(measure, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file"):
+        measure("--dataset", tmp_path / "nowhere", "--output", tmp_path / "file" / "conditioning.json")

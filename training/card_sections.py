@@ -237,8 +237,10 @@ def tables(found: dict[str, dict | list]) -> dict[str, str]:
             by_name["time"] = flow_table(found["fine_tuning"], "t")
             by_name["steps"] = flow_table(found["fine_tuning"], "steps")
     if "conditioning" in found:
-        known = [("training and validation domains", found[key]) for key in ("conditioning_training",) if key in found]
-        by_name["conditioning"] = conditioning_table(("unseen domains", found["conditioning"]), *known)
+        kinds = {"conditioning": "unseen domains", "conditioning_training": "training and validation domains"}
+        by_name["conditioning"] = conditioning_table(
+            *((kind, found[key]) for key, kind in kinds.items() if key in found)
+        )
     if "cost" in found:
         by_name["cost"] = cost_table(found["cost"])
     if "bill" in found:

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from arguments import parse
@@ -33,7 +34,7 @@ from hf_hyperflow.domains import load_domain
 from hf_hyperflow.episodes import Episode, cdfsl_episode, episode_generator
 from hf_hyperflow.evaluation import DomainFeatures, features_of, flow_thetas, mean_ci95, prototype_accuracy
 from hf_hyperflow.results import over_domains
-from hf_hyperflow.saving import write_json
+from hf_hyperflow.saving import write_json, written_whole
 from hf_hyperflow.task import evaluating
 
 OWN, NEXT, SHUFFLED, OTHER, NOTHING = "own support", "next episode", "shuffled labels", "other domain", "nothing"
@@ -107,7 +108,12 @@ def shuffled(episode: Episode, seed: int) -> Episode:
 def accuracies(
     flow: Flow, features: DomainFeatures, other: DomainFeatures, same_for_all: torch.Tensor
 ) -> Iterator[dict[str, float]]:
-    """Accuracy in % by condition, of one episode of a domain after the other."""
+    """Accuracy in % by condition, of one episode of a domain after the other.
+
+    Args:
+        other: what the flow reads for `other domain`.
+        same_for_all: weights `(n_tokens, token_dim)` for `nothing`.
+    """
     for index in range(flow.a.n_episodes):
         episode = flow.episode(features, index)
         thetas = {
@@ -122,7 +128,11 @@ def accuracies(
 
 
 def records(by_domain: dict[str, list[dict[str, float]]]) -> list[dict]:
-    """One per condition and domain, then one per condition for the mean over domains (`domain` null)."""
+    """For each condition one record per domain, then one for the mean over domains (`domain` null).
+
+    Args:
+        by_domain: accuracies in % by condition, an entry per episode.
+    """
     found = []
     for condition in CONDITIONS:
         mine = []
@@ -143,6 +153,8 @@ def records(by_domain: dict[str, list[dict[str, float]]]) -> list[dict]:
 @torch.no_grad()
 def main() -> None:
     a = parse(Arguments)
+    with written_whole(Path(a.output).parent):
+        pass  # that nothing can be written there is to be known now, not after all the work
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = AutoModel.from_pretrained(a.backbone).float().eval().to(device)
     adapter = HyperFlowAdapter.from_pretrained(a.adapter).eval().to(device)
