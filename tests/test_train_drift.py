@@ -26,6 +26,7 @@ from training_runs import (
     infinite_gradient,
     make_ground,
     make_images,
+    offline,
     run,
 )
 from transformers import AutoModel, ResNetConfig, ResNetModel
@@ -385,7 +386,7 @@ def test_pushed_to_the_hub_with_its_card(settings, whole, tmp_path):
     ],
 )
 def test_bad_settings_are_named_before_training(ground, more, said, tmp_path):
-    done = run("train_drift", *arguments(ground, tmp_path / "out", *more), log=tmp_path / "log")
+    done = run("train_drift", *arguments(ground, tmp_path / "out", *more), fault=offline, log=tmp_path / "log")
     assert done.exitcode == 1
     assert "error: " in done.output
     assert said in done.output

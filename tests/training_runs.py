@@ -121,6 +121,13 @@ def infinite_gradient(step: int) -> None:
     Accelerator.backward = overflowing
 
 
+def offline() -> None:
+    """No Hub, known at once: where there is no network, every file that is asked for is waited for."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = True
+
+
 def _deadly(function: Callable, call: int) -> Callable:
     calls = 0
 
