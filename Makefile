@@ -22,7 +22,7 @@ quickstart: $(VENV)/.installed-ode
 # Yours instead of the images that are drawn: make train-demo DATA="a.parquet folder" UNSEEN="b.parquet" OUT=outputs/mine
 OUT ?= outputs/demo
 train-demo: $(VENV)/.installed-train
-	$(BIN)/python training/train_demo.py $(if $(DATA),--dataset $(DATA)) $(if $(UNSEEN),--unseen $(UNSEEN)) --output_dir $(OUT)
+	$(BIN)/python -m training.demo.run $(if $(DATA),--dataset $(DATA)) $(if $(UNSEEN),--unseen $(UNSEEN)) --output_dir $(OUT)
 
 # Two processes of one thread each are faster than one of two: much of the time is the start of Python.
 test: $(VENV)/.installed-test

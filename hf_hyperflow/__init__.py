@@ -2,15 +2,15 @@
 
 from transformers import AutoConfig, AutoModel
 
-from .adapter import HyperFlowAdapter
-from .backbones import IncompatibleBackboneError
-from .configuration import HyperFlowConfig
-from .images import ImageError
+from .modeling.adapter import HyperFlowAdapter
+from .modeling.backbones import IncompatibleBackboneError
+from .modeling.configuration import HyperFlowConfig
+from .modeling.images import ImageError
+from .modeling.saving import CheckpointError
+from .modeling.support import SupportSetError
+from .modeling.task import AdaptedTask
+from .modeling.version import __version__
 from .pipeline import FewShotImageClassificationPipeline
-from .saving import CheckpointError
-from .support import SupportSetError
-from .task import AdaptedTask
-from .version import __version__
 
 __all__ = [
     "AdaptedTask",

@@ -19,7 +19,7 @@ import typer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .task import AdaptedTask
+    from .modeling.task import AdaptedTask
 
 #: Images that are decoded and classified at once.
 BATCH_SIZE = 64
@@ -72,9 +72,10 @@ def adapt(
             help="euler, midpoint, heun, rk4; with torchdiffeq dopri5, dopri8, bosh3; default: the adapter's."
         ),
     ] = None,
-    guard: Annotated[
-        str | None, typer.Option(help="'loo' stops the flow where leave-one-out accuracy on the support is best.")
-    ] = None,
+    early_stopping: Annotated[
+        bool,
+        typer.Option("--early_stopping", help="Stop the flow where leave-one-out accuracy on the support is best."),
+    ] = False,
     format: Annotated[
         str | None, typer.Option(help="'lora' saves biases as a LoRA adapter, for tools that know only LoRA.")
     ] = None,
@@ -86,23 +87,23 @@ def adapt(
     where pets/cat/ and pets/dog/ hold a few pictures each.
     """
     _set_up()
-    from .adapter import HyperFlowAdapter
     from .info import size
-    from .saving import CheckpointError, claimed
-    from .support import read_support
+    from .modeling.adapter import HyperFlowAdapter
+    from .modeling.saving import CheckpointError, exclusive
+    from .modeling.support import read_support
 
     if format not in (None, "lora"):
         raise typer.BadParameter("use 'lora', or leave it out.", param_hint="--format")
     if (output / "config.json").exists():
         raise CheckpointError(f"{output} holds a model (config.json): choose another folder for the task.")
-    with claimed(output):
+    with exclusive(output):
         flow = HyperFlowAdapter.from_pretrained(adapter).eval()
         data = read_support(support, flow.processor, skip_bad=skip_bad)
         for reason in data.skipped:
             _say(f"skipped: {reason}")
         model = _load_backbone(backbone)
         start = time.perf_counter()
-        task = flow.adapt(model, data, n_steps=n_steps, solver=solver, guard=guard)
+        task = flow.adapt(model, data, n_steps=n_steps, solver=solver, early_stopping=early_stopping)
         _ = task.prototypes
         seconds = time.perf_counter() - start
         task.save_pretrained(output, format=format)
@@ -110,11 +111,11 @@ def adapt(
         f"Adapted to {data.n_way} classes ({', '.join(data.class_names)}) from {len(data.labels)} images "
         f"in {seconds:.2f} s."
     )
-    if task.choice.accuracies:
-        accuracies = task.choice.accuracies
+    if task.stopping_point.accuracies:
+        accuracies = task.stopping_point.accuracies
         typer.echo(
-            f"The flow was followed to t = {task.choice.time:.2f}: leave-one-out accuracy "
-            f"{accuracies[task.choice.time]:.1%}, without adapting {accuracies[0.0]:.1%}."
+            f"The flow was followed to t = {task.stopping_point.time:.2f}: leave-one-out accuracy "
+            f"{accuracies[task.stopping_point.time]:.1%}, without adapting {accuracies[0.0]:.1%}."
         )
     typer.echo(f"Saved {output} ({size(output)}). Next: hyperflow predict --task {output} IMAGE ...")
 
@@ -174,9 +175,9 @@ def push(
     Log in with `hf auth login` first, or set HF_TOKEN.
     """
     _set_up()
-    from .hub import push_folder
     from .info import describe
-    from .saving import CheckpointError
+    from .modeling.hub import push_folder
+    from .modeling.saving import CheckpointError
 
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder} to push.")
@@ -192,7 +193,7 @@ def quickstart(
 ) -> None:
     """Adapt the released backbone to ten handwritten digits and compare with fine-tuning, in about a minute."""
     _set_up()
-    from .quickstart import run
+    from .demo.quickstart import run
 
     run(json_output=as_json, output=output)
 
@@ -201,7 +202,7 @@ def quickstart(
 def benchmark(context: typer.Context) -> None:
     """Compare direct transfer, HyperFlow and fine-tuning on the same few-shot episodes, with what they cost."""
     _set_up()
-    from .benchmark import main
+    from .benchmark.runner import main
 
     main(context.args)  # lists such as `--n_shot 1 5 20` are beyond typer: the arguments are those of the script
 
@@ -220,7 +221,7 @@ def demo(
     """Serve a page on which to adapt to classes of your own and to compare before and after."""
     _set_up()
     try:
-        from .demo import main as serve
+        from .demo.app import main as serve
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
@@ -246,8 +247,8 @@ def _load_backbone(name: str) -> PreTrainedModel:
     """A backbone from a folder or the Hub, in evaluation mode."""
     from transformers import AutoModel
 
-    from .adapter import HyperFlowAdapter
-    from .saving import CheckpointError
+    from .modeling.adapter import HyperFlowAdapter
+    from .modeling.saving import CheckpointError
 
     try:
         model = AutoModel.from_pretrained(name)
@@ -260,9 +261,9 @@ def _load_backbone(name: str) -> PreTrainedModel:
 
 def _load_task(name: str, backbone: str | None) -> AdaptedTask:
     """A saved task on its backbone, by default the one that its PEFT config names."""
-    from .hub import fetch
-    from .saving import CheckpointError
-    from .task import AdaptedTask
+    from .modeling.hub import fetch
+    from .modeling.saving import CheckpointError
+    from .modeling.task import AdaptedTask
 
     if backbone is None:
         config = fetch(name, "*.json") / "adapter_config.json"
@@ -280,7 +281,7 @@ def _classify(
     """Name and best classes of each image that can be read."""
     from tqdm import tqdm
 
-    from .images import ImageError, decode
+    from .modeling.images import ImageError, decode
 
     n_read = 0
     with tqdm(total=len(images), unit="image", disable=None, leave=False) as progress:

@@ -10,11 +10,11 @@ from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .adapter import HyperFlowAdapter
-from .hub import fetch
-from .model_card import feature_text
-from .saving import CheckpointError, require_sha256
-from .task import ADAPTER_WEIGHTS, CHECKSUMS, PROTOTYPES
+from .modeling.adapter import HyperFlowAdapter
+from .modeling.hub import fetch
+from .modeling.model_card import describe_feature
+from .modeling.saving import CheckpointError, require_sha256
+from .modeling.task_files import ADAPTER_WEIGHTS, CHECKSUMS, PROTOTYPES
 
 
 def describe(name_or_folder: str | os.PathLike) -> dict[str, str]:
@@ -61,7 +61,7 @@ def _describe_adapter(adapter: HyperFlowAdapter) -> dict[str, str]:
         f"{config.drift_heads} heads",
         "solver": f"{config.solver}, {config.n_steps} steps",
         "classes compared": "by plain cosines"
-        if adapter.metric is None
+        if adapter.head is None
         else "in a metric measured on the training domains",
         "image processor": "none" if adapter.processor is None else type(adapter.processor).__name__,
     }
@@ -80,7 +80,7 @@ def _describe_task(folder: Path) -> dict[str, str]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder} holds no readable HyperFlow task: {error}") from error
-    feature = feature_text(metadata["pooling"], int(metadata["start"]), float(metadata.get("middle", 0)))
+    feature = describe_feature(metadata["pooling"], int(metadata["start"]), float(metadata.get("middle", 0)))
     return {
         "what": "adapted task",
         "classes": f"{n_way}: {', '.join(json.loads(metadata['labels']))}",

@@ -10,9 +10,9 @@ from huggingface_hub import CommitInfo
 from transformers import AutoModel, BatchFeature, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .adapter import HyperFlowAdapter
-from .images import ImageError, decode
-from .version import __version__
+from .modeling.adapter import HyperFlowAdapter
+from .modeling.images import ImageError, decode
+from .modeling.version import __version__
 
 TASK = "few-shot-image-classification"
 
@@ -28,7 +28,7 @@ class FewShotImageClassificationPipeline(Pipeline):
     Args:
         model: the backbone, or its folder or Hub id; it is adapted when the pipeline is made.
         adapter: the `HyperFlowAdapter` made for it, or its folder or Hub id.
-        support, n_steps, solver, guard, skip_bad: see `HyperFlowAdapter.adapt`.
+        support, n_steps, solver, early_stopping, skip_bad: see `HyperFlowAdapter.adapt`.
 
     Attributes:
         adapted: the `AdaptedTask`; `adapted.reset()` gives the backbone back as it was.
@@ -51,7 +51,7 @@ class FewShotImageClassificationPipeline(Pipeline):
         support: object,
         n_steps: int | None = None,
         solver: str | None = None,
-        guard: str | None = None,
+        early_stopping: bool = False,
         skip_bad: bool = False,
         **kwargs: object,
     ):
@@ -62,7 +62,7 @@ class FewShotImageClassificationPipeline(Pipeline):
             raise ValueError("this adapter was saved without an image processor: set adapter.processor to one.")
         self.image_processor = adapter.processor
         self.adapted = adapter.adapt(
-            self.model, support, n_steps=n_steps, solver=solver, guard=guard, skip_bad=skip_bad
+            self.model, support, n_steps=n_steps, solver=solver, early_stopping=early_stopping, skip_bad=skip_bad
         )
 
     def __call__(self, inputs: object, **kwargs: object) -> list:

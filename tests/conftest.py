@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny import SIZE, pictures, tiny_adapter, tiny_dinov2, tiny_processor
+
+from tests.helpers.tiny import SIZE, pictures, tiny_adapter, tiny_dinov2, tiny_processor
 
 
 @pytest.fixture(autouse=True)

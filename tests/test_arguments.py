@@ -10,10 +10,10 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
-import collect_trajectories
-import drift_arguments
-import pretrain_backbone
-from arguments import parse
+from hf_hyperflow.arguments import parse
+from hf_hyperflow.training import collector as collect_trajectories
+from hf_hyperflow.training import config as drift_arguments
+from hf_hyperflow.training import pretraining as pretrain_backbone
 
 CONFIGS = Path(__file__).parent.parent / "training/configs"
 #: Whose presets they are, by the beginning of their names.

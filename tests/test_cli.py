@@ -16,13 +16,13 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from hub_server import Hub
 from peft import PeftModel
-from tiny import pictures, tiny_adapter, tiny_dinov2, tiny_vit
 from transformers import AutoModel
 
 from hf_hyperflow import AdaptedTask, HyperFlowAdapter, cli
-from hf_hyperflow.parameter_space import layernorm_config
+from hf_hyperflow.modeling.peft_configs import layernorm_config
+from tests.helpers.hub_server import Hub
+from tests.helpers.tiny import pictures, tiny_adapter, tiny_dinov2, tiny_vit
 
 
 @dataclass

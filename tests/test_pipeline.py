@@ -9,13 +9,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny import Snapshot, pictures, tiny_resnet
 from transformers import pipeline
 from transformers.pipelines import get_supported_tasks
 from transformers.pipelines.pt_utils import KeyDataset
 
 import hf_hyperflow
 from hf_hyperflow import AdaptedTask, ImageError, IncompatibleBackboneError, SupportSetError
+from tests.helpers.tiny import Snapshot, pictures, tiny_resnet
 
 TASK = "few-shot-image-classification"
 
@@ -126,9 +126,9 @@ def test_options_of_adapt(backbone, adapter, support):
     exact = pipeline(TASK, model=backbone, adapter=adapter, support=support, n_steps=3, solver="rk4", device="cpu")
     expected = adapter.adapt(backbone, support, n_steps=3, solver="rk4")
     assert torch.equal(exact.adapted.theta, expected.theta)
-    assert exact.adapted.n_evaluations == 12
-    guarded = pipeline(TASK, model=backbone, adapter=adapter, support=support, guard="loo", device="cpu")
-    assert guarded.adapted.choice == adapter.adapt(backbone, support, guard="loo").choice
+    assert exact.adapted.nfe == 12
+    guarded = pipeline(TASK, model=backbone, adapter=adapter, support=support, early_stopping=True, device="cpu")
+    assert guarded.adapted.stopping_point == adapter.adapt(backbone, support, early_stopping=True).stopping_point
     spoiled = {name: [*shots, b"not an image"] for name, shots in support.items()}
     with pytest.raises(ImageError, match="image 2 of class 'red'"):
         pipeline(TASK, model=backbone, adapter=adapter, support=spoiled, device="cpu")

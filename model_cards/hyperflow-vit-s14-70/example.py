@@ -119,5 +119,5 @@ print("after reset:", accuracy(nearest(features(backbone, queries), means)))
 model = PeftModel.from_pretrained(backbone, arguments.output).eval()
 with safe_open(Path(arguments.output, "prototypes.safetensors"), "pt") as file:
     prototypes, about = file.get_tensor("prototypes"), file.metadata()
-found = features(model, queries, start=int(about["start"]), middle=float(about["middle"]))
+found = features(model, queries, start=int(about["start"]), intermediate_weight=float(about["middle"]))
 print("with peft:", accuracy(nearest(found, prototypes)))

@@ -2,7 +2,7 @@
 
 import os
 
-from hf_hyperflow.demo import main
+from hf_hyperflow.demo.app import main
 
 owner = os.environ["SPACE_AUTHOR_NAME"]  # set by Spaces
 main(

@@ -1,0 +1,1 @@
+"""Labelled images as domains, few-shot episodes and training tasks."""

@@ -1,0 +1,1 @@
+"""Fine-tuning by gradient descent: the baseline, and the teacher whose trajectories the flow learns from."""

@@ -1,0 +1,187 @@
+"""A PEFT adapter inside a backbone: put in, filled with weights, merged, and taken out again."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+
+from .backbones import IncompatibleBackboneError
+
+if TYPE_CHECKING:
+    from .parameter_space import ParameterSpace
+
+#: The one adapter name in use: PEFT saves the adapter of this name at the top of its folder.
+ADAPTER_NAME = "default"
+
+#: Attribute of a backbone that holds the injection it carries now: it lives, and is copied, with the backbone.
+_INJECTION = "_hyperflow_injection"
+
+
+def get_injection(backbone: nn.Module) -> Injection | None:
+    """The injection that a backbone carries now, if any."""
+    return vars(backbone).get(_INJECTION)
+
+
+def unload(backbone: nn.Module) -> None:
+    """Remove the injection that a backbone carries, if any.
+
+    Raises:
+        IncompatibleBackboneError: it is merged into the backbone.
+    """
+    injection = get_injection(backbone)
+    if injection is None:
+        return
+    if injection.merged:
+        raise IncompatibleBackboneError(f"a task is merged into this {type(backbone).__name__}: reset that task first.")
+    injection.remove()
+
+
+class Injection:
+    """A PEFT adapter inside a backbone, and the way back: `remove` restores the backbone bit for bit.
+
+    Args:
+        backbone: changed in place.
+        peft_config: copied; PEFT writes into the copy.
+        seed: of the adapter's random start, drawn on the CPU.
+
+    Attributes:
+        start: theta `(n_tokens, token_dim)` before anything is written, once `bind` has been called.
+        parameters: the adapter's tensors in the order of its parameter space, likewise.
+        merged: whether the adapter is folded into the backbone's own weights.
+
+    Raises:
+        IncompatibleBackboneError: a target module is not in the backbone, or PEFT cannot adapt it; the backbone is
+            left as it was.
+    """
+
+    space: ParameterSpace
+    parameters: list[nn.Parameter]
+    start: torch.Tensor
+
+    def __init__(self, backbone: nn.Module, peft_config: PeftConfig, seed: int):
+        unload(backbone)
+        if "peft_config" in vars(backbone):
+            raise IncompatibleBackboneError(
+                f"this {type(backbone).__name__} already carries a PEFT adapter. Unload or merge it first."
+            )
+        targets = _target_paths(backbone, peft_config)
+        self.backbone = backbone
+        self.merged = False
+        self._written: torch.Tensor | None = None
+        self._originals = {path: backbone.get_submodule(path) for path in targets}
+        self._requires_grad = {name: p.requires_grad for name, p in backbone.named_parameters()}
+        self._before_merge: dict[str, torch.Tensor] = {}
+        modes = {module: module.training for module in backbone.modules()}
+        own_config = copy.deepcopy(peft_config)
+        own_config.inference_mode = (
+            False  # as loaded from disk it is True, and PEFT would mark nothing as the adapter's
+        )
+        try:
+            self.peft_model = _build_peft_model(backbone, own_config, seed)
+        except (ValueError, TypeError) as error:
+            self.remove()
+            raise IncompatibleBackboneError(f"PEFT cannot adapt this {type(backbone).__name__}: {error}") from error
+        for module in backbone.modules():
+            module.training = modes.get(module, backbone.training)
+
+    def adapter_parameters(self, frozen: tuple[str, ...] = ()) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by their name in the backbone, without those whose name has a part of `frozen`."""
+        selected = {}
+        for name, parameter in self.backbone.named_parameters():
+            if parameter.requires_grad and not any(part in name for part in frozen):
+                selected[name] = parameter
+        return selected
+
+    def bind(self, space: ParameterSpace, parameters: list[nn.Parameter]) -> None:
+        """Make this the backbone's injection of `space`, whose tensors are `parameters`."""
+        self.space = space
+        self.parameters = parameters
+        self.start = self.read()
+        for parameter in self.adapter_parameters().values():
+            parameter.requires_grad_(False)
+        vars(self.backbone)[_INJECTION] = self
+
+    @torch.no_grad()
+    def read(self) -> torch.Tensor:
+        """Theta `(n_tokens, token_dim)` of the adapter as it is now, float32."""
+        return self.space.to_tokens(self.parameters)
+
+    @torch.no_grad()
+    def write(self, theta: torch.Tensor) -> None:
+        """Set the adapter's tensors to `theta`."""
+        self._written = None
+        for parameter, tensor in zip(self.parameters, self.space.to_tensors(theta).values(), strict=True):
+            parameter.copy_(tensor)
+
+    @contextmanager
+    def using(self, theta: torch.Tensor) -> Iterator[None]:
+        """Within, the adapter has the weights `theta`. They stay until others are used, and are not written twice."""
+        if self._written is not theta:
+            self.write(theta)
+            self._written = theta
+        yield
+
+    @contextmanager
+    def tuning(self) -> Iterator[list[nn.Parameter]]:
+        """The adapter's tensors at their start, to be changed in place; afterwards they are at their start again."""
+        self.write(self.start)
+        try:
+            yield self.parameters
+        finally:
+            self.write(self.start)
+
+    def merge(self) -> None:
+        """Fold the adapter into the backbone's own weights and take PEFT's modules out.
+
+        The weights that change are kept aside until `remove`.
+        """
+        for path, module in self._originals.items():
+            for name, parameter in module.named_parameters():
+                self._before_merge[f"{path}.{name}"] = parameter.detach().clone()
+        self.merged = True
+        self.peft_model.merge_and_unload()
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        """Take the adapter out: modules, weights, `requires_grad` and attributes are what they were."""
+        for path, module in self._originals.items():
+            self.backbone.set_submodule(path, module)
+        for name, tensor in self._before_merge.items():
+            self.backbone.get_parameter(name).copy_(tensor)
+        for name, flag in self._requires_grad.items():
+            self.backbone.get_parameter(name).requires_grad_(flag)
+        vars(self.backbone).pop("peft_config", None)
+        if get_injection(self.backbone) is self:
+            del vars(self.backbone)[_INJECTION]
+        self._written, self.merged = None, False
+
+
+def _target_paths(backbone: nn.Module, peft_config: PeftConfig) -> list[str]:
+    """Dotted paths of all modules that a PEFT config targets, sorted."""
+    targets = set(peft_config.target_modules or ())
+    targets |= set(vars(peft_config).get("modules_to_save") or ())
+    known = {path for path, _ in backbone.named_modules()}
+    missing = sorted(targets - known)
+    if missing:
+        more = f" and {len(missing) - 12} more" if len(missing) > 12 else ""
+        raise IncompatibleBackboneError(
+            f"this {type(backbone).__name__} has no modules {', '.join(missing[:12])}{more}. "
+            "Use the backbone that the parameter space was made for."
+        )
+    return sorted(targets)
+
+
+def _build_peft_model(backbone: nn.Module, peft_config: PeftConfig, seed: int) -> PeftModel:
+    """PEFT's model around the backbone, its random start drawn from `seed` without touching the global generator."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft to transformers
+        warnings.filterwarnings("ignore", "Unsupported layer type .*LayerNorm")  # PEFT does support it
+        torch.manual_seed(seed)
+        return get_peft_model(backbone, peft_config, ADAPTER_NAME, low_cpu_mem_usage=False)

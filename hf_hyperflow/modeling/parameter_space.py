@@ -1,0 +1,173 @@
+"""The parameters that the flow moves: the tensors of a native PEFT adapter, as rows of tokens.
+
+PEFT's own tuners (BEFT biases, LoRA, LayerNorm tuning, ...) hold the generated weights. An adapted task is therefore a
+plain PEFT adapter, which needs nothing of this package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+import torch
+from peft import PeftConfig
+from torch import nn
+
+from .backbones import IncompatibleBackboneError
+from .injection import Injection, get_injection
+
+
+class ParameterSpace:
+    """A PEFT config on a kind of backbone <-> tokens `theta` of shape `(n_tokens, token_dim)`.
+
+    Every moving tensor of the adapter is flattened (tall matrices column by column, so that a row of theta is one
+    rank of a LoRA factor), padded with zeros to whole rows and stacked in a fixed order.
+
+    Args:
+        peft_config: a native PEFT config whose `target_modules` are full dotted paths.
+        token_dim: length of a row, usually the backbone's hidden size.
+        names: the moving tensors, as PEFT names them inside the backbone.
+        shapes: their shapes.
+        frozen: parts of names of adapter tensors that keep their seeded start ("lora_A", say).
+        seed: of the adapter's own random start (LoRA's A).
+    """
+
+    def __init__(
+        self,
+        peft_config: PeftConfig,
+        token_dim: int,
+        names: list[str],
+        shapes: Sequence[Sequence[int]],
+        *,
+        frozen: tuple[str, ...] = (),
+        seed: int = 0,
+    ):
+        if len(names) != len(shapes):
+            raise ValueError(f"{len(names)} names of tensors, but {len(shapes)} shapes.")
+        self.peft_config = peft_config
+        self.token_dim = token_dim
+        self.names = list(names)
+        self.shapes = [tuple(shape) for shape in shapes]
+        self.frozen = tuple(frozen)
+        self.seed = seed
+        self.rows = [math.ceil(math.prod(shape) / token_dim) for shape in self.shapes]
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """`(n_tokens, token_dim)` bool, False where a row is padded."""
+        return torch.cat([_to_rows(torch.ones(shape), self.token_dim) for shape in self.shapes]) > 0
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(self.rows)
+
+    @property
+    def n_parameters(self) -> int:
+        """How many numbers the flow moves."""
+        return int(self.mask.sum())
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: nn.Module,
+        peft_config: PeftConfig,
+        *,
+        token_dim: int | None = None,
+        frozen: tuple[str, ...] = (),
+        seed: int = 0,
+    ) -> ParameterSpace:
+        """The space of `peft_config` on `backbone`, which is left as it was.
+
+        Raises:
+            IncompatibleBackboneError: a target of the config is not in the backbone.
+        """
+        injection = Injection(backbone, peft_config, seed)
+        try:
+            shapes = {name: tuple(p.shape) for name, p in injection.adapter_parameters(frozen).items()}
+        finally:
+            injection.remove()
+        if token_dim is None:
+            token_dim = backbone.config.hidden_size
+        return cls(peft_config, token_dim, list(shapes), list(shapes.values()), frozen=frozen, seed=seed)
+
+    def is_in(self, backbone: nn.Module) -> bool:
+        """Whether the adapter is inside `backbone` now."""
+        injection = get_injection(backbone)
+        return injection is not None and injection.space is self and not injection.merged
+
+    def inject(self, backbone: nn.Module) -> Injection:
+        """The adapter inside `backbone`, put there now unless it is there already, its tensors checked.
+
+        Another injection is removed first.
+
+        Raises:
+            IncompatibleBackboneError: names or shapes differ from the space's; all of them are listed and the
+                backbone is left as it was. Or another adapter is merged into the backbone.
+        """
+        current = get_injection(backbone)
+        if current is not None and self.is_in(backbone):
+            return current
+        injection = Injection(backbone, self.peft_config, self.seed)
+        parameters = injection.adapter_parameters(self.frozen)
+        differences = self._list_differences(parameters)
+        if differences:
+            injection.remove()
+            raise IncompatibleBackboneError(
+                f"this {type(backbone).__name__} does not fit the adapter's parameter space:\n  "
+                + "\n  ".join(differences)
+                + "\nUse the backbone that the adapter was trained for."
+            )
+        injection.bind(self, [parameters[name] for name in self.names])
+        return injection
+
+    def _list_differences(self, parameters: dict[str, nn.Parameter]) -> list[str]:
+        """What differs between the space's tensors and an adapter's, a line each."""
+        expected = dict(zip(self.names, self.shapes, strict=True))
+        lines = []
+        for name, shape in expected.items():
+            if name not in parameters:
+                lines.append(f"{name}: expected {shape}, not there")
+        for name, parameter in parameters.items():
+            shape = tuple(parameter.shape)
+            if name not in expected:
+                lines.append(f"{name}: {shape}, not expected")
+            elif shape != expected[name]:
+                lines.append(f"{name}: expected {expected[name]}, found {shape}")
+        return lines
+
+    def to_tokens(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Tensors in the order of `names` to theta `(n_tokens, token_dim)`, float32."""
+        return torch.cat([_to_rows(tensor.float(), self.token_dim) for tensor in tensors])
+
+    def to_tensors(self, theta: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Theta `(n_tokens, token_dim)` to the named tensors: exactly the inverse, and differentiable.
+
+        Raises:
+            ValueError: theta has another shape.
+        """
+        if theta.shape != (self.n_tokens, self.token_dim):
+            raise ValueError(f"theta has shape {tuple(theta.shape)}, expected {(self.n_tokens, self.token_dim)}.")
+        pieces = theta.split(self.rows)
+        tensors = {}
+        for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True):
+            tensors[name] = _from_rows(piece, shape)
+        return tensors
+
+
+def _is_tall(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and shape[0] > shape[1]
+
+
+def _to_rows(tensor: torch.Tensor, token_dim: int) -> torch.Tensor:
+    if _is_tall(tuple(tensor.shape)):
+        tensor = tensor.T
+    flat = tensor.reshape(-1)
+    return nn.functional.pad(flat, (0, -len(flat) % token_dim)).view(-1, token_dim)
+
+
+def _from_rows(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    flat = rows.reshape(-1)[: math.prod(shape)]
+    if _is_tall(shape):
+        return flat.view(shape[1], shape[0]).T
+    return flat.view(shape)

@@ -1,0 +1,81 @@
+"""The PEFT configs whose weights a flow can generate: biases, LoRA factors, LayerNorms."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from peft import BeftConfig, LNTuningConfig, LoraConfig, PeftConfig
+from torch import nn
+
+from .backbones import IncompatibleBackboneError, find_blocks, plain_modules
+
+
+def find_linear_paths(backbone: nn.Module, last_blocks: int) -> list[str]:
+    """Dotted paths of every `nn.Linear` in the last blocks, but for the keys of attention.
+
+    A bias on the keys adds the same number to all scores of a query, and softmax forgets it.
+    """
+    paths = []
+    for path, module in _last_block_modules(backbone, last_blocks):
+        if isinstance(module, nn.Linear) and not path.endswith(("k_proj", ".key")):
+            paths.append(path)
+    return paths
+
+
+def find_norm_paths(backbone: nn.Module, last_blocks: int) -> list[str]:
+    """Dotted paths of every LayerNorm in the last blocks and of the final one."""
+    modules = _last_block_modules(backbone, last_blocks)
+    paths = [path for path, module in modules if isinstance(module, nn.LayerNorm)]
+    final = find_blocks(backbone).norm
+    if final is not None:
+        paths.append(final)
+    return paths
+
+
+def _last_block_modules(backbone: nn.Module, last_blocks: int) -> list[tuple[str, nn.Module]]:
+    blocks = find_blocks(backbone)
+    if not 1 <= last_blocks <= len(blocks):
+        raise IncompatibleBackboneError(f"last_blocks={last_blocks}, but the backbone has {len(blocks)} blocks.")
+    inside = tuple(f"{blocks.path}.{i}." for i in range(len(blocks) - last_blocks, len(blocks)))
+    return [(path, module) for path, module in plain_modules(backbone) if path.startswith(inside)]
+
+
+def bias_config(backbone: nn.Module, last_blocks: int, *, norms: bool = True) -> BeftConfig:
+    """Bias tuning of the last blocks (Ben Zaken et al. 2022), the parameter set of the HyperFlow paper.
+
+    Args:
+        norms: also move the LayerNorms (weights and biases), carried by PEFT's `modules_to_save`.
+    """
+    return BeftConfig(
+        target_modules=find_linear_paths(backbone, last_blocks),
+        modules_to_save=find_norm_paths(backbone, last_blocks) if norms else None,
+    )
+
+
+def lora_config(backbone: nn.Module, last_blocks: int, *, r: int = 2) -> LoraConfig:
+    """LoRA (Hu et al. 2022) of rank `r` on every linear layer of the last blocks but the keys of attention."""
+    return LoraConfig(r=r, lora_alpha=r, target_modules=find_linear_paths(backbone, last_blocks))
+
+
+def layernorm_config(backbone: nn.Module, last_blocks: int) -> LNTuningConfig:
+    """LayerNorm tuning of the last blocks and of the final norm (Zhao et al. 2024)."""
+    return LNTuningConfig(target_modules=find_norm_paths(backbone, last_blocks))
+
+
+def config_to_dict(peft_config: PeftConfig) -> dict:
+    """What of a PEFT config differs from its defaults, ready for JSON; the inverse of `peft.get_peft_config`."""
+    assert peft_config.peft_type is not None, "a tuner's config always names its type"
+    result = {"peft_type": str(peft_config.peft_type.value)}
+    for field in dataclasses.fields(peft_config):
+        if not field.init or field.name in ("peft_type", "peft_version"):
+            continue
+        value = vars(peft_config)[field.name]
+        if value != _get_default(field):
+            result[field.name] = sorted(value) if isinstance(value, set) else value
+    return result
+
+
+def _get_default(field: dataclasses.Field) -> object:
+    if field.default_factory is dataclasses.MISSING:
+        return field.default
+    return field.default_factory()

@@ -1,0 +1,158 @@
+"""The files of a saved task: a plain PEFT adapter, with the class prototypes and the labels beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import BeftConfig, LoraConfig, PeftConfig
+from peft.utils.warning import PeftWarning
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .backbones import SplitBackbone
+from .hub import fetch
+from .images import load_processor
+from .injection import Injection
+from .saving import CheckpointError, require_sha256, sha256
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PROTOTYPES = "prototypes.safetensors"
+CHECKSUMS = "checksums.json"
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """What the folder of a saved task holds.
+
+    Attributes:
+        peft_config, adapter_state: of the PEFT adapter.
+        prototypes: `(n_way, width)`, to be used as they are.
+        scale: the inverse temperature of the logits.
+        class_names: in the order of the prototypes.
+        start, pooling, intermediate_weight: of the `SplitBackbone` that the features come from.
+        processor: the image processor; None if the task was saved without.
+    """
+
+    peft_config: PeftConfig
+    adapter_state: dict[str, torch.Tensor]
+    prototypes: torch.Tensor
+    scale: float
+    class_names: list[str]
+    start: int
+    pooling: str
+    intermediate_weight: float
+    processor: BaseImageProcessor | None
+
+
+def read_task(name_or_folder: str | os.PathLike, **hub: object) -> TaskFiles:
+    """Read a saved task from a folder or the Hub, after a check that its files are whole.
+
+    Args:
+        hub: arguments of `fetch`.
+
+    Raises:
+        CheckpointError: no task there, no access to it, no connection and not in the cache; or its files are damaged.
+    """
+    folder = fetch(name_or_folder, "*.json", ADAPTER_WEIGHTS, PROTOTYPES, **hub)
+    try:
+        return _read_folder(folder)
+    except CheckpointError:
+        raise
+    except Exception as error:  # what is in the files may be anything
+        raise CheckpointError(f"{name_or_folder} holds no readable HyperFlow task: {error}") from error
+
+
+def _read_folder(folder: Path) -> TaskFiles:
+    digests = json.loads((folder / CHECKSUMS).read_text())
+    for name in (ADAPTER_WEIGHTS, PROTOTYPES):
+        require_sha256(folder / name, digests[name])
+    peft_config = PeftConfig.from_pretrained(str(folder))
+    if peft_config.peft_type is None:
+        raise ValueError("its adapter_config.json names no kind of adapter")
+    with safe_open(folder / PROTOTYPES, framework="pt") as file:
+        metadata = file.metadata()
+        prototypes, scale = file.get_tensor("prototypes"), file.get_tensor("scale")
+    if "prototypes" not in metadata:  # the first tasks had plain class means
+        prototypes = F.normalize(prototypes, dim=-1)
+    # Version 0.1 called the intermediate weight "middle"; the first tasks had none.
+    intermediate_weight = metadata.get("intermediate_weight", metadata.get("middle", "0"))
+    return TaskFiles(
+        peft_config=peft_config,
+        adapter_state=load_file(folder / ADAPTER_WEIGHTS),
+        prototypes=prototypes,
+        scale=scale.item(),
+        class_names=json.loads(metadata["labels"]),
+        start=int(metadata["start"]),
+        pooling=metadata["pooling"],
+        intermediate_weight=float(intermediate_weight),
+        processor=load_processor(folder),
+    )
+
+
+def write_adapter(folder: Path, injection: Injection) -> None:
+    """Write the injected adapter as PEFT does."""
+    with warnings.catch_warnings():
+        # PEFT takes the bias of a LoRA layer, a vector, for a matrix of which a part was lost.
+        warnings.filterwarnings("ignore", r".*LoRA tensor\(s\) have invalid shape: .*bias", PeftWarning)
+        injection.peft_model.save_pretrained(str(folder))
+
+
+def write_biases_as_lora(
+    folder: Path, backbone: nn.Module, config: BeftConfig, biases: dict[str, torch.Tensor]
+) -> None:
+    """Write generated biases as a LoRA adapter of rank 1 with A = B = 0 and `lora_bias`.
+
+    The backbone's own injection is taken out.
+
+    Args:
+        config: of the adapter that the biases belong to.
+        biases: its tensors, as PEFT names them inside the backbone.
+    """
+    lora_config = LoraConfig(
+        r=1,
+        lora_alpha=1,
+        lora_bias=True,
+        target_modules=config.target_modules,
+        modules_to_save=config.modules_to_save,
+    )
+    injection = Injection(backbone, lora_config, seed=0)
+    try:
+        with torch.no_grad():
+            for name, parameter in injection.adapter_parameters().items():
+                bias = biases.get(name.replace("lora_B.default.bias", "beft_bias.default"))
+                if bias is None:
+                    parameter.zero_()
+                else:
+                    parameter.copy_(bias.view_as(parameter))
+        write_adapter(folder, injection)
+    finally:
+        injection.remove()
+
+
+def write_prototypes(
+    folder: Path, prototypes: torch.Tensor, scale: float, class_names: list[str], split: SplitBackbone
+) -> None:
+    """Write the prototypes `(n_way, width)` and all that is needed to use them."""
+    tensors = {"prototypes": prototypes.cpu().contiguous(), "scale": torch.tensor(scale)}
+    metadata = {
+        "labels": json.dumps(class_names, ensure_ascii=False),
+        "pooling": split.pooling,
+        "start": str(split.start),
+        "intermediate_weight": str(split.intermediate_weight),
+        "prototypes": "to be used as they are",
+    }
+    save_file(tensors, folder / PROTOTYPES, metadata)
+
+
+def write_checksums(folder: Path) -> None:
+    """Note the SHA-256 of both weight files."""
+    digests = {name: sha256(folder / name) for name in (ADAPTER_WEIGHTS, PROTOTYPES)}
+    (folder / CHECKSUMS).write_text(json.dumps(digests, indent=1))

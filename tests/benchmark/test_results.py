@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from hf_hyperflow.benchmark.evaluation import mean_ci95
+from hf_hyperflow.benchmark.results import cost_key, summarise
+
+
+def rows(domain: str, method: str, accuracies: list[float], n_shot: int | None = 5, n_way: int = 5) -> list[dict]:
+    counts = {"n_way": n_way, "n_support": n_way * (n_shot or 3), "n_query": 10}
+    key = {"domain": domain, "n_shot": n_shot, "method": method}
+    return [key | counts | {"index": i, "accuracy": a} for i, a in enumerate(accuracies)]
+
+
+@pytest.fixture
+def made() -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    direct = generator.uniform(40, 80, 50)
+    return {
+        "direct": direct,
+        "hyperflow": direct + generator.normal(2, 1, 50),
+        "bias": (direct + generator.normal(1, 3, 50))[:10],
+    }
+
+
+def test_differences_are_paired_on_the_episodes_of_both(made):
+    results = summarise([r for method, a in made.items() for r in rows("a", method, a.tolist())], {})
+    direct, hyperflow, bias = results["records"]
+    assert [r["method"] for r in results["records"]] == ["direct", "hyperflow", "bias"]
+    assert (direct["diff_vs_direct"], direct["diff_n_episodes"]) == (None, None)
+    for record, method in ((hyperflow, "hyperflow"), (bias, "bias")):
+        mean, half = mean_ci95(made[method] - made["direct"][: len(made[method])])
+        assert (record["diff_vs_direct"], record["diff_ci95"]) == pytest.approx((mean, half), abs=1e-4)
+        assert record["diff_n_episodes"] == record["n_episodes"] == len(made[method])
+    assert hyperflow["diff_ci95"] < hyperflow["ci95"] / 5
+    against = {r["method"]: r for r in results["hyperflow_against"] if r["domain"] == "a"}
+    assert set(against) == {"direct", "bias"}
+    mean, half = mean_ci95(made["hyperflow"][:10] - made["bias"])
+    assert (against["bias"]["diff"], against["bias"]["diff_ci95"]) == pytest.approx((mean, half), abs=1e-4)
+    assert against["bias"]["n_episodes"] == 10
+
+
+def test_only_common_episodes_are_compared():
+    few = rows("a", "direct", [10.0, 20.0, 30.0])[1:] + rows("a", "bias", [50.0, 21.0])
+    (_, bias) = summarise(few, {})["records"]
+    assert (bias["diff_vs_direct"], bias["diff_n_episodes"], bias["diff_ci95"]) == (1.0, 1, None)
+    apart = rows("a", "direct", [10.0])[:1] + rows("a", "bias", [50.0, 21.0])[1:]
+    assert summarise(apart, {})["records"][1]["diff_vs_direct"] is None
+
+
+def test_domains_count_the_same_in_the_mean(made):
+    many = [r for m in ("direct", "hyperflow") for r in rows("a", m, made[m].tolist())]
+    many += rows("b", "direct", [50.0, 60.0]) + rows("b", "hyperflow", [40.0, 52.0], n_way=3)
+    results = summarise(many, {})
+    mean = next(m for m in results["means"] if m["method"] == "hyperflow")
+    gain, half = mean_ci95(made["hyperflow"] - made["direct"])
+    gain_b, half_b = mean_ci95([-10.0, -8.0])
+    assert mean["diff_vs_direct"] == pytest.approx((gain + gain_b) / 2, abs=1e-3)
+    assert mean["diff_ci95"] == pytest.approx(np.hypot(half, half_b) / 2, abs=1e-3)
+    assert (mean["n_domains"], mean["n_episodes"]) == (2, 52)
+    overall = next(r for r in results["hyperflow_against"] if r["domain"] is None)
+    assert (overall["diff"], overall["diff_ci95"]) == (mean["diff_vs_direct"], mean["diff_ci95"])
+
+
+def test_points_of_the_flow_are_compared_on_their_episodes():
+    found = rows("a", "direct", [50.0, 60.0, 70.0]) + rows("a", "hyperflow t=0.5", [51.0, 63.0])
+    found += rows("a", "hyperflow steps=16", [52.0, 64.0])
+    results = summarise(found, {})
+    assert [r["method"] for r in results["records"]] == ["direct"]
+    steps, time = results["flow"]
+    assert (time["along"], time["value"], time["diff_vs_direct"]) == ("t", 0.5, 2.0)
+    assert (steps["along"], steps["value"], steps["diff_vs_direct"]) == ("steps", 16.0, 3.0)
+    assert steps["diff_vs_hyperflow"] is None
+    steps, time = summarise(found + rows("a", "hyperflow", [54.0, 64.0, 90.0]), {})["flow"]
+    assert (time["diff_vs_hyperflow"], steps["diff_vs_hyperflow"]) == (-2.0, -1.0)
+    assert steps["diff_vs_hyperflow_ci95"] == pytest.approx(mean_ci95([-2.0, 0.0])[1], abs=1e-4)
+
+
+def test_costs_and_variable_shots():
+    cost = {"seconds_per_task": 1.5, "peak_memory_mb": 3.0, "flops_per_task": 7}
+    found = rows("a", "direct", [50.0, 60.0], n_shot=None, n_way=7) + rows("a", "direct", [1.0], n_shot=None)
+    assert cost_key(found) == ("direct", 7, 21)
+    (record,) = summarise(found, {("direct", 7, 21): cost})["records"]
+    assert record["seconds_per_task"] == 1.5
+    assert record["n_shot"] is None
+    (record,) = summarise(found, {})["records"]
+    assert record["flops_per_task"] is None
+    json.dumps(summarise(found, {}), allow_nan=False)

@@ -1,0 +1,331 @@
+"""The benchmark as a user meets it: in this process, killed and resumed, in two processes, from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModel
+
+from hf_hyperflow import HyperFlowAdapter
+from hf_hyperflow.benchmark.easyfsl_methods import EASYFSL_METHODS
+from hf_hyperflow.benchmark.evaluation import compare_flow
+from hf_hyperflow.benchmark.hyperparameters import Hyperparameters
+from hf_hyperflow.benchmark.methods import METHODS
+from hf_hyperflow.benchmark.runner import BenchmarkArguments, run
+from hf_hyperflow.benchmark.task_cost import CostSetting, device_name, task_cost
+from hf_hyperflow.data.domains import load_domain
+from hf_hyperflow.modeling.saving import CheckpointError
+from tests.helpers.tiny import picture, tiny_adapter, tiny_dinov2, tiny_processor
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory) -> Path:
+    """A backbone, an adapter with a flow that moves, and two image folders: `six` and `three` classes of 12 images."""
+    folder = tmp_path_factory.mktemp("ground")
+    backbone = tiny_dinov2()
+    backbone.save_pretrained(folder / "backbone")
+    tiny_adapter(backbone).save_pretrained(folder / "adapter")
+    tiny_processor().save_pretrained(folder / "adapter")
+    for name, n_classes in (("six", 6), ("three", 3)):
+        for c in range(n_classes):
+            (folder / name / f"class{c}").mkdir(parents=True)
+            colour = (100 + 50 * (c % 2), 100 + 50 * (c // 2 % 2), 100 + 50 * (c // 4))
+            for i in range(12):
+                picture(100 * c + i, (28, 28), colour).save(folder / name / f"class{c}" / f"{i}.png")
+    return folder
+
+
+def arguments(ground: Path, output: Path, **changes: object) -> BenchmarkArguments:
+    settings = {
+        "adapter": str(ground / "adapter"),
+        "backbone": str(ground / "backbone"),
+        "dataset": [str(ground / "six"), str(ground / "three")],
+        "output_dir": str(output),
+        "n_shot": [1, 3],
+        "n_query": 4,
+        "n_episodes": 5,
+        "methods": "direct,hyperflow",
+        "cpu": True,
+    }
+    return BenchmarkArguments(**settings | changes)
+
+
+def with_known_costs(output: Path, largest: int = 60) -> Path:
+    """Costs as if measured before on this device, so that a test of something else does not measure them."""
+    cost = {"seconds_per_task": 0.5, "peak_memory_mb": 2.0, "flops_per_task": 1000}
+    entries = [
+        {"method": method, "n_way": n_way, "n_support": n, "device": device_name("cpu"), "cost": cost}
+        for method in (*METHODS, *EASYFSL_METHODS)
+        for n_way in (3, 4, 5, 6)
+        for n in range(largest)
+    ]
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "costs.json").write_text(json.dumps(entries))
+    return output
+
+
+def episodes(output: Path) -> list[dict]:
+    return pq.read_table(output / "episodes.parquet").to_pylist()
+
+
+def accuracies(output: Path, method: str, domain: str, n_shot: int | None) -> list[float]:
+    rows = [r for r in episodes(output) if (r["method"], r["domain"], r["n_shot"]) == (method, domain, n_shot)]
+    assert [r["index"] for r in rows] == list(range(len(rows)))
+    return [r["accuracy"] for r in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(ground, tmp_path_factory) -> tuple[Path, dict]:
+    """A run of four methods, the gradient method on the first 2 of 5 episodes, and its results."""
+    output = with_known_costs(tmp_path_factory.mktemp("finished"))
+    methods = "direct,head,hyperflow,layernorm"
+    results = run(arguments(ground, output, n_shot=[1, 3, 50], methods=methods, max_episodes_gradient=2))
+    return output, results
+
+
+def test_direct_and_hyperflow_are_those_of_compare_flow(ground, finished):
+    backbone = AutoModel.from_pretrained(ground / "backbone").eval()
+    adapter = HyperFlowAdapter.from_pretrained(ground / "adapter").eval()
+    for name in ("six", "three"):
+        domain = load_domain(ground / name, adapter.processor)
+        for n_shot in (1, 3):
+            found = compare_flow(adapter, backbone, domain, n_episodes=5, n_shot=n_shot, n_way=5, n_query=4)
+            assert accuracies(finished[0], "direct", name, n_shot) == found.direct.tolist()
+            assert accuracies(finished[0], "hyperflow", name, n_shot) == found.adapted.tolist()
+            # Along the flow, t = 1 and as many steps as the adapter's own are the same point.
+            assert accuracies(finished[0], "hyperflow t=1", name, n_shot) == found.adapted.tolist()
+            steps = f"hyperflow steps={adapter.config.n_steps}"
+            assert accuracies(finished[0], steps, name, n_shot) == found.adapted.tolist()
+    assert accuracies(finished[0], "direct", "six", 1) != accuracies(finished[0], "hyperflow", "six", 1)
+
+
+def test_results_hold_a_record_per_method_domain_and_shots(finished):
+    output, results = finished
+    assert json.loads((output / "results.json").read_text()) == results
+    keys = {(r["method"], r["domain"], r["n_shot"]) for r in results["records"]}
+    methods = ("direct", "head", "hyperflow", "layernorm")
+    assert keys == {(m, d, s) for m in methods for d in ("six", "three") for s in (1, 3)}
+    assert len(results["records"]) == len(keys)
+    fields = {"method", "domain", "n_way", "n_shot", "n_episodes", "accuracy", "ci95", "diff_vs_direct", "diff_ci95"}
+    fields |= {"seconds_per_task", "peak_memory_mb", "flops_per_task"}
+    for record in results["records"]:
+        assert fields <= set(record)
+        assert record["n_way"] == {"six": 5, "three": 3}[record["domain"]]
+        assert record["n_episodes"] == (2 if record["method"] == "layernorm" else 5)
+        key = (record["domain"], record["n_shot"])
+        values = np.array(accuracies(output, record["method"], *key))
+        assert record["accuracy"] == pytest.approx(values.mean(), abs=1e-3)
+        if record["method"] == "direct":
+            assert record["diff_vs_direct"] is None
+        else:
+            differences = values - accuracies(output, "direct", *key)[: len(values)]
+            assert record["diff_n_episodes"] == len(values)
+            assert record["diff_vs_direct"] == pytest.approx(differences.mean(), abs=1e-3)
+            expected = 1.96 * differences.std(ddof=1) / np.sqrt(len(values))
+            assert record["diff_ci95"] == pytest.approx(expected, abs=1e-3)
+    left_out = {(entry["domain"], entry["n_shot"]) for entry in results["left_out"]}
+    assert left_out == {("six", 50), ("three", 50)}
+
+
+def test_figures(finished):
+    for name in ("accuracy_cost.png", "gain.png", "shots.png", "flow.png"):
+        picture = PIL.Image.open(finished[0] / name).convert("L")
+        assert picture.width > 400
+        assert len(picture.getcolors()) > 20
+
+
+def test_what_is_left_out_or_reduced_is_said(ground, tmp_path, capsys):
+    run(arguments(ground, with_known_costs(tmp_path), n_shot=[1, 9], n_episodes=1, methods="direct"))
+    said = capsys.readouterr().out
+    assert "three has 3 classes to use: run 3-way" in said
+    assert "six has too few images for 9 shots: left out" in said
+
+
+def test_more_episodes_methods_and_shots_are_added(ground, finished, tmp_path):
+    with_known_costs(tmp_path)
+    run(arguments(ground, tmp_path, dataset=[str(ground / "six")], n_shot=[3], n_episodes=2))
+    first = (tmp_path / "episodes.parquet").read_bytes()
+    run(arguments(ground, tmp_path, dataset=[str(ground / "six")], n_shot=[3], n_episodes=2))
+    assert (tmp_path / "episodes.parquet").read_bytes() == first  # nothing was left to do
+    methods = "direct,head,hyperflow,layernorm"
+    run(arguments(ground, tmp_path, methods=methods, max_episodes_gradient=2))
+    assert episodes(tmp_path) == episodes(finished[0])
+
+
+def command(ground: Path, output: Path) -> list[str]:
+    """The finished run, as arguments of the script."""
+    sources = ["--dataset", ground / "six", ground / "three", "--output_dir", output, "--cpu"]
+    models = ["--backbone", ground / "backbone", "--adapter", ground / "adapter"]
+    numbers = ["--n_shot", 1, 3, "--n_query", 4, "--n_episodes", 5, "--max_episodes_gradient", 2]
+    everything = [*models, *sources, *numbers, "--methods", "direct,head,hyperflow,layernorm"]
+    return [str(ROOT / "training/benchmark.py"), *map(str, everything)]
+
+
+def test_killed_and_resumed_equals_uninterrupted(ground, finished, tmp_path):
+    with_known_costs(tmp_path)
+    process = subprocess.Popen([sys.executable, *command(ground, tmp_path)], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "episodes.parquet").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "results.json").exists()
+    assert 0 < len(episodes(tmp_path)) < len(episodes(finished[0]))
+    methods = "direct,head,hyperflow,layernorm"
+    run(arguments(ground, tmp_path, methods=methods, max_episodes_gradient=2))
+    assert episodes(tmp_path) == episodes(finished[0])
+
+
+def test_two_processes_end_with_the_results_of_one(ground, finished, tmp_path):
+    with_known_costs(tmp_path)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, *command(ground, tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("three has 3 classes to use") == 2  # once per number of shots: one process speaks
+    assert episodes(tmp_path) == episodes(finished[0])
+    found = json.loads((tmp_path / "results.json").read_text())
+    costs = {"seconds_per_task", "peak_memory_mb", "flops_per_task"}  # of the device: its threads may differ
+    mine, theirs = ([{k: r[k] for k in r.keys() - costs} for r in x["records"]] for x in (found, finished[1]))
+    assert mine == theirs
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "text"])
+def test_a_damaged_file_is_named_and_kept(ground, tmp_path, damage):
+    with_known_costs(tmp_path)
+    once = arguments(ground, tmp_path, dataset=[str(ground / "six")], n_shot=[1], n_episodes=2, flow_episodes=0)
+    assert run(once)["flow"] == []
+    path = tmp_path / "episodes.parquet"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "changed":
+        table = pq.read_table(path)
+        better = pa.array([100.0] * len(table))
+        pq.write_table(table.set_column(table.schema.get_field_index("accuracy"), "accuracy", better), path)
+    else:
+        path.write_text("not a table")
+    content = path.read_bytes()
+    with pytest.raises(CheckpointError, match=r"episodes\.parquet is damaged"):
+        run(once)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"n_query": 3}, "n_query was 4 and is 3"),
+        ({"protocol": "meta-dataset"}, "protocol was cdfsl and is meta-dataset"),
+    ],
+)
+def test_another_benchmark_in_the_folder(ground, finished, change, words):
+    before = (finished[0] / "episodes.parquet").read_bytes()
+    with pytest.raises(CheckpointError, match=words):
+        run(arguments(ground, finished[0], **change))
+    assert (finished[0] / "episodes.parquet").read_bytes() == before
+
+
+def test_other_images_under_the_same_name(ground, finished, tmp_path):
+    for c in range(3):
+        (tmp_path / "three" / f"class{c}").mkdir(parents=True)
+        for i in range(12):
+            picture(i, (28, 28)).save(tmp_path / "three" / f"class{c}" / f"{i}.png")
+    with pytest.raises(CheckpointError, match=r"domain three was \w+ and is \w+"):
+        run(arguments(ground, finished[0], dataset=[str(tmp_path / "three")]))
+
+
+def test_the_script_ends_with_a_message(ground, tmp_path):
+    (tmp_path / "episodes.parquet").write_text("not a table")
+    done = subprocess.run(
+        [sys.executable, *command(ground, tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_damaged_costs_are_named(ground, tmp_path):
+    (tmp_path / "costs.json").write_text('[{"method": "direct"')
+    with pytest.raises(CheckpointError, match=r"costs\.json is damaged"):
+        run(arguments(ground, tmp_path, n_episodes=1, n_shot=[1], methods="direct"))
+
+
+def test_meta_dataset_protocol(ground, tmp_path):
+    with_known_costs(tmp_path)
+    results = run(arguments(ground, tmp_path, protocol="meta-dataset", n_episodes=3))
+    records = results["records"]
+    assert {(r["domain"], r["method"], r["n_shot"]) for r in records} == {
+        (d, m, None) for d in ("six", "three") for m in ("direct", "hyperflow")
+    }
+    rows = [r for r in episodes(tmp_path) if r["domain"] == "six" and r["method"] == "direct"]
+    assert {r["n_way"] for r in rows} <= {5, 6}
+    assert len({r["n_support"] for r in rows}) > 1
+    record = next(r for r in records if (r["domain"], r["method"]) == ("six", "direct"))
+    assert record["n_way"] == pytest.approx(np.mean([r["n_way"] for r in rows]), abs=0.01)
+    assert record["seconds_per_task"] == 0.5
+
+
+def test_costs_are_measured(ground):
+    setting = CostSetting(
+        backbone=str(ground / "backbone"),
+        adapter=str(ground / "adapter"),
+        device="cpu",
+        bf16=False,
+        recipes=Hyperparameters(steps={"full": 3}, learning_rates={"full": 1e-4}),
+        size=(28, 28),
+    )
+    direct, full = (task_cost(method, setting, 5, 10) for method in ("direct", "full"))
+    # A step runs 20 images forwards and, at twice the cost, backwards, but for what is behind the first layer.
+    assert 4.5 * 3 < full["flops_per_task"] / direct["flops_per_task"] < 6 * 3 + 1.5
+    assert full["seconds_per_task"] > direct["seconds_per_task"] > 0
+    assert full["peak_memory_mb"] > direct["peak_memory_mb"] > 0
+
+
+def test_the_command_line(ground, tmp_path):
+    script = "from hf_hyperflow.cli import main; main()"
+    options = ["--adapter", ground / "adapter", "--backbone", ground / "backbone", "--dataset", ground / "three"]
+    options += ["--n_way", 5, "--n_shot", 1, 2, "--n_query", 2, "--n_episodes", 2, "--protocol", "cdfsl", "--seed", 3]
+    options += ["--methods", "direct,hyperflow", "--max_episodes_gradient", 1, "--output", with_known_costs(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", script, "benchmark", *map(str, options)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [r["n_shot"] for r in results["records"]] == [1, 1, 2, 2]
+    assert results["arguments"]["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"methods": "direct,magic"}, r"unknown methods \['magic'\]"),
+        ({"protocol": "imagenet"}, "unknown protocol 'imagenet'"),
+        ({"n_episodes": 0}, "n_episodes must be at least 1, not 0"),
+        ({"n_shot": []}, "n_shot must be at least 1"),
+        ({"flow_episodes": -1}, "flow_episodes must not be negative, but is -1"),
+        ({"n_way": 1}, "n_way must be at least 2, not 1"),
+        ({"max_episodes_gradient": 0}, "max_episodes_gradient must be at least 1, not 0"),
+        ({"dataset": ["a/x.parquet", "b/x.parquet"]}, "two datasets have the same name"),
+    ],
+)
+def test_arguments_that_make_no_sense(ground, tmp_path, change, words):
+    with pytest.raises(ValueError, match=words):
+        arguments(ground, tmp_path, **change)

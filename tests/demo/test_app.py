@@ -1,0 +1,426 @@
+"""The demo as people meet it: in a browser, served by `hyperflow demo`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from tests.helpers.tiny import pictures, tiny_adapter, tiny_dinov2, tiny_processor
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SPACE = REPOSITORY / "model_cards" / "space"
+COMMAND = "from hf_hyperflow.cli import main; main()"
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --window-size=1200,900"
+)
+
+needs_gradio = pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="gradio is not installed")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An account `tiny` with the two models, and folders of pictures."""
+    folder = tmp_path_factory.mktemp("demo")
+    backbone = tiny_dinov2()
+    tiny_adapter(backbone).save_pretrained(folder / "tiny" / "hyperflow-vit-s14-70")
+    backbone.save_pretrained(folder / "tiny" / "vit-s14-focus-70")
+    for seed, kind in enumerate(("support", "query")):
+        for name, images in pictures(n_way=5, n_shot=3, seed=seed).items():
+            for i, image in enumerate(images, start=1):
+                image.save(folder / f"{kind}-{name}-{i}.png")
+    (folder / "notes.png").write_text("these are notes, not a picture")
+    return folder
+
+
+class Served:
+    """A server in a process of its own."""
+
+    def __init__(self, log: Path, command: list[str], cwd: Path, **environment: str):
+        self.log = log
+        own = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *command], cwd=cwd, env=os.environ | own | environment, stdout=file, stderr=file
+            )
+
+    def wait(self, url: str) -> str:
+        """The page at `url`, as soon as there is one."""
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                with urllib.request.urlopen(url) as answer:
+                    return answer.read().decode()
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError(f"nothing is served at {url}:\n{self.log.read_text()}")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def space(folder):
+    """The Space's `app.py`, started in a copy of its folder beside the account's models; `(server, url)`."""
+    port = free_port()
+    shutil.copy(SPACE / "app.py", folder)
+    environment = {"SPACE_AUTHOR_NAME": "tiny", "GRADIO_SERVER_PORT": str(port)}
+    server = Served(folder / "space.log", ["app.py"], folder, **environment)
+    yield server, f"http://127.0.0.1:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def url(folder, space):
+    """Address of `hyperflow demo`; the Space starts meanwhile."""
+    port = free_port()
+    models = ["--adapter", "tiny/hyperflow-vit-s14-70", "--backbone", "tiny/vit-s14-focus-70"]
+    server = Served(folder / "demo.log", ["-c", COMMAND, "demo", *models, "--port", str(port)], folder)
+    server.wait(f"http://127.0.0.1:{port}")
+    yield f"http://127.0.0.1:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def browser(folder):
+    """Headless Chromium with a profile of its own."""
+    if not shutil.which("chromium") or not shutil.which("chromedriver"):
+        pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in (*FLAGS.split(), f"--user-data-dir={folder / 'profile'}"):
+        options.add_argument(flag)
+    options.add_experimental_option("prefs", {"download.default_directory": str(folder / "downloads")})
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """What a person does on the page."""
+
+    def __init__(self, browser, url: str, width: int = 1200, height: int = 900):
+        self.browser, self.url = browser, url
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.get(url)
+        self.wait(lambda: self.all("#queries input[type=file]"))
+        self.wait(lambda: not self.all(".wrap.translucent"))  # Gradio's veil while the page is being set up
+
+    def wait(self, condition, seconds: float = 60):
+        deadline = time.monotonic() + seconds
+        while not (found := condition()):
+            assert time.monotonic() < deadline, f"still waiting; the page says: {self.text()}"
+            time.sleep(0.05)
+        return found
+
+    def all(self, selector: str) -> list:
+        return self.browser.find_elements("css selector", selector)
+
+    def text(self) -> str:
+        return self.browser.find_element("css selector", "body").text
+
+    def press(self, name: str) -> None:
+        """Press a button of this id, when nothing lies over it."""
+        center = "arguments[0].scrollIntoView({block: 'center'})"
+        button = self.wait(lambda: self.all(f"#{name}"))[0]
+        self.browser.execute_script(center, button)
+        self.wait(button.is_enabled)
+        button.click()
+
+    def name_class(self, row: int, name: str) -> None:
+        box = self.wait(lambda: self.all(f"#name-{row} :is(input, textarea)"))[0]
+        box.clear()
+        box.send_keys(name)
+
+    def upload(self, gallery: str, *files: Path) -> None:
+        before = len(self.all(f"#{gallery} .thumbnail-item"))
+        self.all(f"#{gallery} input[type=file]")[0].send_keys("\n".join(map(str, files)))
+        self.wait(lambda: len(self.all(f"#{gallery} .thumbnail-item")) == before + len(files))
+
+    def adapt(self, classes: dict[str, list[Path]]) -> str:
+        """Fill in the rows from the top, press Adapt and return what the page says."""
+        for row, (name, files) in enumerate(classes.items(), start=1):
+            if row > 2:
+                self.press("add-class")
+            self.name_class(row, name)
+            if files:
+                self.upload(f"images-{row}", *files)
+        return self.message("adapt", "status")
+
+    def message(self, button: str, place: str) -> str:
+        """Press a button and return the message at a place of the page as soon as it is another one."""
+        old = self.said(place)
+        self.press(button)
+        return self.wait(lambda: (new := self.said(place)) != old and new)
+
+    def said(self, place: str) -> str:
+        script = f"return document.querySelector('#{place} [role]')?.innerText"
+        return self.browser.execute_script(script) or ""
+
+    def alert(self, button: str, place: str) -> str:
+        message = self.message(button, place)
+        assert self.all(f"#{place} [role=alert]"), f"not an alert: {message}"
+        return message
+
+    def predictions(self) -> list[tuple[dict[str, str], dict[str, str]]]:
+        """Label to score of each image, before and after."""
+        rows = self.wait(lambda: self.all(".hf-results tbody tr"))
+        cells = [[cell.text.splitlines() for cell in row.find_elements("css selector", "td")] for row in rows]
+        return [tuple(dict(zip(lines[:6:2], lines[1:6:2], strict=True)) for lines in row) for row in cells]
+
+
+@pytest.fixture
+def open_page(browser, url):
+    """Opens the page afresh; at the end no traceback may be on it and no other host may have been asked."""
+    browser.get_log("performance")
+    pages = []
+
+    def opened(**size: int) -> Page:
+        pages.append(Page(browser, url, **size))
+        return pages[-1]
+
+    yield opened
+    assert "Traceback" not in pages[-1].text()
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert any(address.startswith(url) for address in asked)
+    own = (url, "data:", "blob:", "chrome:", "chrome-extension:")
+    assert [address for address in asked if not address.startswith(own)] == []
+
+
+def support_files(folder: Path, *names: str, n_shot: int = 3) -> dict[str, list[Path]]:
+    return {name: [folder / f"support-{name}-{i}.png" for i in range(1, n_shot + 1)] for name in names}
+
+
+def scores(model, prototypes, scale, files: list[Path]) -> torch.Tensor:
+    """Scores of image files by nothing but transformers, peft and torch."""
+    pixels = tiny_processor()([PIL.Image.open(f).convert("RGB") for f in files], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        features = model(pixels).last_hidden_state[:, 0]
+    return (scale * F.normalize(features, dim=-1) @ prototypes.T).softmax(-1)
+
+
+@needs_gradio
+def test_upload_adapt_predict_download(open_page, folder, browser):
+    page = open_page()
+    # One image per class: nothing can be left out, so the flow is followed to its end and the weights do differ.
+    files = support_files(folder, "red", "green", "blue", n_shot=1)
+    classes = {"red": files["red"], "green": files["green"], "<b>blue</b>": files["blue"]}
+    message = page.adapt(classes)
+    assert re.search(r"Adapted to 3 classes from 3 images in [\d.]+ m?s, with 4 function evaluations", message)
+    assert "single image" in message
+    assert not page.all("#flow img")
+
+    query = [folder / f"query-{name}-{i}.png" for name in ("red", "green", "blue") for i in (1, 2)]
+    page.upload("queries", *query)
+    assert "of 6 images" in page.message("predict", "results")
+    shown = page.predictions()
+    assert any(before != after for before, after in shown)
+
+    page.press("download")
+    archive = folder / "downloads" / "hyperflow-task.zip"
+    page.wait(archive.is_file)
+    with zipfile.ZipFile(archive) as file:
+        assert file.testzip() is None
+        file.extractall(folder / "unzipped")
+    task = folder / "unzipped" / "hyperflow-task"
+    saved, backbone = load_file(task / "prototypes.safetensors"), folder / "tiny" / "vit-s14-focus-70"
+    plain = AutoModel.from_pretrained(backbone).eval()
+    with torch.no_grad():
+        pixels = [tiny_processor()(images, return_tensors="pt")["pixel_values"] for images in pictures(3, 1).values()]
+        means = torch.stack([plain(p).last_hidden_state[:, 0].mean(0) for p in pixels])
+    before = scores(plain, F.normalize(means, dim=-1), saved["scale"], query)
+    after = scores(PeftModel.from_pretrained(plain, str(task)).eval(), saved["prototypes"], saved["scale"], query)
+    for row, expected in zip(shown, zip(before, after, strict=True), strict=True):
+        for column, values in zip(row, expected, strict=True):
+            assert column == {list(classes)[i]: f"{values[i]:.0%}" for i in values.argsort(descending=True)}
+
+
+@needs_gradio
+def test_bad_input_is_explained_on_the_page(open_page, folder):
+    page = open_page()
+    assert "Press Adapt first" in page.alert("predict", "results")
+    assert "no images" in page.alert("adapt", "status")
+    page.name_class(1, "red")
+    assert "Class 'red' has no images" in page.alert("adapt", "status")
+    page.upload("images-1", *support_files(folder, "red")["red"])
+    assert "only one class, 'red'" in page.alert("adapt", "status")
+    page.upload("images-2", folder / "support-green-1.png")
+    assert "Class 2 has images but no name" in page.alert("adapt", "status")
+    page.name_class(2, " red ")
+    assert "Two classes are called 'red'" in page.alert("adapt", "status")
+    page.name_class(2, "green")
+    page.upload("images-2", folder / "notes.png")
+    message = page.alert("adapt", "status")
+    assert message.startswith("Class 'green': notes.png cannot be read as an image")
+    assert "/" not in message  # where the server keeps it is nobody's business
+    assert not page.all("#download")[0].is_enabled()
+
+
+@needs_gradio
+def test_a_bad_new_image_is_named(open_page, folder):
+    page = open_page()
+    page.adapt(support_files(folder, "red", "green"))
+    assert "no new images" in page.alert("predict", "results")
+    page.upload("queries", folder / "query-red-1.png", folder / "notes.png")
+    assert page.alert("predict", "results").startswith("New images: notes.png cannot be read as an image")
+
+
+@needs_gradio
+def test_example_set_on_a_phone(open_page, folder, browser):
+    page = open_page(width=375, height=740)
+    page.press("example")
+    page.wait(lambda: len(page.all(".thumbnail-item")) == 70)
+    message = page.message("adapt", "status")
+    assert "10 classes from 50 images" in message
+    assert "leave-one-out accuracy on your images" in message.lower()
+    assert page.wait(lambda: page.all("#flow img"))[0].size["width"] > 200
+    assert "of 20 images" in page.message("predict", "results")
+    assert len(page.predictions()) == 20
+    too_wide = """return [...document.querySelectorAll("body *")]
+        .filter(e => e.getBoundingClientRect().right > 375.5 && e.checkVisibility())
+        .map(e => e.tagName + "." + e.className + " " + e.getBoundingClientRect().right)"""
+    assert browser.execute_script(too_wide) == []
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 375
+    assert browser.save_screenshot(str(folder / "phone.png"))
+
+    controls = [c for c in page.all("input, textarea, button, [role=button]") if c.is_displayed()]
+    names = [control.accessible_name for control in controls]
+    assert len(names) > 50
+    assert all(names)
+    boxes = [c.accessible_name for c in controls if c.tag_name in ("input", "textarea")]
+    assert boxes == [f"Name of class {i}" for i in range(1, 11)]
+    for gallery in (*(f"Images of class {i}" for i in range(1, 11)), "New images"):
+        assert f"{gallery}: Click to upload or drop files" in names
+    assert {"Adapt", "Predict", "Download the PEFT adapter (zip)"} <= set(names)
+    images = page.all(".hf-results img")
+    assert [image.accessible_name for image in images[:2]] == ["new-0-1.png", "new-0-2.png"]
+
+
+@needs_gradio
+def test_keyboard_alone(open_page, browser):
+    page = open_page()
+    seen = []
+    focused = browser.switch_to.active_element
+    for _ in range(40):
+        focused.send_keys("\ue004")  # Tab
+        focused = browser.switch_to.active_element
+        seen.append(focused.accessible_name)
+        if seen[-1] == "Name of class 1":
+            focused.send_keys("red")
+        if seen[-1] == "Adapt":
+            focused.send_keys("\ue007")  # Enter
+            break
+    order = ["Name of class 1", "Images of class 1: Click to upload or drop files", "Name of class 2", "Adapt"]
+    assert [name for name in seen if name in order] == order
+    page.wait(lambda: "Class 'red' has no images" in page.text())
+
+
+@needs_gradio
+def test_two_windows_have_a_task_each(open_page, folder, browser):
+    first = open_page()
+    assert "2 classes" in first.adapt(support_files(folder, "red", "green"))
+    window = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    try:
+        second = open_page()
+        assert "3 classes" in second.adapt(support_files(folder, "blue", "yellow", "violet"))
+        second.upload("queries", folder / "query-red-1.png")
+        second.message("predict", "results")
+        [shown] = second.predictions()
+        assert [set(column) for column in shown] == [{"blue", "yellow", "violet"}] * 2
+    finally:
+        browser.close()
+        browser.switch_to.window(window)
+    first.upload("queries", folder / "query-red-1.png")
+    first.message("predict", "results")
+    [shown] = first.predictions()
+    assert [set(column) for column in shown] == [{"red", "green"}] * 2
+
+
+@needs_gradio
+def test_sessions_at_once_get_what_each_would_get_alone():
+    from hf_hyperflow.demo.app import SharedModels
+
+    backbone = tiny_dinov2()
+    models = SharedModels(tiny_adapter(backbone), backbone)
+    # Those of one image per class follow the flow to its end, the others as far as their images say.
+    supports = [pictures(n_way=2 + i % 4, n_shot=1 + 2 * (i % 2), seed=i) for i in range(6)]
+    query = [images[0] for images in pictures(n_way=5, n_shot=1, seed=9).values()]
+    alone = [models.compare(models.adapt(support)[0], query) for support in supports]
+
+    def visit(i: int) -> bool:
+        session, archive = models.adapt(supports[i])
+        return models.compare(session, query) == alone[i] and zipfile.is_zipfile(archive)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(visit, [*range(6)] * 4))
+    assert all(before != after for before, after in alone[::2])
+
+
+@needs_gradio
+def test_a_taken_port_is_named(folder):
+    from hf_hyperflow.demo.app import main
+
+    models = folder / "tiny"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=rf"cannot listen on 127.0.0.1, port {port}"):
+            main(str(models / "hyperflow-vit-s14-70"), str(models / "vit-s14-focus-70"), port=port)
+
+
+@needs_gradio
+def test_the_space_serves_the_page(space):
+    server, address = space
+    assert "HyperFlow: your classes" in server.wait(address)
+
+
+def test_the_space_needs_what_the_package_needs():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
+    card = (SPACE / "README.md").read_text()
+    front_matter = yaml.safe_load(card.split("---")[1])
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert (SPACE / "requirements.txt").read_text().splitlines() == project["dependencies"]
+    assert front_matter["sdk"] == "gradio"
+    assert (SPACE / front_matter["app_file"]).is_file()
+    least = re.search(r"gradio>=(\d+)", project["optional-dependencies"]["demo"][0])[1]
+    assert int(front_matter["sdk_version"].split(".")[0]) >= int(least)
+
+
+def test_without_gradio_the_command_says_what_to_install(tmp_path):
+    command = f"import sys; sys.modules['gradio'] = None; {COMMAND}"
+    found = subprocess.run([sys.executable, "-c", command, "demo"], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert found.stderr == "error: the demo needs Gradio, which is not installed: pip install hf-hyperflow[demo]\n"

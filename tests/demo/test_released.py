@@ -1,0 +1,94 @@
+"""The released checkpoints of this repository and the quickstart, as a new user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModel
+
+from hf_hyperflow import HyperFlowAdapter
+from hf_hyperflow.demo.quickstart import digits_episode
+from hf_hyperflow.demo.released import ADAPTER, BACKBONE, released
+from hf_hyperflow.modeling.prototypes import PrototypeClassifier
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return AutoModel.from_pretrained(released(BACKBONE)).eval()
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return HyperFlowAdapter.from_pretrained(released(ADAPTER)).eval()
+
+
+def test_both_fit_in_64_mb_of_half_precision():
+    folders = [released(BACKBONE), released(ADAPTER)]
+    assert sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file()) < 64e6
+    for folder in folders:
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"  # what it is loaded as
+
+
+def test_backbone_loads_with_transformers_alone(backbone):
+    assert next(backbone.parameters()).dtype == torch.float32
+    processor = AutoImageProcessor.from_pretrained(released(BACKBONE), backend="pil")
+    pixels = processor([PIL.Image.new("RGB", (90, 64))], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 70, 70)
+    with torch.no_grad():
+        assert backbone(pixels).last_hidden_state.shape == (1, 26, 384)
+
+
+def test_adapter_beats_direct_transfer_on_digits(backbone, adapter, recwarn):
+    """On the mean of three episodes: single ones go either way."""
+    adapted, direct, sure_hits, unsure_hits = [], [], [], []
+    for seed in (0, 1, 2):
+        episode = digits_episode(n_query=15, seed=seed)
+        labels = torch.from_numpy(episode.query_labels)
+        task = adapter.adapt(backbone, episode.support)
+        scores = task.scores(episode.query)
+        task.reset()
+        hits = (scores.argmax(-1) == labels).float()
+        sure = scores.amax(-1) >= scores.amax(-1).median()
+        adapted.append(hits.mean())
+        sure_hits.append(hits[sure].mean())
+        unsure_hits.append(hits[~sure].mean())
+        support = [image for images in episode.support.values() for image in images]
+        features = []
+        for pictures in (support, episode.query):
+            rgb = [picture.convert("RGB") for picture in pictures]
+            with torch.no_grad():
+                output = backbone(adapter.processor(rgb, return_tensors="pt")["pixel_values"])
+            features.append(output.last_hidden_state[:, 0])
+        classifier = PrototypeClassifier.from_support(features[0], torch.arange(10).repeat_interleave(5))
+        direct.append((classifier(features[1]).argmax(-1) == labels).float().mean())
+    assert sum(adapted) > sum(direct)
+    # Scores mean something: the surer half of the answers is right more often, by far.
+    assert sum(sure_hits) > sum(unsure_hits) + 0.15
+    assert not [w for w in recwarn if "not those the adapter was trained for" in str(w.message)]
+
+
+def test_the_adapter_warns_about_other_weights(adapter):
+    other = AutoModel.from_config(AutoModel.from_pretrained(released(BACKBONE)).config)
+    with pytest.warns(UserWarning, match="not those the adapter was trained for"):
+        adapter.adapt(other, digits_episode().support)
+
+
+def test_quickstart_prints_saves_and_reloads(tmp_path):
+    command = [Path(sys.executable).with_name("hyperflow"), "quickstart", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    methods = figures["methods"]
+    assert set(methods) == {"direct", "hyperflow", "bias"}
+    assert methods["hyperflow"]["accuracy"] > methods["direct"]["accuracy"]
+    assert methods["hyperflow"]["seconds"] < methods["bias"]["seconds"]
+    assert methods["hyperflow"]["peak_memory_mb"] < methods["bias"]["peak_memory_mb"]
+    assert figures["plain_peft_agreement"] == 1.0
+    assert (tmp_path / figures["task"] / "adapter_model.safetensors").is_file()
+    assert not list(Path(tmp_path, figures["task"]).glob("*.npy"))
+    assert np.asarray(PIL.Image.open(tmp_path / figures["picture"])).std() > 10

@@ -1,0 +1,155 @@
+"""The batched teacher against a plain loop, task by task; tasks that go wrong keep it to themselves."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_hyperflow.data.domains import normalise
+from hf_hyperflow.finetuning.teacher import (
+    Chance,
+    Teacher,
+    fine_tune_tasks,
+)
+from hf_hyperflow.modeling.backbones import SplitBackbone
+from hf_hyperflow.modeling.parameter_space import ParameterSpace
+from hf_hyperflow.modeling.peft_configs import bias_config, layernorm_config, lora_config
+from hf_hyperflow.modeling.prototypes import PrototypeClassifier
+from tests.helpers.tiny import SIZE, Snapshot
+
+N_WAY, N_SHOT, N_QUERY = 3, 2, 4
+LABELS, QUERY_LABELS = (torch.arange(N_WAY).repeat_interleave(n) for n in (N_SHOT, N_QUERY))
+TEACHER = Teacher(steps=5, n_points=4, n_views=2, learning_rate=3e-3)
+CONFIGS = {"bias": bias_config, "lora": lora_config, "layernorm": layernorm_config}
+
+
+def seeds(n: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(100 + i) for i in range(n)]
+
+
+@pytest.fixture
+def images():
+    """Four tasks whose classes differ in colour, under noise."""
+    generator = torch.Generator().manual_seed(0)
+    colours = 255 * torch.rand(4, N_WAY, 3, 1, 1, generator=generator)
+    clean = torch.cat([colours[:, LABELS], colours[:, QUERY_LABELS]], dim=1)
+    return (clean + 60 * torch.randn(4, clean.shape[1], 3, SIZE, SIZE, generator=generator)).clamp(0, 255)
+
+
+def run(space, backbone, images, processor, teacher=TEACHER, generators=None):
+    n = len(images)
+    labels, query_labels = LABELS.expand(n, -1), QUERY_LABELS.expand(n, -1)
+    split = SplitBackbone(backbone, 2)
+    return fine_tune_tasks(space, split, images, labels, query_labels, processor, teacher, generators or seeds(n))
+
+
+def plain_loop(space, backbone, images, processor, generator):
+    """The same recipe on one task: ordinary forward passes of the whole model, Adam on PEFT's own parameters."""
+    injection = space.inject(backbone)
+    start = injection.start
+    n_support = len(LABELS)
+    chance = Chance.draw(space, images[:n_support], TEACHER, generator)
+    injection.write(start + chance.noise)
+    for parameter in injection.parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(injection.parameters, lr=TEACHER.learning_rate)
+    deltas, losses, query_accuracy = [], [], []
+    for step in range(TEACHER.steps + 1):
+        views = torch.stack([chance.views[v, i] for i, v in enumerate(chance.choices[step].tolist())])
+        pixels = normalise(torch.cat([images, views]), processor)
+        features = backbone(pixels).last_hidden_state[:, 0]
+        support, query, augmented = features.split([n_support, len(QUERY_LABELS), n_support])
+        classifier = PrototypeClassifier.from_support(support, LABELS, TEACHER.scale)
+        loss = F.cross_entropy(classifier(augmented), LABELS)
+        losses.append(loss.item())
+        if step in TEACHER.recorded:
+            deltas.append(injection.read() - start)
+            query_accuracy.append(100 * (classifier(query).argmax(-1) == QUERY_LABELS).float().mean().item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for parameter in injection.parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    injection.write(start)
+    return torch.stack(deltas), torch.tensor(losses), torch.tensor(query_accuracy)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_equals_a_plain_loop(backbone, images, processor, kind):
+    space = ParameterSpace.from_backbone(backbone, CONFIGS[kind](backbone, 2))
+    found = run(space, backbone, images, processor)
+    assert found.deltas.shape == (4, 4, space.n_tokens, space.token_dim)
+    assert not found.diverged.any()
+    for i, generator in enumerate(seeds(4)):
+        deltas, losses, query_accuracy = plain_loop(space, backbone, images[i], processor, generator)
+        torch.testing.assert_close(found.losses[i], losses, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.query_accuracy[i], query_accuracy)
+        # Adam turns gradients of nearly zero into steps of a sign that rounding decides: compare almost all numbers.
+        close = ((found.deltas[i] - deltas).abs() < 1e-4)[:, space.mask]
+        assert close.float().mean() > 0.98
+    moved = (found.deltas[:, -1] - found.deltas[:, 0])[:, space.mask].abs()
+    assert 1e-3 < moved.mean() < 5 * 3e-3
+    assert not found.deltas[:, :, ~space.mask].any()
+
+
+def test_learns_and_leaves_the_backbone_alone(backbone, images, processor):
+    space = ParameterSpace.from_backbone(backbone, bias_config(backbone, 2))
+    space.inject(backbone)
+    before = Snapshot(backbone)
+    found = run(space, backbone, images, processor, Teacher(steps=30, n_points=2, learning_rate=3e-3))
+    before.assert_unchanged()
+    assert (found.losses[:, -5:].mean(dim=1) < found.losses[:, :5].mean(dim=1)).all()
+    assert ((found.query_accuracy >= 0) & (found.query_accuracy <= 100)).all()
+    assert found.support_accuracy[:, -1].mean() >= found.support_accuracy[:, 0].mean()
+
+
+def test_a_task_does_not_depend_on_the_others(backbone, images, processor):
+    space = ParameterSpace.from_backbone(backbone, bias_config(backbone, 2))
+    found = run(space, backbone, images, processor)
+    other = images.clone()
+    other[1:] = 255 - other[1:]
+    again = run(space, backbone, other, processor)
+    assert torch.equal(again.deltas[0], found.deltas[0])
+    assert torch.equal(again.losses[0], found.losses[0])
+    assert not torch.equal(again.deltas[1], found.deltas[1])
+    alone = run(space, backbone, images[2:3], processor, generators=seeds(3)[2:])
+    torch.testing.assert_close(alone.losses[0], found.losses[2], rtol=1e-3, atol=1e-4)
+
+
+def test_a_task_that_diverges_is_marked_and_harms_no_other(backbone, images, processor):
+    space = ParameterSpace.from_backbone(backbone, bias_config(backbone, 2))
+    found = run(space, backbone, images, processor)
+    broken = images.clone()
+    broken[1, 0] = float("nan")
+    beside = run(space, backbone, broken, processor)
+    assert beside.diverged.tolist() == [False, True, False, False]
+    for row in (0, 2, 3):
+        assert torch.equal(beside.deltas[row], found.deltas[row])
+    assert run(space, backbone, images, processor, Teacher(steps=3, learning_rate=1e30)).diverged.all()
+    # What half precision cannot hold counts, too.
+    assert run(space, backbone, images[:1], processor, Teacher(steps=1, noise=1e6)).diverged.all()
+
+
+def test_start_is_noisy_and_what_is_drawn_is_the_tasks_own(backbone, images, processor):
+    space = ParameterSpace.from_backbone(backbone, lora_config(backbone, 2))
+    found = run(space, backbone, images, processor, Teacher(steps=2, noise=0.01))
+    start = found.deltas[:, 0][:, space.mask]
+    assert start.std().item() == pytest.approx(0.01, rel=0.1)
+    assert torch.pdist(start).min() > 0
+    exact = run(space, backbone, images, processor, Teacher(steps=2, noise=0))
+    assert not exact.deltas[:, 0].any()
+
+
+def test_points_are_denser_early_and_end_at_the_end():
+    assert Teacher().recorded == [0, 1, 2, 3, 5, 7, 10, 12]
+    assert Teacher(steps=3).recorded == [0, 1, 2, 3]
+    assert Teacher(steps=50, n_points=2).times == [0.0, 1.0]
+    steps = Teacher(steps=100, n_points=6).recorded
+    gaps = [b - a for a, b in itertools.pairwise(steps)]
+    assert gaps == sorted(gaps)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        Teacher(steps=0)

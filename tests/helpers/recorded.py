@@ -1,0 +1,50 @@
+"""Made-up domains and trajectories, for tests of what is trained on recorded ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hf_hyperflow import HyperFlowAdapter
+from hf_hyperflow.data.domains import Domain
+from hf_hyperflow.data.tasks import draw_task
+from hf_hyperflow.finetuning.trajectories import Trajectories
+from tests.helpers.tiny import SIZE
+
+TIMES = torch.tensor([0.0, 0.25, 0.5, 1.0])
+
+
+def colours(name: str, *, n_classes: int = 6, per_class: int = 20, seed: int = 0) -> Domain:
+    """Noisy colours, one per class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n_classes).repeat_interleave(per_class)
+    colour = torch.randint(40, 216, (n_classes, 3, 1, 1), generator=generator)[labels]
+    images = colour + torch.randint(-40, 40, (len(labels), 3, SIZE, SIZE), generator=generator)
+    return Domain(name, images.byte(), labels, [f"c{c}" for c in range(n_classes)])
+
+
+def straight(velocity: torch.Tensor) -> Callable[[int, float], torch.Tensor]:
+    """The same straight way for every task."""
+    return lambda row, time: time * velocity
+
+
+def made_trajectories(
+    adapter: HyperFlowAdapter,
+    domains: list[Domain],
+    n_rows: int,
+    *,
+    place: Callable[[int, float], torch.Tensor] | None = None,
+    times: torch.Tensor = TIMES,
+    seed: int = 0,
+) -> Trajectories:
+    """Trajectories of drawn tasks whose theta minus start is `place(row, time)`, random walks by default."""
+    mask = adapter.space.mask
+    if place is None:
+        generator = torch.Generator().manual_seed(seed)
+        steps = 0.05 * torch.randn(n_rows, len(times), *mask.shape, generator=generator)
+        deltas = steps.cumsum(dim=1)
+    else:
+        deltas = torch.stack([torch.stack([place(row, t) for t in times.tolist()]) for row in range(n_rows)])
+    tasks = [draw_task(domains, index, seed=seed, randomize_prob=0.5) for index in range(n_rows)]
+    return Trajectories(tasks, times, (deltas * mask).half(), mask, 0, {})

@@ -1,0 +1,552 @@
+"""Pushing to and loading from a Hub, with the real client over HTTP, each user in a process of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+from hf_hyperflow import AdaptedTask, HyperFlowAdapter
+from hf_hyperflow.modeling.peft_configs import bias_config
+from tests.helpers.hub_server import PART_SIZE, Hub
+
+# Runs the lines of code it is sent, one after the other, and answers with `result` or the error.
+SESSION = """
+import json, sys
+names = {}
+for line in sys.stdin:
+    try:
+        exec(json.loads(line), names)
+        answer = {"result": names.pop("result", None)}
+    except Exception as error:
+        answer = {"error": type(error).__name__, "message": str(error)}
+    print("\\n@" + json.dumps(answer), flush=True)
+"""
+
+PRELUDE = """
+import hashlib, os, torch
+from transformers import AutoModel
+from hf_hyperflow import AdaptedTask, HyperFlowAdapter
+
+def digest(model):
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest()
+
+def scores(name, **hub):
+    task = AdaptedTask.from_pretrained(name, backbone, **hub)
+    result = task.class_names, task.logits(pixels).tolist()
+    task.reset()
+    return result
+
+torch.manual_seed(5)
+pixels = torch.randn(3, 3, 28, 28)
+backbone = AutoModel.from_pretrained({backbone!r}).eval()
+"""
+
+
+class User:
+    """A process with its own cache and token. `do` runs code in it and gives back what it set `result` to."""
+
+    def __init__(self, hub: Hub, home: Path, code: str, token: str | None = None, **env: str):
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+        own |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0"}
+        inherited = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "TRANSFORMERS_OFFLINE")}
+        environment = inherited | own | env | ({"HF_TOKEN": token} if token else {})
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        self.process = subprocess.Popen([sys.executable, "-c", SESSION], env=environment, **pipes)
+        self.send(code)
+        self.ready = False
+
+    def send(self, code: str) -> None:
+        self.process.stdin.write(json.dumps(code) + "\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> dict:
+        for line in self.process.stdout:
+            if line.startswith("@"):
+                return json.loads(line[1:])
+        raise RuntimeError("the process has ended")
+
+    def ask(self, code: str) -> dict:
+        if not self.ready:
+            first, self.ready = self.answer(), True
+            assert "error" not in first, first
+        self.send(code)
+        return self.answer()
+
+    def do(self, code: str) -> object:
+        answer = self.ask(code)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def fails(self, code: str) -> str:
+        """The message of the `CheckpointError` that the code ends with; one short line."""
+        answer = self.ask(code)
+        assert answer.get("error") == "CheckpointError", answer
+        assert len(answer["message"]) < 400, answer["message"]
+        assert "\n" not in answer["message"]
+        return answer["message"]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with Hub() as hub:
+        yield hub
+        assert hub.unknown == [], "the client asked for what the small Hub of the tests does not know"
+
+
+@pytest.fixture(scope="module")
+def prelude(saved):
+    return PRELUDE.format(backbone=str(saved / "backbone"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of a backbone, of two adapters for it (the second above 10 MB) and of a task; random weights."""
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=32, num_attention_heads=2, num_hidden_layers=4, image_size=28, patch_size=14)
+    backbone = Dinov2Model(config).eval()
+    backbone.save_pretrained(folder / "backbone")
+    processor = BitImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    for name, width, depth in (("adapter", 32, 2), ("big", 256, 3)):
+        adapter = HyperFlowAdapter.from_backbone(
+            backbone,
+            bias_config(backbone, 2),
+            last_blocks=2,
+            processor=processor,
+            drift_width=width,
+            drift_depth=depth,
+            drift_heads=2,
+        )
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        adapter.save_pretrained(folder / name)
+    task = adapter.adapt(backbone, (torch.randn(6, 3, 28, 28), torch.tensor([0, 0, 1, 1, 2, 2])))
+    assert task.theta.abs().max() > 1e-3
+    task.save_pretrained(folder / "task")
+    task.reset()
+    assert (folder / "big/model.safetensors").stat().st_size > 2 * PART_SIZE
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alice(hub, prelude, saved, tmp_path_factory):
+    """Owns everything on the Hub; has pushed the task and the big adapter."""
+    user = User(hub, tmp_path_factory.mktemp("alice"), prelude, token="hf_alice")
+    code = f"AdaptedTask.from_pretrained({str(saved / 'task')!r}, backbone)"
+    user.do(f"task = {code}; task.push_to_hub('alice/task'); task.reset()")
+    user.do(push(saved / "big", "alice/big"))
+    yield user
+    user.close()
+
+
+@pytest.fixture(scope="module")
+def guest(hub, prelude, tmp_path_factory):
+    """Has no token."""
+    user = User(hub, tmp_path_factory.mktemp("guest"), prelude)
+    yield user
+    user.close()
+
+
+def digest(folder: Path) -> str:
+    state = HyperFlowAdapter.from_pretrained(folder).state_dict()
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in state.values())).hexdigest()
+
+
+def push(folder: Path, repo: str, **options: object) -> str:
+    """Code that loads an adapter from a folder, pushes it and gives the sha of the commit."""
+    return f"result = HyperFlowAdapter.from_pretrained({str(folder)!r}).push_to_hub({repo!r}, **{options!r}).oid"
+
+
+def load(repo: str, **options: object) -> str:
+    return f"result = digest(HyperFlowAdapter.from_pretrained({repo!r}, **{options!r}))"
+
+
+def load_anew(repo: str, cache: Path, **options: object) -> str:
+    return load(repo, cache_dir=str(cache), **options)
+
+
+# Round trips
+
+
+def test_adapter_goes_to_the_hub_and_back_bit_for_bit(hub, alice, guest, saved):
+    files = hub.files("alice/big")
+    repo = hub.repos["alice/big"]
+    assert len(repo.commits) == 2, "the Hub's own first commit and one of ours"
+    code = {name for name in files if name.endswith(".py")}  # for trust_remote_code
+    assert {"adapter.py", "configuration.py", "drift.py"} <= code
+    assert set(files) - code == {
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+    assert json.loads(files["config.json"])["weights_sha256"] == hashlib.sha256(files["model.safetensors"]).hexdigest()
+    assert len(hub.requests("PUT", "/lfs/")) >= 3, "in parts"
+    assert guest.do(load("alice/big")) == digest(saved / "big")
+    code = (
+        "a = HyperFlowAdapter.from_pretrained('alice/big'); result = [a.name_or_path, a.processor.crop_size['width']]"
+    )
+    assert guest.do(code) == ["alice/big", 28]
+    assert alice.do(load("alice/big")) == digest(saved / "big")
+    downloads = hub.requests("GET", "/cdn/")
+    assert downloads
+    assert not any("authorization" in seen.headers for seen in downloads), "the token went to another host"
+
+
+def test_task_goes_to_the_hub_and_back_bit_for_bit(hub, alice, guest, saved):
+    assert set(hub.files("alice/task")) == {
+        ".gitattributes",
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "checksums.json",
+        "preprocessor_config.json",
+        "prototypes.safetensors",
+    }
+    from_hub, from_folder = guest.do(f"result = [scores('alice/task'), scores({str(saved / 'task')!r})]")
+    assert from_hub == from_folder
+    assert from_hub[0] == ["0", "1", "2"]
+
+
+def test_save_pretrained_pushes_when_asked(hub, alice, saved, tmp_path):
+    code = f"a = HyperFlowAdapter.from_pretrained({str(saved / 'adapter')!r})\n"
+    alice.do(code + f"a.save_pretrained({str(tmp_path / 'mine')!r}, push_to_hub=True, private=True)")
+    assert hub.repos["alice/mine"].private
+    assert hub.files("alice/mine")["config.json"] == (tmp_path / "mine/config.json").read_bytes()
+
+
+def test_push_folder_leaves_out_hidden_files(hub, alice, tmp_path):
+    for name in ("config.json", "parts/a.json", ".git/HEAD", ".env", "__pycache__/a.pyc"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    code = "from hf_hyperflow.modeling.hub import push_folder\n"
+    alice.do(code + f"push_folder({str(tmp_path)!r}, 'folder')")
+    assert set(hub.files("alice/folder")) == {".gitattributes", "config.json", "parts/a.json"}
+    message = alice.fails(code + f"push_folder({str(tmp_path / 'nothing')!r}, 'nothing')")
+    assert f"no folder {tmp_path / 'nothing'}" in message
+
+
+def test_pushing_the_same_again_sends_and_commits_nothing(hub, alice, saved):
+    first = alice.do(push(saved / "adapter", "alice/same"))
+    before, commits = len(hub.requests("PUT", "")), len(hub.repos["alice/same"].commits)
+    assert alice.do(push(saved / "adapter", "alice/same")) == first
+    assert len(hub.requests("PUT", "")) == before
+    assert len(hub.repos["alice/same"].commits) == commits
+
+
+def test_revisions(hub, alice, guest, saved):
+    old, new = digest(saved / "adapter"), digest(saved / "big")
+    sha = alice.do(push(saved / "adapter", "alice/pinned"))
+    alice.do("from huggingface_hub import create_tag; create_tag('alice/pinned', tag='v1')")
+    assert guest.do(load("alice/pinned")) == old
+    alice.do(push(saved / "big", "alice/pinned"))
+    alice.do(push(saved / "adapter", "alice/pinned", revision="trial/1", commit_message="Try it"))
+    assert guest.do(load("alice/pinned")) == new
+    assert guest.do(load("alice/pinned", revision=sha)) == old
+    assert guest.do(load("alice/pinned", revision="v1")) == old
+    assert guest.do(load("alice/pinned", revision="trial/1")) == old
+    assert guest.do(load("alice/pinned", revision="main")) == new
+    message = guest.fails(load("alice/pinned", revision="v9"))
+    assert "alice/pinned has no revision 'v9'" in message
+
+
+def test_a_card_somebody_wrote_on_the_hub_is_kept(hub, alice, saved):
+    alice.do(push(saved / "adapter", "alice/described"))
+    card = hub.files("alice/described")["README.md"].decode()
+    data = yaml.safe_load(card.split("---\n")[1])
+    assert data["library_name"] == "hf_hyperflow"
+    assert data["pipeline_tag"] == "image-classification"
+    assert "few-shot-learning" in data["tags"]
+    own = card.replace("<!-- Written by", "<!-- Was written by") + "\nMy own words.\n"
+    upload = f"upload_file(path_or_fileobj={own.encode()!r}, path_in_repo='README.md', repo_id='alice/described')"
+    alice.do("from huggingface_hub import upload_file; " + upload)
+    alice.do(push(saved / "big", "alice/described"))
+    assert hub.files("alice/described")["README.md"].decode() == own
+    assert hub.files("alice/described")["model.safetensors"] == (saved / "big/model.safetensors").read_bytes()
+
+
+# Who may do what
+
+
+def test_private_repository(hub, alice, guest, saved, tmp_path):
+    alice.do(push(saved / "adapter", "alice/secret", private=True))
+    assert hub.repos["alice/secret"].private
+    assert alice.do(load_anew("alice/secret", tmp_path / "own")) == digest(saved / "adapter")
+    for message in (
+        guest.fails(load("alice/secret")),
+        guest.fails(load("alice/secret", token="hf_bob")),
+        guest.fails("scores('alice/secret')"),
+    ):
+        assert "alice/secret" in message
+        assert "private" in message
+        assert "hf auth login" in message
+    assert guest.do(load("alice/secret", token="hf_alice")) == digest(saved / "adapter")
+
+
+def test_wrong_token(hub, guest, saved, tmp_path):
+    for code in (
+        load_anew("alice/task", tmp_path, token="hf_expired"),
+        f"scores('alice/task', token='hf_expired', cache_dir={str(tmp_path)!r})",
+        push(saved / "adapter", "alice/other", token="hf_expired"),
+    ):
+        message = guest.fails(code)
+        assert "refused the token" in message
+        assert "/settings/tokens" in message
+        assert "hf auth login" in message
+    assert "alice/other" not in hub.repos
+
+
+def test_missing_repository(guest):
+    message = guest.fails(load("alice/nothing"))
+    assert "no folder alice/nothing and no such repository" in message
+    assert "Check the name" in message
+    assert "there is no folder ./adapters/mine" in guest.fails(load("./adapters/mine"))
+
+
+def test_repositories_of_another_kind(hub, alice, guest, tmp_path):
+    alice.do("backbone.push_to_hub('alice/backbone')")
+    message = guest.fails(load("alice/backbone"))
+    assert "alice/backbone" in message
+    assert "does not describe a HyperFlow adapter" in message
+    weights = hub.repos["alice/backbone"].commits[hub.repos["alice/backbone"].branches["main"]]["model.safetensors"]
+    assert not hub.requests("GET", f"/cdn/{weights['lfs']}"), "fetched the weights before looking at the config"
+    message = guest.fails(load("alice/task"))
+    assert "alice/task" in message
+    assert "AdaptedTask.from_pretrained" in message
+    assert "alice/big holds no readable HyperFlow task" in guest.fails("scores('alice/big')")
+
+
+def test_push_needs_a_token_that_may_write(hub, alice, guest, saved):
+    message = guest.fails(push(saved / "adapter", "alice/forbidden"))
+    assert "cannot push alice/forbidden" in message
+    assert "hf auth login" in message
+    for repo, token in (("alice/forbidden", "hf_alice_read"), ("alice/forbidden", "hf_bob"), ("alice/task", "hf_bob")):
+        message = guest.fails(push(saved / "adapter", repo, token=token))
+        assert f"cannot push {repo}" in message
+        assert "may not write" in message
+    assert "alice/forbidden" not in hub.repos
+    assert "model.safetensors" not in hub.files("alice/task")
+
+
+# Interruptions
+
+
+def other_weights(saved: Path, folder: Path, seed: int) -> Path:
+    """The big adapter with weights that the Hub has not seen."""
+    adapter = HyperFlowAdapter.from_pretrained(saved / "big")
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(next(p for p in adapter.parameters() if p.ndim == 2))
+    adapter.save_pretrained(folder)
+    return folder
+
+
+def test_upload_cut_at_the_commit(hub, alice, guest, saved, tmp_path):
+    folder = other_weights(saved, tmp_path / "adapter", seed=9)
+    sha = alice.do(push(saved / "adapter", "alice/cut"))
+    hub.cut("POST", "/api/models/alice/cut/commit/", after=100)
+    before = len(hub.requests("PUT", ""))
+    message = alice.fails(push(folder, "alice/cut"))
+    assert "connection broke" in message
+    assert "Try again" in message
+    assert hub.repos["alice/cut"].branches["main"] == sha
+    assert guest.do(load_anew("alice/cut", tmp_path / "between")) == digest(saved / "adapter")
+    between = len(hub.requests("PUT", ""))
+    assert between > before
+    alice.do(push(folder, "alice/cut"))
+    assert len(hub.requests("PUT", "")) == between, "the weights were there already"
+    assert guest.do(load_anew("alice/cut", tmp_path / "after")) == digest(folder)
+
+
+def test_upload_cut_in_the_middle_of_the_weights_goes_on(hub, alice, guest, saved, tmp_path):
+    folder = other_weights(saved, tmp_path / "adapter", seed=1)
+    cut = hub.cut("PUT", "/lfs/", after=PART_SIZE // 2)
+    alice.do(push(folder, "alice/bumpy"))
+    assert cut.reached.is_set()
+    assert guest.do(load("alice/bumpy")) == digest(folder)
+
+
+def test_upload_that_never_gets_through_changes_nothing(hub, alice, saved, tmp_path):
+    folder = other_weights(saved, tmp_path / "adapter", seed=2)
+    commits = dict(hub.repos["alice/task"].commits)
+    cut = hub.cut("PUT", "/lfs/", after=PART_SIZE // 2, times=100)
+    no_waiting = "import time; sleep = time.sleep; time.sleep = lambda seconds: None\n"
+    message = alice.fails(no_waiting + push(folder, "alice/task"))
+    cut.times = 0
+    alice.do("time.sleep = sleep")
+    assert "cannot push alice/task" in message
+    assert "nothing was changed" in message
+    assert hub.repos["alice/task"].commits == commits
+
+
+def test_upload_killed_in_the_middle(hub, guest, prelude, saved, tmp_path):
+    folder = other_weights(saved, tmp_path / "adapter", seed=3)
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    cut = hub.cut("PUT", f"/lfs/{weights}", after=PART_SIZE // 2, stall=True)
+    first = User(hub, tmp_path / "home", prelude, token="hf_alice")
+    first.send(push(folder, "alice/killed"))
+    assert cut.reached.wait(60)
+    first.close()
+    cut.release.set()
+    assert set(hub.files("alice/killed")) == {".gitattributes"}
+    assert weights not in hub.lfs
+    assert "alice/killed" in guest.fails(load("alice/killed"))
+    guest.do(push(folder, "alice/killed", token="hf_alice"))
+    assert guest.do(load("alice/killed")) == digest(folder)
+
+
+def test_download_cut_in_the_middle_resumes_with_a_range_request(hub, alice, guest, saved, tmp_path):
+    folder = other_weights(saved, tmp_path / "adapter", seed=4)
+    alice.do(push(folder, "alice/long"))
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    cut = hub.cut("GET", f"/cdn/{weights}", after=11_000_000)
+    assert guest.do(load("alice/long")) == digest(folder)
+    assert cut.reached.is_set()
+    ranges = [seen.headers.get("range") for seen in hub.requests("GET", f"/cdn/{weights}")]
+    assert ranges == [None, "bytes=10485760-"], "the client keeps what came in whole chunks of 10 MiB"
+
+
+def test_download_that_never_gets_through_is_never_loaded(hub, guest, saved, tmp_path):
+    weights = hashlib.sha256((saved / "big/model.safetensors").read_bytes()).hexdigest()
+    cut = hub.cut("GET", f"/cdn/{weights}", after=9_000_000, times=100)
+    no_waiting = "import time; sleep = time.sleep; time.sleep = lambda seconds: None\n"
+    message = guest.fails(no_waiting + load_anew("alice/big", tmp_path))
+    cut.times = 0
+    guest.do("time.sleep = sleep")
+    assert "cannot load alice/big" in message
+    assert "connection broke" in message
+    message = guest.fails(load_anew("alice/big", tmp_path, local_files_only=True))
+    assert "the cache does not hold all of alice/big" in message
+    assert guest.do(load_anew("alice/big", tmp_path)) == digest(saved / "big")
+
+
+def test_download_killed_in_the_middle_is_never_loaded(hub, guest, prelude, saved, tmp_path):
+    weights = hashlib.sha256((saved / "big/model.safetensors").read_bytes()).hexdigest()
+    cut = hub.cut("GET", f"/cdn/{weights}", after=11_000_000, stall=True)
+    first = User(hub, tmp_path / "home", prelude)
+    first.send(load_anew("alice/big", tmp_path / "cache"))
+    assert cut.reached.wait(60)
+    first.close()
+    cut.release.set()
+    assert list((tmp_path / "cache").rglob("*.incomplete")), "killed in the middle, or this test tests nothing"
+    message = guest.fails(load_anew("alice/big", tmp_path / "cache", local_files_only=True))
+    assert "the cache does not hold all of alice/big" in message
+    before = len(hub.requests("GET", "/alice/big/resolve/"))
+    assert guest.do(load_anew("alice/big", tmp_path / "cache")) == digest(saved / "big")
+    assert len(hub.requests("GET", "/alice/big/resolve/")) == before, "what had come in whole was fetched again"
+
+
+def test_damage_on_the_way_is_noticed(hub, alice, guest, saved):
+    alice.do(push(saved / "adapter", "alice/damaged"))
+    repo = hub.repos["alice/damaged"]
+    files = repo.commits[repo.branches["main"]]
+    data = bytearray(hub.content(files["model.safetensors"]))
+    data[-1] ^= 1
+    other = hashlib.sha256(data).hexdigest()
+    hub.lfs[other] = bytes(data)
+    files["model.safetensors"] = {"lfs": other}
+    message = guest.fails(load("alice/damaged"))
+    assert "damaged or incomplete" in message
+    assert "model.safetensors" in message
+
+
+# Offline
+
+
+def test_offline(hub, alice, guest, prelude, saved, tmp_path_factory):
+    home = tmp_path_factory.mktemp("traveller")
+    alice.do(push(saved / "adapter", "alice/cached"))
+    caches = {"cache_dir": str(home / "hub")}
+    guest.do(load("alice/cached", **caches))
+    task = guest.do(f"result = scores('alice/task', **{caches!r})")
+    traveller = User(hub, home, prelude, HF_HUB_OFFLINE="1")
+    before = len(hub.seen)
+    try:
+        assert traveller.do(load("alice/cached")) == digest(saved / "adapter")
+        assert traveller.do("result = scores('alice/task')") == task
+        cold = traveller.fails(load("alice/big"))
+        cold_task = traveller.fails("scores('alice/no-task')")
+        pushed = traveller.fails(push(saved / "adapter", "alice/cached"))
+    finally:
+        traveller.close()
+    assert "HF_HUB_OFFLINE" in cold
+    assert "the cache does not hold all of alice/big" in cold
+    assert "alice/no-task" in cold_task
+    assert "Go online to push" in pushed
+    assert len(hub.seen) == before
+
+
+def test_no_connection(hub, guest, prelude, saved, tmp_path_factory):
+    """What is in the cache loads; what is not ends with a word about the connection."""
+    home = tmp_path_factory.mktemp("cut-off")
+    task = guest.do(f"result = scores('alice/task', cache_dir={str(home / 'hub')!r})")
+    user = User(hub, home, prelude, token="hf_alice", HF_ENDPOINT="http://127.0.0.1:9")
+    try:
+        assert user.do("result = scores('alice/task')") == task
+        for code in (load("alice/big"), "scores('alice/big')", push(saved / "adapter", "alice/big")):
+            message = user.fails(code)
+            assert "http://127.0.0.1:9 cannot be reached" in message
+            assert "alice/big" in message
+    finally:
+        user.close()
+
+
+# Without this package
+
+PLAIN = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hf_hyperflow":
+            raise ModuleNotFoundError(f"No module named {{name!r}}")
+
+sys.meta_path.insert(0, Blocker())
+import torch
+from peft import PeftModel
+from transformers import AutoModel
+
+torch.manual_seed(5)
+pixels = torch.randn(3, 3, 28, 28)
+start = lambda: AutoModel.from_pretrained({backbone!r}).eval()
+features = lambda model: model(pixels).last_hidden_state[:, 0].tolist()
+torch.set_grad_enabled(False)
+"""
+
+
+def test_peft_and_transformers_load_a_pushed_task_without_this_package(hub, alice, saved, tmp_path):
+    plain = User(hub, tmp_path, PLAIN.format(backbone=str(saved / "backbone")))
+    try:
+        assert plain.ask("import hf_hyperflow")["error"] == "ModuleNotFoundError"
+        bare = plain.do("result = features(start())")
+        by_peft = plain.do("result = features(PeftModel.from_pretrained(start(), 'alice/task').eval())")
+        code = "model = start(); model.load_adapter('alice/task'); result = features(model.eval())"
+        by_transformers = plain.do(code)
+        modules = plain.do("result = [name for name in sys.modules if name.startswith('hf_hyperflow')]")
+    finally:
+        plain.close()
+    backbone = Dinov2Model.from_pretrained(saved / "backbone").eval()
+    task = AdaptedTask.from_pretrained(saved / "task", backbone)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        own = backbone(torch.randn(3, 3, 28, 28)).last_hidden_state[:, 0]
+    task.reset()
+    assert modules == []
+    assert not torch.allclose(torch.tensor(bare), own, atol=1e-3), "the adapter does something"
+    torch.testing.assert_close(torch.tensor(by_peft), own, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(by_transformers), own, rtol=1e-5, atol=1e-6)
