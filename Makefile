@@ -4,8 +4,10 @@ VENV ?= .venv
 # The release that the figures in this repository were measured with. On Linux, PyPI's wheel brings CUDA along.
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
+# Two processes of one thread each are faster than one of two: much of the time is the start of Python.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: quickstart train-demo test quality style clean
+.PHONY: quickstart train-demo test test-all quality style clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -16,7 +18,7 @@ $(VENV)/.installed-%: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	touch $@
 
-quickstart: $(VENV)/.installed-ode
+quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/hyperflow quickstart
 
 # Yours instead of the images that are drawn: make train-demo DATA="a.parquet folder" UNSEEN="b.parquet" OUT=outputs/mine
@@ -24,13 +26,17 @@ OUT ?= outputs/demo
 train-demo: $(VENV)/.installed-train
 	$(BIN)/python -m training.demo.run $(if $(DATA),--dataset $(DATA)) $(if $(UNSEEN),--unseen $(UNSEEN)) --output_dir $(OUT)
 
-# Two processes of one thread each are faster than one of two: much of the time is the start of Python.
+# The fast tier: what a change should pass before it is shown to anybody.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not slow and not browser and not hub"
+
+test-all: $(VENV)/.installed-test
+	$(PYTEST)
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
