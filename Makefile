@@ -18,7 +18,7 @@ $(VENV)/.installed-%: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	touch $@
 
-quickstart: $(VENV)/.installed-quickstart
+quickstart: $(VENV)/.installed-cli,benchmark
 	$(BIN)/hyperflow quickstart
 
 # Yours instead of the images that are drawn: make train-demo DATA="a.parquet folder" UNSEEN="b.parquet" OUT=outputs/mine
