@@ -1,13 +1,14 @@
-"""Seeded few-shot episodes: CD-FSL's fixed way and shot, Meta-Dataset's variable ones.
+"""Seeded few-shot episodes: CD-FSL's with fixed ways and shots, Meta-Dataset's with variable ones.
 
-Episode `index` of a domain is a function of `(seed, domain name, index)` alone: the same on any machine, in any order
-and for any number of processes.
+An episode is a function of `(seed, domain name, index)` alone: it is the same on every machine, in any order of
+drawing and for any number of processes.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +23,10 @@ class Episode:
 
     Attributes:
         domain: name of the domain.
-        index: which episode of that domain.
+        index: which episode of that domain this is.
         classes: the domain's class of each way, `(n_way,)`.
         support, query: image indices, `(n_support,)` and `(n_query,)`.
-        support_labels, query_labels: 0..n_way-1, of the same lengths.
+        support_labels, query_labels: their labels in 0..n_way-1, of the same shapes.
     """
 
     domain: str
@@ -42,96 +43,114 @@ class Episode:
 
 
 def episode_generator(seed: int, domain: str, index: int) -> np.random.Generator:
-    """The random numbers of episode `index`: a PCG64 stream keyed by `(seed, domain, index)`."""
+    """The random numbers of episode `index`: a PCG64 stream whose seed is `(seed, domain, index)`."""
     return np.random.Generator(np.random.PCG64([seed, zlib.crc32(domain.encode()), index]))
 
 
 def cdfsl_episode(domain: Domain, index: int, *, n_way: int, n_shot: int, n_query: int = 15, seed: int = 0) -> Episode:
-    """A fixed way/shot episode (Guo et al. 2020, CD-FSL): `n_shot` support and `n_query` query images of each class.
+    """An episode of fixed ways and shots (CD-FSL, Guo et al. 2020).
 
-    Domains with fewer usable classes than `n_way` give episodes of all of them (`Episode.n_way` says how many).
+    Each class gives `n_shot` support and `n_query` query images. A domain with fewer usable classes than `n_way`
+    gives an episode of all of them; `Episode.n_way` tells how many.
 
     Raises:
         ValueError: fewer than two classes have `n_shot + n_query` images; the message says what there is.
     """
     generator = episode_generator(seed, domain.name, index)
-    by_class = domain.indices_by_class()
-    usable = [c for c, images in enumerate(by_class) if len(images) >= n_shot + n_query]
-    _require_two_classes(domain, usable, n_shot + n_query)
-    classes = generator.permutation(usable)[:n_way]
-    counts = [(n_shot, n_query)] * len(classes)
-    return _draw(domain, index, classes, counts, by_class, generator)
+    classes = generator.permutation(_usable_classes(domain, n_shot + n_query))[:n_way]
+    return _draw_images(domain, index, classes, [n_shot] * len(classes), n_query, generator)
 
 
 def meta_dataset_episode(domain: Domain, index: int, *, seed: int = 0, max_way: int = 50) -> Episode:
-    """A variable way/shot episode (Triantafillou et al. 2020, Meta-Dataset, section 3.2).
+    """An episode of variable ways and shots (Meta-Dataset, Triantafillou et al. 2020, section 3.2).
 
-    Ways are U{5..min(50, C)}; all classes get the same number of queries, at most 10 and half of the smallest; the
-    support set has at most 500 images, at most 100 a class, unbalanced in proportion to noisy class sizes. Where
-    class names are `<group>/<class>` (Omniglot's alphabets), an episode keeps to one group.
+    The number of ways is uniform in 5..min(`max_way`, number of classes). All classes have the same number of queries,
+    at most 10 and at most half of the smallest class. The support set has at most 500 images and at most 100 of a
+    class, and is unbalanced: the shots follow noisy class sizes. Where class names are `<group>/<class>` (Omniglot's
+    alphabets), an episode keeps to one group.
 
     Raises:
-        ValueError: fewer than two classes have two images.
+        ValueError: fewer than two classes have two images; the message says what there is.
     """
     generator = episode_generator(seed, domain.name, index)
-    by_class = domain.indices_by_class()
-    usable = [c for c, images in enumerate(by_class) if len(images) >= 2]
-    _require_two_classes(domain, usable, 2)
+    usable = _usable_classes(domain, 2)
     if all("/" in domain.class_names[c] for c in usable):
-        usable = _one_group(domain, usable, generator)
+        usable = _draw_group(domain, usable, generator)
     most = min(max_way, len(usable))
     n_way = int(generator.integers(min(5, most), most + 1))
     classes = generator.permutation(usable)[:n_way]
-    sizes = np.array([len(by_class[c]) for c in classes])
+    sizes = domain.class_sizes().numpy()[classes]
     n_query = int(min(10, (sizes // 2).min()))
-    rest = sizes - n_query
+    shots = _draw_shots(sizes, n_query, generator)
+    return _draw_images(domain, index, classes, shots, n_query, generator)
+
+
+def _draw_shots(sizes: np.ndarray, n_query: int, generator: np.random.Generator) -> list[int]:
+    """Support images of each class, from the class sizes `(n_way,)`: Meta-Dataset, section 3.2, steps 2 and 3."""
+    n_way = len(sizes)
+    available = sizes - n_query
     beta = 1.0 - generator.random()  # in (0, 1]
-    n_support = min(500, sum(math.ceil(beta * min(100, r)) for r in rest))
+    n_support = min(500, int(np.ceil(beta * np.minimum(100, available)).sum()))
     weights = sizes * np.exp(generator.uniform(-math.log(2), math.log(2), n_way))
     shares = weights / weights.sum()
-    shots = np.minimum((shares * max(0, n_support - n_way)).astype(int) + 1, rest)
-    counts = [(int(shot), n_query) for shot in shots]
-    return _draw(domain, index, classes, counts, by_class, generator)
+    shots = np.minimum((shares * max(0, n_support - n_way)).astype(int) + 1, available)
+    return shots.tolist()
 
 
-def _require_two_classes(domain: Domain, usable: list[int], needed: int) -> None:
+def _usable_classes(domain: Domain, n_images: int) -> list[int]:
+    """The classes with at least `n_images` images; ValueError if they are fewer than two."""
+    usable = domain.classes_with(n_images)
     if len(usable) < 2:
-        sizes = sorted((len(images) for images in domain.indices_by_class()), reverse=True)[:5]
+        largest = domain.class_sizes().sort(descending=True).values[:5].tolist()
         raise ValueError(
-            f"domain {domain.name!r} has {len(usable)} classes of at least {needed} images and an episode needs two; "
-            f"its largest classes hold {sizes}. Ask for fewer shots or queries, or give more images."
+            f"domain {domain.name!r} has {len(usable)} classes of at least {n_images} images and an episode needs two; "
+            f"its largest classes hold {largest}. Ask for fewer shots or queries, or give more images."
         )
+    return usable
 
 
-def _one_group(domain: Domain, usable: list[int], generator: np.random.Generator) -> list[int]:
+def group_classes(domain: Domain, classes: Iterable[int]) -> dict[str, list[int]]:
+    """Classes whose names are `<group>/<class>`, by group; groups and classes keep their order."""
     groups: dict[str, list[int]] = {}
-    for c in usable:
-        groups.setdefault(domain.class_names[c].split("/")[0], []).append(c)
-    large = [classes for classes in groups.values() if len(classes) >= 5]
-    large = large or [classes for classes in groups.values() if len(classes) >= 2] or [usable]
-    return large[int(generator.integers(len(large)))]
+    for c in classes:
+        group = domain.class_names[c].split("/")[0]
+        groups.setdefault(group, []).append(c)
+    return groups
 
 
-def _draw(
+def _draw_group(domain: Domain, usable: list[int], generator: np.random.Generator) -> list[int]:
+    """The classes of a random group with five or more of them, or else two or more; all classes if there is none."""
+    groups = group_classes(domain, usable).values()
+    for n_classes in (5, 2):
+        large = [classes for classes in groups if len(classes) >= n_classes]
+        if large:
+            return large[int(generator.integers(len(large)))]
+    return usable
+
+
+def _draw_images(
     domain: Domain,
     index: int,
     classes: np.ndarray,
-    counts: list[tuple[int, int]],
-    by_class: list[torch.Tensor],
+    shots: Sequence[int],
+    n_query: int,
     generator: np.random.Generator,
 ) -> Episode:
+    """The episode of these classes, each with its number of support images and `n_query` queries."""
+    images = domain.indices_by_class()
     support, query = [], []
-    for c, (n_shot, n_query) in zip(classes, counts, strict=True):
-        order = torch.from_numpy(generator.permutation(len(by_class[c])))
-        chosen = by_class[c][order[: n_shot + n_query]]
+    for c, n_shot in zip(classes, shots, strict=True):
+        order = torch.from_numpy(generator.permutation(len(images[c])))
+        chosen = images[c][order[: n_shot + n_query]]
         support.append(chosen[:n_shot])
         query.append(chosen[n_shot:])
+    ways = torch.arange(len(classes))
     return Episode(
         domain=domain.name,
         index=index,
         classes=torch.from_numpy(np.array(classes, dtype=np.int64)),
         support=torch.cat(support),
-        support_labels=torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(s) for s in support])),
+        support_labels=ways.repeat_interleave(torch.tensor(shots)),
         query=torch.cat(query),
-        query_labels=torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(q) for q in query])),
+        query_labels=ways.repeat_interleave(n_query),
     )

@@ -138,8 +138,8 @@ def pretrain(arguments: Arguments, accelerator: Accelerator) -> None:
         c for c in range(len(everything.class_names)) if arguments.holdout_every and c % arguments.holdout_every == 0
     ]
     trained = [c for c in range(len(everything.class_names)) if c not in held_out]
-    domain = everything.with_classes(trained)
-    held_out_domain = everything.with_classes(held_out, "held-out") if held_out else None
+    domain = everything.select_classes(trained)
+    held_out_domain = everything.select_classes(held_out, "held-out") if held_out else None
     accelerator.print(f"{len(domain)} images of {len(trained)} classes; {len(held_out)} classes held out")
 
     if arguments.from_scratch:

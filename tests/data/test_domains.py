@@ -109,12 +109,12 @@ def test_more_than_a_chunk(processor):
 def test_indices_by_class_and_with_classes(dataset, processor):
     domain = load_domain(dataset, processor)
     assert [i.tolist() for i in domain.indices_by_class()] == [[0, 3], [1, 2, 5], [4]]
-    part = domain.with_classes([2, 0], name="part")
+    part = domain.select_classes([2, 0], name="part")
     assert part.name == "part"
     assert part.class_names == ["owl", "cat"]
     assert part.labels.tolist() == [1, 1, 0]
     assert torch.equal(part.images, domain.images[[0, 3, 4]])
-    assert domain.with_classes([1]).name == domain.name
+    assert domain.select_classes([1]).name == domain.name
 
 
 def test_joined(dataset, processor):
@@ -123,7 +123,7 @@ def test_joined(dataset, processor):
     assert len(both) == 12
     assert both.class_names == NAMES
     with pytest.raises(ValueError, match="part and dataset have different classes"):
-        join_domains([domain, domain.with_classes([0, 1], name="part")], "both")
+        join_domains([domain, domain.select_classes([0, 1], name="part")], "both")
 
 
 def test_nothing_there(tmp_path):
