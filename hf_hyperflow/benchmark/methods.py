@@ -268,7 +268,7 @@ def get_ready(
     if method in GRADIENT_METHODS:
         recipe = target.recipes.fine_tuning(method)
         with eval_mode(target.backbone), target.moving(method) as parameters:
-            fine_tune(target.cut(method), parameters, images, labels, processor, recipe, only=only)
+            fine_tune(target.cut(method), parameters, images, labels, processor, recipe, run_steps=only)
             with torch.no_grad():
                 return unit_means(whole.forward_features(pixels).float(), labels)
     with torch.no_grad(), eval_mode(target.plain()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import torch
@@ -153,9 +154,10 @@ def resize_images(pictures: list[PIL.Image.Image], processor: BaseImageProcessor
 
 def normalise(images: torch.Tensor, processor: BaseImageProcessor) -> torch.Tensor:
     """The rest of the processor's work: pixels `(n, 3, h, w)` in 0..255 become what the backbone expects, float32."""
-    mean = torch.tensor(processor.image_mean, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(processor.image_std, device=images.device).view(1, 3, 1, 1)
-    return (images.float() * processor.rescale_factor - mean) / std
+    settings: Any = processor  # transformers declares these attributes on no class that all processors share
+    mean = torch.tensor(settings.image_mean, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(settings.image_std, device=images.device).view(1, 3, 1, 1)
+    return (images.float() * settings.rescale_factor - mean) / std
 
 
 def join_domains(domains: list[Domain], name: str) -> Domain:

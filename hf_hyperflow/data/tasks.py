@@ -32,7 +32,7 @@ class TrainingTask:
 
     Attributes:
         episode: which images, as indices into the domain it names.
-        transform_seed: seed of `randomize_domain`, which changes what the images look like; None: they stay as they are.
+        transform_seed: seed of `randomize_domain`, which changes what the images look like; None: nothing changes.
         flip: whether all images are mirrored.
     """
 

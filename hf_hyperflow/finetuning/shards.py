@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 import torch
@@ -15,7 +16,26 @@ from ..data.tasks import TrainingTask
 from ..modeling.saving import atomic_file, sha256
 from .teacher import Recording
 
+#: The folder of the shards inside that of the collection.
 DATA = "data"
+
+#: The columns that training reads.
+TRAINING_COLUMNS = (
+    "index",
+    "domain",
+    "classes",
+    "support",
+    "support_labels",
+    "query",
+    "query_labels",
+    "transform_seed",
+    "flip",
+    "diverged",
+    "theta",
+)
+
+#: What version 0.1 called the column `transform_seed`.
+_OLD_TRANSFORM_SEED = "made_seed"
 
 
 def shard_path(folder: str | os.PathLike, number: int) -> Path:
@@ -26,8 +46,13 @@ def _checksum_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
+def _checksum_line(path: Path) -> str:
+    """What `sha256sum` would print for the file."""
+    return f"{sha256(path)}  {path.name}\n"
+
+
 def shard_problem(folder: str | os.PathLike, number: int) -> str | None:
-    """What keeps a shard from being used, its file named; None: it is whole."""
+    """Why a shard cannot be used, with the name of its file; None if it is whole."""
     path = shard_path(folder, number)
     if not path.is_file():
         return f"{path.name} is missing"
@@ -39,15 +64,16 @@ def shard_problem(folder: str | os.PathLike, number: int) -> str | None:
     return None
 
 
-def _checksum_line(path: Path) -> str:
-    return f"{sha256(path)}  {path.name}\n"
+def write_shard(folder: str | os.PathLike, number: int, columns: dict[str, Any]) -> None:
+    """Write a shard, and then its checksum.
 
+    Where the process is killed at any moment, the shard is either whole or does not count.
 
-def write_shard(folder: str | os.PathLike, number: int, columns: dict[str, list]) -> None:
-    """Write a shard, then its checksum: killed at any moment, there is a whole shard or one that does not count.
+    Args:
+        columns: see `shard_columns`.
 
     Raises:
-        CheckpointError: it cannot be written (a full disk, say); what was there before still is.
+        CheckpointError: it cannot be written (the disk is full, say); what was there before still is.
     """
     path = shard_path(folder, number)
     _, n_points, n_parameters = columns["theta"].shape
@@ -58,36 +84,53 @@ def write_shard(folder: str | os.PathLike, number: int, columns: dict[str, list]
         draft.write_text(_checksum_line(path))
 
 
+def read_shard(folder: str | os.PathLike, number: int) -> pyarrow.Table:
+    """The columns of a whole shard that training reads."""
+    table = read_parquet(shard_path(folder, number), [*TRAINING_COLUMNS, _OLD_TRANSFORM_SEED])
+    # Collections recorded by version 0.1 can be trained on: only the name of this column differs.
+    names = ["transform_seed" if name == _OLD_TRANSFORM_SEED else name for name in table.column_names]
+    return table.rename_columns(names)
+
+
 def shard_columns(
     tasks: list[TrainingTask], recording: Recording, mask: torch.Tensor, times: list[float], seconds: float, flops: int
-) -> dict[str, list]:
-    """The rows of a group of tasks; `seconds` and `flops` are those of one trajectory.
+) -> dict[str, Any]:
+    """The rows of a group of tasks, by column.
 
-    `bytes` is the size of a row's theta.
+    Args:
+        mask: `(n_tokens, token_dim)` bool; only the numbers of theta where it is True are stored.
+        times: of the recorded points, 0 to 1.
+        seconds, flops: what one trajectory cost.
     """
-    episodes = [task.episode for task in tasks]
     n = len(tasks)
     theta = recording.deltas[:, :, mask].half().numpy()
-    return {
-        "index": [episode.index for episode in episodes],
-        "domain": [episode.domain for episode in episodes],
-        "classes": [episode.classes.tolist() for episode in episodes],
-        "support": [episode.support.tolist() for episode in episodes],
-        "support_labels": [episode.support_labels.tolist() for episode in episodes],
-        "query": [episode.query.tolist() for episode in episodes],
-        "query_labels": [episode.query_labels.tolist() for episode in episodes],
-        "transform_seed": [task.transform_seed for task in tasks],
-        "flip": [task.flip for task in tasks],
-        "times": [times] * n,
-        "theta": theta,
-        "losses": recording.losses.tolist(),
-        "support_accuracy": recording.support_accuracy.tolist(),
-        "query_accuracy": recording.query_accuracy.tolist(),
-        "diverged": recording.diverged.tolist(),
-        "seconds": [seconds] * n,
-        "flops": [flops] * n,
-        "bytes": [theta[0].nbytes] * n,
-    }
+    columns: dict[str, Any] = _task_columns(tasks)
+    columns["times"] = [times] * n
+    columns["theta"] = theta
+    columns["losses"] = recording.losses.tolist()
+    columns["support_accuracy"] = recording.support_accuracy.tolist()
+    columns["query_accuracy"] = recording.query_accuracy.tolist()
+    columns["diverged"] = recording.diverged.tolist()
+    columns["seconds"] = [seconds] * n
+    columns["flops"] = [flops] * n
+    columns["bytes"] = [theta[0].nbytes] * n
+    return columns
+
+
+def _task_columns(tasks: list[TrainingTask]) -> dict[str, list]:
+    columns: dict[str, list] = defaultdict(list)
+    for task in tasks:
+        episode = task.episode
+        columns["index"].append(episode.index)
+        columns["domain"].append(episode.domain)
+        columns["classes"].append(episode.classes.tolist())
+        columns["support"].append(episode.support.tolist())
+        columns["support_labels"].append(episode.support_labels.tolist())
+        columns["query"].append(episode.query.tolist())
+        columns["query_labels"].append(episode.query_labels.tolist())
+        columns["transform_seed"].append(task.transform_seed)
+        columns["flip"].append(task.flip)
+    return columns
 
 
 def _features(n_points: int, n_parameters: int) -> Features:
@@ -117,23 +160,39 @@ def _features(n_points: int, n_parameters: int) -> Features:
 
 
 def totals(folder: str | os.PathLike, groups: int) -> dict:
-    """Sums over the whole shards of a collection (`bytes` on disk), and means of the rows that did not diverge."""
-    names = ["diverged", "seconds", "flops", "query_accuracy", "losses"]
-    paths = [shard_path(folder, n) for n in range(groups) if shard_problem(folder, n) is None]
-    rows = [row for path in paths for row in read_parquet(path, names).to_pylist()]
-    good = [row for row in rows if not row["diverged"]]
-    ends = {"start": 0, "end": -1}
+    """What the whole shards of a collection hold and cost.
+
+    Returns:
+        The number of `rows` and how many of them `diverged`; the sums of `seconds` and `flops`; the `bytes` on disk;
+        and for `query_accuracy` (in %) and `loss` the means at the `start` and the `end` of the trajectories that did
+        not diverge, None if there are none.
+    """
+    rows, n_bytes = [], 0
+    for number in range(groups):
+        if shard_problem(folder, number) is None:
+            path = shard_path(folder, number)
+            rows += read_parquet(path, ["diverged", "seconds", "flops", "query_accuracy", "losses"]).to_pylist()
+            n_bytes += path.stat().st_size
+    seconds, flops = 0.0, 0
+    for row in rows:
+        seconds += row["seconds"]
+        flops += row["flops"]
+    whole = [row for row in rows if not row["diverged"]]
     return {
         "rows": len(rows),
-        "diverged": len(rows) - len(good),
-        "seconds": round(sum(row["seconds"] for row in rows), 3),
-        "flops": sum(row["flops"] for row in rows),
-        "bytes": sum(path.stat().st_size for path in paths),
-        "query_accuracy": {k: _mean(row["query_accuracy"][i] for row in good) for k, i in ends.items()},
-        "loss": {k: _mean(row["losses"][i] for row in good) for k, i in ends.items()},
+        "diverged": len(rows) - len(whole),
+        "seconds": round(seconds, 3),
+        "flops": flops,
+        "bytes": n_bytes,
+        "query_accuracy": _mean_ends([row["query_accuracy"] for row in whole]),
+        "loss": _mean_ends([row["losses"] for row in whole]),
     }
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    values = list(values)
-    return round(sum(values) / len(values), 4) if values else None
+def _mean_ends(rows: list[list[float]]) -> dict[str, float | None]:
+    """The means of the rows' first and last values."""
+    if not rows:
+        return {"start": None, "end": None}
+    start = sum(values[0] for values in rows) / len(rows)
+    end = sum(values[-1] for values in rows) / len(rows)
+    return {"start": round(start, 4), "end": round(end, 4)}

@@ -33,9 +33,10 @@ from ..benchmark.cost import flop_counter
 from ..data.domains import Domain
 from ..data.episodes import episode_generator
 from ..data.tasks import TrainingTask, draw_group_shape, draw_task, load_domains, task_images
+from ..finetuning.collection import COLLECTION, describe_domain, describe_space, read_collection
+from ..finetuning.collection_card import collection_card
 from ..finetuning.shards import shard_columns, shard_path, shard_problem, totals, write_shard
 from ..finetuning.teacher import Recording, Teacher, fine_tune_tasks
-from ..finetuning.trajectories import COLLECTION, collection_card, describe_domain, describe_space, read_collection
 from ..modeling.backbones import SplitBackbone, find_blocks
 from ..modeling.fingerprint import compute_fingerprint, fingerprints_match
 from ..modeling.hub import push_folder

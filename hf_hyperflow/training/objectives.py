@@ -12,7 +12,7 @@ from torch.func import functional_call
 from ..data.domains import Domain, normalise
 from ..data.tasks import task_images
 from ..finetuning.interpolants import INTERPOLANTS
-from ..finetuning.speedups import first_token_in_last_mlp, plain_attention
+from ..finetuning.speedups import cls_only_last_mlp, plain_attention
 from ..finetuning.trajectories import Trajectories
 from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.backbones import Hidden, SplitBackbone
@@ -61,7 +61,7 @@ class EpisodicLoss(nn.Module):
         """Features `(n, width)` of the target with the adapter's weights `theta`, differentiable in theta."""
         self.adapter.space.inject(self.split.backbone)  # again, if another adapter was in between (a validation)
         tensors = self.adapter.space.to_tensors(theta)
-        with plain_attention(self.split.backbone), first_token_in_last_mlp(self.split, hidden[:1]):
+        with plain_attention(self.split.backbone), cls_only_last_mlp(self.split, hidden[:1]):
             return functional_call(self.split, {f"backbone.{n}": t for n, t in tensors.items()}, (hidden,))
 
     def query_logits(self, theta: torch.Tensor, hidden: Hidden, episode: EpisodeImages) -> torch.Tensor:

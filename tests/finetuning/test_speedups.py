@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_hyperflow.benchmark.cost import count_flops
-from hf_hyperflow.finetuning.speedups import first_token_in_last_mlp
+from hf_hyperflow.finetuning.speedups import cls_only_last_mlp
 from hf_hyperflow.modeling.backbones import SplitBackbone
 from tests.helpers.tiny import SIZE, tiny_dinov2, tiny_vit
 
@@ -18,7 +18,7 @@ def test_the_last_mlp_runs_on_the_first_token_where_nothing_reads_the_others(mak
     split = SplitBackbone(make(), 2, pooling)
     hidden = split.forward_prefix(torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)))
     whole, n_flops = split.forward_suffix(hidden), count_flops(lambda: split.forward_suffix(hidden))
-    with first_token_in_last_mlp(split, hidden[:1]) as shorter:
+    with cls_only_last_mlp(split, hidden[:1]) as shorter:
         assert shorter == (pooling == "cls")
         torch.testing.assert_close(split.forward_suffix(hidden), whole)
         assert (count_flops(lambda: split.forward_suffix(hidden)) < 0.85 * n_flops) == shorter
@@ -36,7 +36,7 @@ def test_other_blocks_run_as_they_are(change):
         last.register_forward_hook(lambda _, args, output: output + output.mean(dim=1, keepdim=True))
     hidden = split.forward_prefix(torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)))
     whole, n_flops = split.forward_suffix(hidden), count_flops(lambda: split.forward_suffix(hidden))
-    with first_token_in_last_mlp(split, hidden[:1]) as shorter:
+    with cls_only_last_mlp(split, hidden[:1]) as shorter:
         assert not shorter
         torch.testing.assert_close(split.forward_suffix(hidden), whole)
         assert count_flops(lambda: split.forward_suffix(hidden)) == n_flops
@@ -46,6 +46,6 @@ def test_it_ends_with_the_block_however_that_ends():
     split = SplitBackbone(tiny_dinov2(), 2)
     hidden = split.forward_prefix(torch.randn(2, 3, SIZE, SIZE))
     n_flops = count_flops(lambda: split.forward_suffix(hidden))
-    with pytest.raises(KeyError), first_token_in_last_mlp(split, hidden[:1]):
+    with pytest.raises(KeyError), cls_only_last_mlp(split, hidden[:1]):
         raise KeyError
     assert count_flops(lambda: split.forward_suffix(hidden)) == n_flops

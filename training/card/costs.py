@@ -81,7 +81,7 @@ def work(
             split = SplitBackbone(backbone, adapter.split(backbone).start, adapter.config.pooling)
         else:
             parameters, split = list(backbone.parameters()), whole
-        fine_tune(split, parameters, images, labels, adapter.processor, recipe, only=only)
+        fine_tune(split, parameters, images, labels, adapter.processor, recipe, run_steps=only)
         return prototypes()
 
     if method == "direct":
