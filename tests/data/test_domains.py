@@ -1,3 +1,5 @@
+"""Labelled image datasets from any source, the processor's work on them, and what is said of bad ones."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -8,7 +10,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from transformers import ViTImageProcessorPil
 
 from hf_hyperflow import ImageError
-from hf_hyperflow.data.domains import find_columns, join_domains, load_domain, normalise, open_dataset, resize_images
+from hf_hyperflow.data.domains import Domain, join_domains, load_domain, normalise, open_dataset, resize_images
+from hf_hyperflow.modeling.support import find_columns
 from tests.helpers.tiny import picture, tiny_processor
 
 PICTURES = [picture(i, size) for i, size in enumerate([(40, 30), (30, 44), (28, 28), (60, 60), (33, 90), (36, 36)])]
@@ -87,15 +90,22 @@ PROCESSORS = {
 def test_resize_then_normalise_is_what_the_processor_does(make):
     processor = make()
     expected = processor(PICTURES, return_tensors="pt")["pixel_values"]
-    found = normalise(resize_images(PICTURES, processor), processor)
-    assert found.dtype == expected.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    images = resize_images(PICTURES, processor)
+    assert images.dtype == torch.uint8
+    for pixels in (images, images.float()):
+        pixel_values = normalise(pixels, processor)
+        assert pixel_values.dtype == expected.dtype == torch.float32
+        torch.testing.assert_close(pixel_values, expected, rtol=0, atol=1e-6)
 
 
 def test_max_per_class(dataset, processor):
     domain = load_domain(dataset, processor, max_per_class=1)
     assert domain.labels.tolist() == [0, 1, 2]
     assert torch.equal(domain.images, load_domain(dataset, processor).images[[0, 1, 4]])
+
+
+def test_max_per_class_beyond_what_there_is(dataset, processor):
+    assert torch.equal(load_domain(dataset, processor, max_per_class=9).images, load_domain(dataset, processor).images)
 
 
 def test_more_than_a_chunk(processor):
@@ -106,9 +116,18 @@ def test_more_than_a_chunk(processor):
     assert domain.images[:, 0, 0, 0].tolist() == [i % 256 for i in range(515)]
 
 
-def test_indices_by_class_and_with_classes(dataset, processor):
+def test_images_of_each_class():
+    labels = torch.tensor([0, 1, 1, 0, 3, 1])
+    domain = Domain("gap", torch.zeros(6, 3, 1, 1, dtype=torch.uint8), labels, ["a", "b", "none", "d", "none either"])
+    assert [i.tolist() for i in domain.indices_by_class()] == [[0, 3], [1, 2, 5], [], [4], []]
+    assert domain.class_sizes().tolist() == [2, 3, 0, 1, 0]
+    assert domain.classes_with(1) == [0, 1, 3]
+    assert domain.classes_with(3) == [1]
+    assert domain.classes_with(4) == []
+
+
+def test_select_classes(dataset, processor):
     domain = load_domain(dataset, processor)
-    assert [i.tolist() for i in domain.indices_by_class()] == [[0, 3], [1, 2, 5], [4]]
     part = domain.select_classes([2, 0], name="part")
     assert part.name == "part"
     assert part.class_names == ["owl", "cat"]
@@ -121,12 +140,17 @@ def test_joined(dataset, processor):
     domain = load_domain(dataset, processor)
     both = join_domains([domain, domain], "both")
     assert len(both) == 12
+    assert both.name == "both"
     assert both.class_names == NAMES
+    assert both.labels.tolist() == LABELS + LABELS
+    assert torch.equal(both.images, domain.images.repeat(2, 1, 1, 1))
     with pytest.raises(ValueError, match="part and dataset have different classes"):
         join_domains([domain, domain.select_classes([0, 1], name="part")], "both")
 
 
-def test_nothing_there(tmp_path):
+def test_nothing_there(tmp_path, processor):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.parquet is not a file"):
+        load_domain(tmp_path / "nowhere.parquet", processor)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.parquet is not a file"):
         open_dataset(tmp_path / "nowhere.parquet")
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
@@ -162,3 +186,11 @@ def test_a_row_without_a_class_is_named(dataset, processor, label):
     unlabelled = Dataset.from_dict({"image": PICTURES, "label": labels}, features=dataset.features)
     with pytest.raises(ValueError, match=f"row 3 of dataset has label {label}, none of the 3 classes"):
         load_domain(unlabelled, processor)
+
+
+def test_a_row_without_a_name_of_a_class_is_named(processor):
+    features = Features({"image": Image(), "label": Value("string")})
+    names = ["cat", "dog", "dog", None, "owl", "dog"]
+    unlabelled = Dataset.from_dict({"image": PICTURES, "label": names}, features=features)
+    with pytest.raises(ValueError, match="row 3 of pets has label None, none of the 3 classes"):
+        load_domain(unlabelled, processor, name="pets")

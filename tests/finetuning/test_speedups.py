@@ -1,4 +1,4 @@
-"""The last MLP on the first token alone: the same features for less work, and only where that is so."""
+"""Speed-ups: the same features for less work, and only where that is so."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.tiny import SIZE, tiny_dinov2, tiny_vit
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("make", [tiny_dinov2, tiny_vit])
-def test_the_last_mlp_runs_on_the_first_token_where_nothing_reads_the_others(make, pooling):
+def test_the_last_mlp_runs_on_the_cls_token_where_nothing_reads_the_others(make, pooling):
     split = SplitBackbone(make(), 2, pooling)
     hidden = split.forward_prefix(torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)))
     whole, n_flops = split.forward_suffix(hidden), count_flops(lambda: split.forward_suffix(hidden))
@@ -32,7 +32,7 @@ def test_other_blocks_run_as_they_are(change):
     last = backbone.get_submodule(split.blocks.path)[-1]
     if change == "no LayerNorm":
         last.layernorm_before, last.layernorm_after = nn.Identity(), nn.Identity()
-    else:  # the first token is made of all of them
+    else:  # the CLS token is made of all of them
         last.register_forward_hook(lambda _, args, output: output + output.mean(dim=1, keepdim=True))
     hidden = split.forward_prefix(torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)))
     whole, n_flops = split.forward_suffix(hidden), count_flops(lambda: split.forward_suffix(hidden))

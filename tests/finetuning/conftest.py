@@ -1,0 +1,85 @@
+"""A small collection of trajectories, and what it was made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_hyperflow.data.domains import Domain
+from hf_hyperflow.data.tasks import TrainingTask, draw_task
+from hf_hyperflow.finetuning.collection import COLLECTION, describe_domain, describe_space
+from hf_hyperflow.finetuning.collection_card import collection_card
+from hf_hyperflow.finetuning.shards import shard_columns, totals, write_shard
+from hf_hyperflow.finetuning.teacher import Recording, Teacher
+from hf_hyperflow.modeling.parameter_space import ParameterSpace
+from hf_hyperflow.modeling.peft_configs import bias_config
+from hf_hyperflow.modeling.saving import write_json
+from tests.helpers.recorded import noise
+
+TEACHER = Teacher(steps=6, n_points=3)
+FINGERPRINT = [0.1, 0.2]
+
+
+@dataclass
+class Collected:
+    """A folder of three groups of two tasks each, and what was put into it; the fourth row diverged.
+
+    Attributes:
+        deltas: `(6, 3, n_tokens, token_dim)`.
+        description: `collection.json`.
+    """
+
+    folder: Path
+    tasks: list[TrainingTask]
+    deltas: torch.Tensor
+    description: dict
+
+
+@pytest.fixture
+def space(backbone):
+    return ParameterSpace.from_backbone(backbone, bias_config(backbone, 2))
+
+
+@pytest.fixture
+def domains() -> list[Domain]:
+    return [noise("alpha", 5, 20), noise("beta", 6, 25)]
+
+
+def recording(space: ParameterSpace, n: int, seed: int) -> Recording:
+    generator = torch.Generator().manual_seed(seed)
+    deltas = 0.01 * torch.randn(n, 3, *space.mask.shape, generator=generator) * space.mask
+    accuracies = 100 * torch.rand(2, n, 3, generator=generator)
+    losses = torch.rand(n, 7, generator=generator)
+    return Recording(deltas, losses, *accuracies, diverged=torch.zeros(n, dtype=torch.bool))
+
+
+@pytest.fixture
+def collected(tmp_path, space, domains) -> Collected:
+    tasks, deltas = [], []
+    for group in range(3):
+        rows = [draw_task(domains, 2 * group + i, seed=0, randomize_prob=0.5, n_way=4, n_shot=2) for i in range(2)]
+        trajectories = recording(space, 2, group)
+        if group == 1:
+            trajectories.deltas[1, 2] = float("nan")
+            trajectories.diverged[1] = True
+        columns = shard_columns(rows, trajectories, space.mask, TEACHER.times, seconds=0.5, flops=1000)
+        write_shard(tmp_path, group, columns)
+        tasks += rows
+        deltas.append(trajectories.deltas)
+    description = {
+        "arguments": {"randomize_prob": 0.5},
+        "teacher": {"steps": 6},
+        "times": TEACHER.times,
+        "backbone": {"name": "tiny", "fingerprint": FINGERPRINT},
+        "parameter_space": describe_space(space),
+        "domains": [describe_domain(domain, None) for domain in domains],
+        "groups": 3,
+        "hardware": {"device": "a CPU"},
+        "totals": totals(tmp_path, 3),
+    }
+    write_json(tmp_path / COLLECTION, description)
+    (tmp_path / "README.md").write_text(collection_card(description))
+    return Collected(tmp_path, tasks, torch.cat(deltas), description)
