@@ -63,7 +63,7 @@ def open_dataset(source: str | Path | Dataset, split: str = "train") -> Dataset:
     """Open a `datasets.Dataset`, a Parquet file, a `save_to_disk` folder, an image folder or a Hub dataset.
 
     Raises:
-        FileNotFoundError: `source` looks like a path, but there is nothing.
+        FileNotFoundError: `source` looks like a path, but nothing is there.
     """
     if isinstance(source, Dataset):
         return source

@@ -125,7 +125,7 @@ def require_enough(domains: Sequence[Domain], n_way: int, n_shot: int, n_query: 
     """Check that every domain has the classes and images of an episode.
 
     Raises:
-        ValueError: a domain has not; the message says what it has and what is needed.
+        ValueError: a domain is too small; the message says what it has and what is needed.
     """
     needed = n_shot + n_query
     for domain in domains:

@@ -1,41 +1,19 @@
-"""A small collection of trajectories, and what it was made of."""
+"""A small collection of trajectories on disk."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 
 from hf_hyperflow.data.domains import Domain
-from hf_hyperflow.data.tasks import TrainingTask, draw_task
+from hf_hyperflow.data.tasks import draw_task
 from hf_hyperflow.finetuning.collection import COLLECTION, describe_domain, describe_space
 from hf_hyperflow.finetuning.collection_card import collection_card
 from hf_hyperflow.finetuning.shards import shard_columns, totals, write_shard
-from hf_hyperflow.finetuning.teacher import Recording, Teacher
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.peft_configs import bias_config
 from hf_hyperflow.modeling.saving import write_json
-from tests.helpers.recorded import noise
-
-TEACHER = Teacher(steps=6, n_points=3)
-FINGERPRINT = [0.1, 0.2]
-
-
-@dataclass
-class Collected:
-    """A folder of three groups of two tasks each, and what was put into it; the fourth row diverged.
-
-    Attributes:
-        deltas: `(6, 3, n_tokens, token_dim)`.
-        description: `collection.json`.
-    """
-
-    folder: Path
-    tasks: list[TrainingTask]
-    deltas: torch.Tensor
-    description: dict
+from tests.helpers.recorded import FINGERPRINT, TEACHER, Collected, noise, random_recording
 
 
 @pytest.fixture
@@ -48,20 +26,12 @@ def domains() -> list[Domain]:
     return [noise("alpha", 5, 20), noise("beta", 6, 25)]
 
 
-def recording(space: ParameterSpace, n: int, seed: int) -> Recording:
-    generator = torch.Generator().manual_seed(seed)
-    deltas = 0.01 * torch.randn(n, 3, *space.mask.shape, generator=generator) * space.mask
-    accuracies = 100 * torch.rand(2, n, 3, generator=generator)
-    losses = torch.rand(n, 7, generator=generator)
-    return Recording(deltas, losses, *accuracies, diverged=torch.zeros(n, dtype=torch.bool))
-
-
 @pytest.fixture
 def collected(tmp_path, space, domains) -> Collected:
     tasks, deltas = [], []
     for group in range(3):
         rows = [draw_task(domains, 2 * group + i, seed=0, randomize_prob=0.5, n_way=4, n_shot=2) for i in range(2)]
-        trajectories = recording(space, 2, group)
+        trajectories = random_recording(space, 2, group)
         if group == 1:
             trajectories.deltas[1, 2] = float("nan")
             trajectories.diverged[1] = True

@@ -17,8 +17,7 @@ from hf_hyperflow.finetuning.collection import (
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.peft_configs import bias_config, lora_config
 from hf_hyperflow.modeling.saving import CheckpointError, write_json
-from tests.finetuning.conftest import FINGERPRINT
-from tests.helpers.recorded import noise
+from tests.helpers.recorded import FINGERPRINT, noise
 
 
 def test_what_is_written_is_read(collected):

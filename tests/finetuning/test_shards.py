@@ -18,7 +18,7 @@ from hf_hyperflow.finetuning.shards import (
     write_shard,
 )
 from hf_hyperflow.modeling.saving import CheckpointError
-from tests.finetuning.conftest import TEACHER, recording
+from tests.helpers.recorded import TEACHER, random_recording
 
 
 def test_checksums_are_those_of_sha256sum(collected):
@@ -67,7 +67,9 @@ def test_a_shard_is_a_row_for_each_task(collected, space):
 def test_a_failed_write_leaves_what_was_there(collected, space, monkeypatch):
     path = shard_path(collected.folder, 0)
     before = path.read_bytes()
-    columns = shard_columns(collected.tasks[:2], recording(space, 2, 9), space.mask, TEACHER.times, seconds=1, flops=1)
+    columns = shard_columns(
+        collected.tasks[:2], random_recording(space, 2, 9), space.mask, TEACHER.times, seconds=1, flops=1
+    )
 
     def fail(table, path):
         path.write_bytes(b"PAR1")

@@ -16,7 +16,7 @@ from hf_hyperflow.finetuning.trajectories import Trajectories, load_trajectories
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.peft_configs import lora_config
 from hf_hyperflow.modeling.saving import CheckpointError, write_json
-from tests.finetuning.conftest import FINGERPRINT, TEACHER, Collected
+from tests.helpers.recorded import FINGERPRINT, TEACHER, Collected
 
 
 def assert_rows(loaded: Trajectories, collected: Collected, rows: list[int]) -> None:

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.data.domains import Domain
-from hf_hyperflow.data.tasks import draw_task
+from hf_hyperflow.data.tasks import TrainingTask, draw_task
+from hf_hyperflow.finetuning.teacher import Recording, Teacher
 from hf_hyperflow.finetuning.trajectories import Trajectories
+from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from tests.helpers.tiny import SIZE
 
 TIMES = torch.tensor([0.0, 0.25, 0.5, 1.0])
+TEACHER = Teacher(steps=6, n_points=3)
+FINGERPRINT = [0.1, 0.2]
+
+
+@dataclass
+class Collected:
+    """A folder of three groups of two tasks each, and what was put into it; the fourth row diverged.
+
+    Attributes:
+        deltas: `(6, 3, n_tokens, token_dim)`.
+        description: `collection.json`.
+    """
+
+    folder: Path
+    tasks: list[TrainingTask]
+    deltas: torch.Tensor
+    description: dict
 
 
 def colours(name: str, *, n_classes: int = 6, per_class: int = 20, seed: int = 0) -> Domain:
@@ -57,3 +78,12 @@ def made_trajectories(
         deltas = torch.stack([torch.stack([place(row, t) for t in times.tolist()]) for row in range(n_rows)])
     tasks = [draw_task(domains, index, seed=seed, randomize_prob=0.5) for index in range(n_rows)]
     return Trajectories(tasks, times, (deltas * mask).half(), mask, 0, {})
+
+
+def random_recording(space: ParameterSpace, n: int, seed: int) -> Recording:
+    """What `TEACHER` might have recorded of `n` tasks."""
+    generator = torch.Generator().manual_seed(seed)
+    deltas = 0.01 * torch.randn(n, 3, *space.mask.shape, generator=generator) * space.mask
+    accuracies = 100 * torch.rand(2, n, 3, generator=generator)
+    losses = torch.rand(n, 7, generator=generator)
+    return Recording(deltas, losses, *accuracies, diverged=torch.zeros(n, dtype=torch.bool))
