@@ -296,22 +296,22 @@ class HyperFlowAdapter(PreTrainedModel):
     def encode(
         self, split: SplitBackbone, pixel_values: torch.Tensor, labels: torch.Tensor, hidden: Hidden | None = None
     ) -> tuple[TaskTokens, Hidden | None]:
-        """Task tokens of one support set (batch 1), and what the first blocks computed, see `encode_images`."""
+        """Task tokens of one support set (batch 1), and the hidden states of its images, see `encode_images`."""
         features, hidden = self.encode_images(split, pixel_values, hidden)
         return self.task_encoder(features.to(self.logit_scale.dtype), labels.to(self.device)), hidden
 
     def encode_images(
         self, split: SplitBackbone, pixel_values: torch.Tensor, hidden: Hidden | None = None
     ) -> tuple[torch.Tensor, Hidden | None]:
-        """Features `(n, feature_dim)` of images for the task encoder, and what the backbone's first blocks computed.
+        """Features `(n, feature_dim)` of images for the task encoder, and the hidden states behind the first blocks.
 
-        The flow has seen no images larger than `config.image_size`, so larger ones are encoded at that size. What the
-        first blocks compute of them at their own size is then not known, and neither is it with a separate encoder:
-        the second result is `hidden` as it was given.
+        Images larger than `config.image_size` are encoded at that size, because the flow has seen no larger ones. For
+        these, and with a separate encoder, the first blocks are not run on the images as they are. The second result is
+        then `hidden` as it was given.
 
         Args:
             pixel_values: `(n, 3, height, width)`.
-            hidden: what the first blocks computed of these images, if it is known already.
+            hidden: the hidden states behind the first blocks, if they are known already.
         """
         reduced = self._reduce(pixel_values)
         if self.encoder is not None:
@@ -333,7 +333,7 @@ class HyperFlowAdapter(PreTrainedModel):
         return small.to(pixel_values.dtype)
 
     def flow(
-        self, tasks: TaskTokens, *, n_steps: int | None = None, solver: str | None = None, end_time: float = 1.0
+        self, tokens: TaskTokens, *, n_steps: int | None = None, solver: str | None = None, end_time: float = 1.0
     ) -> Trajectory:
         """Integrate the velocity from z = 0 at t = 0 to `end_time`, for a batch of tasks.
 
@@ -342,19 +342,19 @@ class HyperFlowAdapter(PreTrainedModel):
         Raises:
             ValueError, ImportError: see `integrate`.
         """
-        shape = (len(tasks.task), self.space.n_tokens, self.space.token_dim)
-        start = torch.zeros(shape, dtype=tasks.task.dtype, device=self.device)
+        shape = (len(tokens.task), self.space.n_tokens, self.space.token_dim)
+        start = torch.zeros(shape, dtype=tokens.task.dtype, device=self.device)
         return integrate(
-            lambda z, t: self.velocity(z, t, tasks),
+            lambda z, t: self.velocity(z, t, tokens),
             start,
             n_steps=self.config.n_steps if n_steps is None else n_steps,
             method=solver or self.config.solver,
             end_time=end_time,
         )
 
-    def velocity(self, z: torch.Tensor, t: torch.Tensor | float, tasks: TaskTokens) -> torch.Tensor:
+    def velocity(self, z: torch.Tensor, t: torch.Tensor | float, tokens: TaskTokens) -> torch.Tensor:
         """d z / d t at z `(batch, n_tokens, token_dim)` and time t, a number or `(batch,)`; zero on padding."""
-        return self.drift(z, t, tasks) * self.space.mask.to(z.device)
+        return self.drift(z, t, tokens) * self.space.mask.to(z.device)
 
     def theta(self, z: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """The adapter's weights at a point z of the flow: start + token_scale * z.

@@ -109,6 +109,12 @@ def test_adapters_inside_do_not_hide_the_parts(vit, make):
     assert (find_linear_paths(vit, 2), find_norm_paths(vit, 2)) == expected[1:]
 
 
+def test_a_block_that_is_never_run(backbone, pixels, monkeypatch):
+    monkeypatch.setattr(backbone, "forward", lambda pixels: pixels)
+    with pytest.raises(IncompatibleBackboneError, match=r"does not run block 2 of encoder\.layer"):
+        SplitBackbone(backbone, 2).forward_prefix(pixels)
+
+
 def test_forward_is_the_suffix(backbone, pixels):
     """The name that `torch.func.functional_call` calls."""
     split = SplitBackbone(backbone, 2)
