@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from huggingface_hub import CommitInfo
 from peft import PeftConfig, get_peft_config
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .adapter_files import HUB_ARGUMENTS, RENAMED_WEIGHTS, TRAINING_RECORD, WEIGHTS, fetch_adapter, require_all_weights
@@ -46,38 +46,41 @@ class HyperFlowAdapter(PreTrainedModel):
     HyperFlow (Kim, Kim & Hong, arXiv 2504.15323): theta(1) = theta(0) + integral of h_phi(theta, t | S) over t in 0..1.
 
     Attributes:
-        space: the parameters that move, see `ParameterSpace`.
-        processor: the image processor of the backbone, saved with the adapter; None if it was made without.
-        training_record: how it was trained and what that cost, saved as `training.json` and told by the model card;
-            None if that is not known.
-        encoder: the separate support encoder, or None when the first blocks of the target are shared.
-        token_scale: `(n_tokens, 1)`, what one unit of the flow is worth in each row of theta.
-        logit_scale: logarithm of the scale of the cosine logits.
-        head: makes prototypes of the support set: a regularised LDA, or plain class means.
+        space: the parameters that the flow moves, see `ParameterSpace`.
+        processor: the backbone's image processor, saved with the adapter; None if the adapter was made without one.
+        training_record: how the adapter was trained and what that cost. It is saved as `training.json` and rendered
+            in the model card; None if it is not known.
+        encoder: the separate support encoder; None where the frozen first blocks of the backbone encode the support.
+        task_encoder: turns the features of a support set into task tokens.
+        drift: the drift network h_phi.
+        token_scale: `(n_tokens, 1)`, the change of theta, row by row, that one unit of the flow stands for.
+        logit_scale: logarithm of the scale of the logits.
+        head: turns support features into prototypes: a regularised LDA, or plain class means.
     """
 
     config_class = HyperFlowConfig
     base_model_prefix = "hyperflow"
     main_input_name = "pixel_values"
+    config: HyperFlowConfig
     token_scale: torch.Tensor
 
     def __init__(self, config: HyperFlowConfig):
         super().__init__(config)
-        if not 1 <= config.last_blocks <= config.backbone["num_blocks"]:
-            raise ValueError(f"last_blocks={config.last_blocks}, but there are {config.backbone['num_blocks']} blocks.")
+        n_blocks, width = config.backbone["num_blocks"], config.backbone["hidden_size"]
+        if not 1 <= config.last_blocks <= n_blocks:
+            raise ValueError(f"last_blocks={config.last_blocks}, but there are {n_blocks} blocks.")
         if config.image_size is not None and (len(config.image_size) != 2 or min(config.image_size) < 1):
             raise ValueError(f"image_size={config.image_size}, expected a height and a width.")
         self.space = ParameterSpace(
             get_peft_config(dict(config.peft)),
-            config.backbone["hidden_size"],
+            width,
             config.tensor_names,
             config.tensor_shapes,
-            frozen=tuple(config.frozen_tensors or ()),
+            frozen=tuple(config.frozen_tensors),
             seed=config.adapter_seed,
         )
         self.processor: BaseImageProcessor | None = None
-        self.training_record: dict | None = None
-        width = config.backbone["hidden_size"]
+        self.training_record: dict[str, Any] | None = None
         self.encoder: PreTrainedModel | None = None
         encoder_width = width
         if config.encoder is not None:
@@ -88,19 +91,19 @@ class HyperFlowAdapter(PreTrainedModel):
         self.drift = DriftNetwork(
             self.space.n_tokens, self.space.token_dim, config.drift_width, config.drift_depth, config.drift_heads
         )
-        # Where calibration is to be expected to end, so that training has not far to go.
+        self.register_buffer("token_scale", torch.full((self.space.n_tokens, 1), 0.02))
+        # Calibration usually ends near these scales, so training starts there.
         scale = 20.0 if config.lda else 10.0
         self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
         feature_width = 2 * width if config.intermediate_weight else width
         self.head: Head = RegularisedLDA(feature_width) if config.lda else unit_means
-        self.register_buffer("token_scale", torch.full((self.space.n_tokens, 1), 0.02))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the parts start themselves (the output of the drift network at zero)."""
+        """Do nothing: each part initialises itself (the drift network with an output of zero)."""
 
     def train(self, mode: bool = True) -> HyperFlowAdapter:
-        """Training mode for all but the support encoder, which is frozen."""
+        """Switch to training mode; the support encoder is frozen and stays in evaluation mode."""
         super().train(mode)
         if self.encoder is not None:
             self.encoder.eval()
@@ -118,20 +121,20 @@ class HyperFlowAdapter(PreTrainedModel):
         encoder: PreTrainedModel | None = None,
         **config: Any,
     ) -> HyperFlowAdapter:
-        """A new, untrained adapter for a backbone, which is left as it was.
+        """A new, untrained adapter for a backbone. The backbone is left as it was.
 
         Args:
             backbone: a transformers vision model.
-            peft_config: what is to be generated, with full dotted paths as targets; `bias_config`, `lora_config` and
-                `layernorm_config` of `hf_hyperflow.modeling.peft_configs` make the usual ones.
-            last_blocks: all targets lie in the last so many blocks (or behind them).
+            peft_config: which weights are generated, with full dotted paths as targets. `bias_config`, `lora_config`
+                and `layernorm_config` of `hf_hyperflow.modeling.peft_configs` make the usual ones.
+            last_blocks: how many of the last blocks are adapted. All targets lie in them or behind them.
             processor: the backbone's image processor, saved with the adapter.
-            frozen_tensors: parts of names of adapter tensors that keep their seeded start (LoRA's "lora_A").
-            encoder: a separate pretrained vision model to encode support sets; None shares the target's first blocks.
+            frozen_tensors: parts of the names of adapter tensors that stay at their seeded start (LoRA's "lora_A").
+            encoder: a separate pretrained vision model to encode support sets; None shares the backbone's first blocks.
             config: further fields of `HyperFlowConfig`.
 
         Raises:
-            IncompatibleBackboneError: the backbone has no blocks, no such targets, or cannot be split.
+            IncompatibleBackboneError: the backbone has no blocks or no such targets, or it cannot be split.
         """
         space = ParameterSpace.from_backbone(backbone, peft_config, frozen=frozen_tensors)
         blocks = find_blocks(backbone)
@@ -171,16 +174,18 @@ class HyperFlowAdapter(PreTrainedModel):
         early_stopping: bool = False,
         skip_bad: bool = False,
     ) -> AdaptedTask:
-        """Adapt a backbone to the classes of a support set: no gradients, no optimiser.
+        """Adapt a backbone to the classes of a support set, without gradients.
 
         Args:
-            backbone: the model the adapter was trained for, on any device and in any precision. Its modules are
-                wrapped by PEFT's until `AdaptedTask.reset`; several tasks can share one backbone.
+            backbone: the model that the adapter was trained for, on any device and in any precision. PEFT's modules
+                wrap its own until `AdaptedTask.reset`. Several tasks can share one backbone.
             support: a `datasets.Dataset`, a dict of class name to images, an image folder or `(pixel_values, labels)`.
-            n_steps: solver steps from t = 0 to t = 1.
-            solver: euler, midpoint, heun, rk4, or with torchdiffeq dopri5, dopri8, bosh3.
-            early_stopping: stop the flow where the leave-one-out accuracy on the support set is best (earliest of
-                equals, t = 0 included). It needs a class with two images or more, and runs the adapted blocks.
+            n_steps: number of solver steps from t = 0 to t = 1; None takes the config's.
+            solver: euler, midpoint, heun or rk4; with torchdiffeq also dopri5, dopri8 and bosh3; None takes the
+                config's.
+            early_stopping: stop the flow where the leave-one-out accuracy on the support set is best. Of equal points
+                the earliest is taken, t = 0 included. Some class needs two images or more. The adapted blocks are run
+                on the support set at every step.
             skip_bad: leave out images that cannot be read.
 
         Returns:
@@ -188,8 +193,8 @@ class HyperFlowAdapter(PreTrainedModel):
 
         Raises:
             SupportSetError, ImageError: see `read_support`.
-            IncompatibleBackboneError: the backbone is not of the adapter's kind; it is left as it was.
-            ValueError: an unknown solver, or no steps.
+            IncompatibleBackboneError: the backbone is not of the adapter's kind. It is left as it was.
+            ValueError: the solver is not known, or `n_steps` is below 1.
         """
         split = self.split(backbone)
         images = self._read(support, backbone, skip_bad)
@@ -203,6 +208,7 @@ class HyperFlowAdapter(PreTrainedModel):
                 stopping_point = choose_stopping_point(
                     split, injection, hidden, images.labels, trajectory.times, thetas, self.head
                 )
+        # The task writes theta into the backbone whenever it is used, so that several tasks can share it.
         return AdaptedTask(
             split=split,
             space=self.space,
@@ -217,9 +223,9 @@ class HyperFlowAdapter(PreTrainedModel):
 
     @torch.no_grad()
     def direct_transfer(self, backbone: PreTrainedModel, support: Any, *, skip_bad: bool = False) -> AdaptedTask:
-        """The baseline: the backbone as it is, classifying by plain cosines to the class means of a support set.
+        """The baseline: the backbone is not adapted, and images are compared by cosines with the class means.
 
-        Arguments, results and errors as for `adapt`; what is returned has theta at its start.
+        Arguments and errors are those of `adapt`. The task that is returned has theta at its start.
         """
         blocks = self.split(backbone).blocks
         images = self._read(support, backbone, skip_bad)
@@ -236,15 +242,15 @@ class HyperFlowAdapter(PreTrainedModel):
         )
 
     def _read(self, support: Any, backbone: nn.Module, skip_bad: bool) -> SupportSet:
-        """A support set with its tensors where the backbone is."""
+        """Read a support set, on the backbone's device and in its precision."""
         parameter = next(backbone.parameters())
         return read_support(support, self.processor, skip_bad=skip_bad).to(parameter.device, parameter.dtype)
 
     def split(self, backbone: PreTrainedModel) -> SplitBackbone:
-        """The backbone in two halves, after a check that it is of the kind the adapter was made for.
+        """The backbone in two halves: the frozen first blocks and the adapted last ones.
 
         Raises:
-            IncompatibleBackboneError: another width or depth; the message names both.
+            IncompatibleBackboneError: the backbone has another width or depth than the adapter was made for.
         """
         expected = self.config.backbone
         blocks = find_blocks(backbone)
@@ -262,59 +268,64 @@ class HyperFlowAdapter(PreTrainedModel):
 
     @contextmanager
     def _injected(self, backbone: PreTrainedModel) -> Iterator[Injection]:
-        """The adapter inside the backbone; taken out again if something fails, unless it was there before."""
+        """Within, the adapter is inside the backbone. An error takes it out again, unless it was there before."""
         was_in = self.space.is_in(backbone)
+        fingerprint = None
         if not was_in:
             unload(backbone)
-            self._warn_of_other_weights(backbone)
+            fingerprint = compute_fingerprint(backbone)  # while it carries no adapter
         injection = self.space.inject(backbone)
         try:
+            if fingerprint is not None:
+                self._warn_of_other_weights(backbone, fingerprint)
             yield injection
         except BaseException:
             if not was_in:
                 injection.remove()
             raise
 
-    def _warn_of_other_weights(self, backbone: nn.Module) -> None:
+    def _warn_of_other_weights(self, backbone: nn.Module, fingerprint: list[float]) -> None:
         expected = self.config.backbone.get("fingerprint")
-        if expected and not fingerprints_match(expected, compute_fingerprint(backbone)):
+        if expected and not fingerprints_match(expected, fingerprint):
             warnings.warn(
                 f"the weights of this {type(backbone).__name__} are not those the adapter was trained for "
                 f"({self.config.backbone['name_or_path']}): expect no gain.",
-                stacklevel=5,
+                stacklevel=6,  # whoever called `adapt`: four frames of contextlib, torch and ours lie between
             )
 
     def encode(
         self, split: SplitBackbone, pixel_values: torch.Tensor, labels: torch.Tensor, hidden: Hidden | None = None
     ) -> tuple[TaskTokens, Hidden | None]:
-        """Task tokens of one support set (batch 1), and `hidden` as `encode_images` gives it."""
+        """Task tokens of one support set (batch 1), and the hidden states of its images, see `encode_images`."""
         features, hidden = self.encode_images(split, pixel_values, hidden)
         return self.task_encoder(features.to(self.logit_scale.dtype), labels.to(self.device)), hidden
 
     def encode_images(
         self, split: SplitBackbone, pixel_values: torch.Tensor, hidden: Hidden | None = None
     ) -> tuple[torch.Tensor, Hidden | None]:
-        """Features `(n, feature_dim)` for the task encoder and, with a shared encoder, what the first blocks computed.
+        """Features `(n, feature_dim)` of images for the task encoder, and the hidden states behind the first blocks.
 
-        Of images larger than `config.image_size` the features are those at that size, and what the first blocks would
-        say of them as they are is not computed.
+        Images larger than `config.image_size` are encoded at that size, because the flow has seen no larger ones. For
+        these, and with a separate encoder, the first blocks are not run on the images as they are. The second result is
+        then `hidden` as it was given.
 
         Args:
             pixel_values: `(n, 3, height, width)`.
-            hidden: what the first blocks computed, if it is known already.
+            hidden: the hidden states behind the first blocks, if they are known already.
         """
         reduced = self._reduce(pixel_values)
         if self.encoder is not None:
             states = self.encoder(reduced.to(self.device, self.encoder.dtype)).last_hidden_state
             return pool_tokens(states), hidden
         if hidden is None and reduced is not pixel_values:
-            return pool_tokens(split.forward_prefix(reduced).states).to(self.device), None
+            states = split.forward_prefix(reduced).states
+            return pool_tokens(states).to(self.device), None
         if hidden is None:
             hidden = split.forward_prefix(pixel_values)
         return pool_tokens(hidden.states).to(self.device), hidden
 
     def _reduce(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pixel values as they are or, of larger images, at the size the adapter was trained at."""
+        """Bring images larger than those of training down to their size; leave others as they are."""
         size = self.config.image_size
         if size is None or math.prod(pixel_values.shape[-2:]) <= math.prod(size):
             return pixel_values
@@ -322,39 +333,46 @@ class HyperFlowAdapter(PreTrainedModel):
         return small.to(pixel_values.dtype)
 
     def flow(
-        self, tasks: TaskTokens, *, n_steps: int | None = None, solver: str | None = None, end_time: float = 1.0
+        self, tokens: TaskTokens, *, n_steps: int | None = None, solver: str | None = None, end_time: float = 1.0
     ) -> Trajectory:
-        """Integrate the velocity from z = 0 for a batch of tasks: states `(batch, n_tokens, token_dim)`."""
-        start = torch.zeros(
-            len(tasks.task), self.space.n_tokens, self.space.token_dim, dtype=tasks.task.dtype, device=self.device
-        )
+        """Integrate the velocity from z = 0 at t = 0 to `end_time`, for a batch of tasks.
+
+        The states are `(batch, n_tokens, token_dim)`; `theta` turns them into weights. Differentiable.
+
+        Raises:
+            ValueError, ImportError: see `integrate`.
+        """
+        shape = (len(tokens.task), self.space.n_tokens, self.space.token_dim)
+        start = torch.zeros(shape, dtype=tokens.task.dtype, device=self.device)
         return integrate(
-            lambda z, t: self.velocity(z, t, tasks),
+            lambda z, t: self.velocity(z, t, tokens),
             start,
             n_steps=self.config.n_steps if n_steps is None else n_steps,
             method=solver or self.config.solver,
             end_time=end_time,
         )
 
-    def velocity(self, z: torch.Tensor, t: torch.Tensor | float, tasks: TaskTokens) -> torch.Tensor:
+    def velocity(self, z: torch.Tensor, t: torch.Tensor | float, tokens: TaskTokens) -> torch.Tensor:
         """d z / d t at z `(batch, n_tokens, token_dim)` and time t, a number or `(batch,)`; zero on padding."""
-        return self.drift(z, t, tasks) * self.space.mask.to(z.device)
+        return self.drift(z, t, tokens) * self.space.mask.to(z.device)
 
     def theta(self, z: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """The adapter's weights at a point z of the flow: start + token_scale * z, `(..., n_tokens, token_dim)`.
+        """The adapter's weights at a point z of the flow: start + token_scale * z.
 
         Args:
-            start: `(n_tokens, token_dim)`, see `Injection`.
+            z: `(..., n_tokens, token_dim)`, as is the result.
+            start: `(n_tokens, token_dim)`, the weights before the flow, see `Injection.start`.
         """
         return start + (self.token_scale * z).to(start)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write config, weights (safetensors), image processor, training record and a model card, all or nothing.
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Write config, weights (safetensors), image processor, training record, code and a model card.
 
-        A README.md that somebody wrote there is kept.
+        All of it is written or nothing. A README.md that somebody wrote there is kept. Further arguments are those of
+        `PreTrainedModel.save_pretrained`.
 
         Raises:
-            CheckpointError: the folder cannot be written; or, with `push_to_hub=True`, see there.
+            CheckpointError: the folder cannot be written; with `push_to_hub=True` also as `push_to_hub`.
         """
         push = kwargs.pop("push_to_hub", False)
         repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
@@ -363,7 +381,7 @@ class HyperFlowAdapter(PreTrainedModel):
             if key in kwargs:
                 push_arguments[key] = kwargs.pop(key)
         with atomic_folder(save_directory) as draft:
-            super().save_pretrained(draft, **kwargs)
+            super().save_pretrained(draft, *args, **kwargs)
             self.config.weights_sha256 = sha256(draft / WEIGHTS)
             self.config.save_pretrained(draft)
             if self.processor is not None:
@@ -374,7 +392,8 @@ class HyperFlowAdapter(PreTrainedModel):
         if push:
             self.push_to_hub(repo_id, **push_arguments)
 
-    def push_to_hub(
+    # Fewer arguments than transformers', and the commit instead of its address.
+    def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
@@ -386,7 +405,8 @@ class HyperFlowAdapter(PreTrainedModel):
         """Push everything that `save_pretrained` writes to the Hub, as one commit; see `push_folder`.
 
         Raises:
-            CheckpointError: no token, a wrong one, no permission or no connection; nothing was changed there.
+            CheckpointError: the token is missing, wrong or may not write, or the Hub cannot be reached. Nothing was
+                changed there.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -395,19 +415,19 @@ class HyperFlowAdapter(PreTrainedModel):
             )
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # a name is needed, and further arguments have no order
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> HyperFlowAdapter:
         """Load an adapter from a folder or the Hub.
 
         Args:
-            pretrained_model_name_or_path: a folder or a Hub id; `revision` (a branch, tag or commit), `token`,
-                `cache_dir`, `local_files_only`, `force_download`, `subfolder` and the other arguments of
-                `PreTrainedModel.from_pretrained` hold.
+            pretrained_model_name_or_path: a folder or a Hub id.
+            args, kwargs: `revision` (a branch, tag or commit), `token`, `cache_dir`, `local_files_only`,
+                `force_download`, `subfolder` and the other arguments of `PreTrainedModel.from_pretrained`.
 
         Raises:
-            CheckpointError: no adapter there, no access to it, no connection and not in the cache; or its files are
-                damaged, truncated or incomplete.
+            CheckpointError: there is no adapter, it may not be read, or it is neither within reach nor in the cache;
+                or its files are damaged, truncated or incomplete.
         """
         name = pretrained_model_name_or_path
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
@@ -424,26 +444,29 @@ class HyperFlowAdapter(PreTrainedModel):
             ignore_mismatched_sizes=True,
         )
         try:
-            model, info = super().from_pretrained(folder, *args, **kwargs)
+            loaded: Any = super().from_pretrained(folder, *args, **kwargs)
         except Exception as error:  # a damaged header or config can fail anywhere in the making of the parts
             raise CheckpointError(
                 f"{folder / WEIGHTS} is damaged or does not fit config.json ({type(error).__name__}: {error})"
             ) from error
+        model, info = loaded
         require_all_weights(folder, info)
-        model._weight_conversions = []  # or transformers would save it again under the names of old checkpoints
+        # transformers remembers the renaming of old weights and would undo it when the model is saved.
+        vars(model).pop("_weight_conversions", None)
         model.config.name_or_path = model.name_or_path = str(name)
         model.processor = load_processor(folder)
         model.training_record = read_record(folder / TRAINING_RECORD)
-        return (model, info) if wants_info else model
+        return loaded if wants_info else model
 
 
-def _get_encoder_width(config: Any) -> int:
-    """The width of a vision model's last hidden states; convolutional ones list a width per stage."""
+def _get_encoder_width(config: PreTrainedConfig) -> int:
+    """The width of a vision model's last hidden states. Convolutional models list one width per stage."""
     sizes = vars(config).get("hidden_sizes")
     return sizes[-1] if sizes else config.hidden_size
 
 
 def _require_in_last_blocks(space: ParameterSpace, blocks: Blocks, last_blocks: int) -> None:
+    """Raise an error if a tensor of the space lies before the last blocks."""
     modules = tuple(name.rsplit(".", 1)[0] for name in blocks.after(len(blocks) - last_blocks))
     for name in space.names:
         if not name.startswith(modules):

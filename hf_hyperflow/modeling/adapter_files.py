@@ -14,37 +14,36 @@ from .task_files import CHECKSUMS
 WEIGHTS = "model.safetensors"
 TRAINING_RECORD = "training.json"
 
-#: Arguments of `from_pretrained` that say where on the Hub, and how.
+#: Arguments of `from_pretrained` that say how to load from the Hub.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
-#: Names of weights in checkpoints of version 0.1, and today's.
+#: Patterns of the names of weights in checkpoints of version 0.1, and their names today.
 RENAMED_WEIGHTS = {r"^metric\.": "head.", r"^log_scale$": "logit_scale"}
 
 
 def fetch_adapter(
     name: str | os.PathLike, hub: dict[str, Any], subfolder: str = "", config: HyperFlowConfig | None = None
 ) -> tuple[Path, HyperFlowConfig]:
-    """The folder of an adapter, all its files there and whole, and its config.
+    """Fetch an adapter, check that its files are there and whole, and return their folder and its config.
 
     Args:
         name: a folder or a Hub id.
-        hub: values for `HUB_ARGUMENTS`, or some of them.
-        subfolder: where in it the adapter is.
-        config: to be used instead of the one that is there.
+        hub: values for some of `HUB_ARGUMENTS`.
+        subfolder: the folder in it that holds the adapter.
+        config: a config to use instead of that of the adapter.
 
     Raises:
-        CheckpointError: no adapter there, no access to it, no connection and not in the cache; or a file is damaged
-            or missing.
+        CheckpointError: there is no adapter, it may not be read, or it is neither within reach nor in the cache; or a
+            file is damaged or missing.
     """
     root = fetch(name, "*.json", **hub)
     folder = root / subfolder
     if config is None:
         config = _read_config(name, folder)
-    # The weights of the same commit, and only once it is known to be an adapter.
-    pinned = dict(hub)
+    # The weights are fetched only once this is known to be an adapter, and from the same commit.
     if not os.path.isdir(name):
-        pinned["revision"] = root.name
-    fetch(name, f"*{WEIGHTS}", **pinned)
+        hub = dict(hub, revision=root.name)
+    fetch(name, f"*{WEIGHTS}", **hub)
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{name} has no {WEIGHTS}: the adapter is incomplete.")
     require_sha256(folder / WEIGHTS, config.weights_sha256)
@@ -57,7 +56,7 @@ def _read_config(name: str | os.PathLike, folder: Path) -> HyperFlowConfig:
         is_adapter = content.get("model_type") == HyperFlowConfig.model_type and bool(content.get("peft"))
         if is_adapter:
             return HyperFlowConfig.from_pretrained(folder)
-    except Exception as error:  # what is in the file may be anything
+    except Exception as error:  # the file may hold anything
         raise CheckpointError(f"{name} holds no readable HyperFlow adapter: {error}") from error
     hint = ""
     if (folder / CHECKSUMS).is_file():
@@ -66,10 +65,10 @@ def _read_config(name: str | os.PathLike, folder: Path) -> HyperFlowConfig:
 
 
 def require_all_weights(folder: Path, info: dict[str, Any]) -> None:
-    """Check what `PreTrainedModel.from_pretrained` says of the weights it loaded (`output_loading_info`).
+    """Check the `output_loading_info` of `PreTrainedModel.from_pretrained`: all weights were loaded, and no others.
 
     Raises:
-        CheckpointError: weights are missing, unknown or of another shape; they are named.
+        CheckpointError: weights are missing, unknown or of another shape. They are named.
     """
     wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     wrong += sorted(key for key, *_ in info["mismatched_keys"])

@@ -1,4 +1,4 @@
-"""What the flow needs to know of a vision transformer: where its blocks are, and how to run it in two halves."""
+"""Vision transformers as HyperFlow sees them: where their blocks are, and how to run them in two halves."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 
 class IncompatibleBackboneError(ValueError):
-    """The backbone cannot be adapted, or is not the one the adapter was made for."""
+    """The backbone cannot be adapted, or it is not the one that the adapter was made for."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Blocks:
 
     Attributes:
         path: dotted path of the `nn.ModuleList` of blocks.
-        count: how many there are.
+        count: number of blocks.
         norm: dotted path of the LayerNorm behind the last block, or None.
         names: names of all parameters of the backbone, in order.
     """
@@ -37,26 +38,27 @@ class Blocks:
         return self.count
 
     def after(self, start: int) -> set[str]:
-        """Names of the parameters in blocks `start`, `start + 1`, ... and in the final norm."""
-        inside = tuple(f"{self.path}.{i}." for i in range(start, self.count))
+        """Names of the parameters in the blocks from `start` on and in the final norm."""
+        prefixes = [f"{self.path}.{i}." for i in range(start, self.count)]
         if self.norm is not None:
-            inside += (f"{self.norm}.",)
-        return {name for name in self.names if name.startswith(inside)}
+            prefixes.append(f"{self.norm}.")
+        return {name for name in self.names if name.startswith(tuple(prefixes))}
 
 
 def find_blocks(backbone: nn.Module) -> Blocks:
-    """Locate the blocks: the longest list of modules of one class with linear layers in them, and the LayerNorm
-    beside or around it.
+    """Locate the blocks of a vision transformer and its final LayerNorm.
+
+    The blocks are the longest list of modules of one class that hold linear layers. The final norm is the last
+    LayerNorm beside that list or further out, embeddings aside.
 
     Raises:
         IncompatibleBackboneError: the model has no such list (a convolutional network, say).
     """
-    best_path, best = "", None
+    best_path, best_count = "", 1
     for path, module in plain_modules(backbone):
-        alike = isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
-        if alike and _has_linear(module[0]) and (best is None or len(module) > len(best)):
-            best_path, best = path, module
-    if best is None or len(best) < 2:
+        if isinstance(module, nn.ModuleList) and len(module) > best_count and _is_block_list(module):
+            best_path, best_count = path, len(module)
+    if not best_path:
         raise IncompatibleBackboneError(
             f"{type(backbone).__name__} has no list of transformer blocks. Use a vision transformer such as "
             "Dinov2Model or ViTModel (transformers.AutoModel)."
@@ -65,42 +67,51 @@ def find_blocks(backbone: nn.Module) -> Blocks:
     for path, module in plain_modules(backbone):
         if isinstance(module, nn.LayerNorm) and path.count(".") <= best_path.count(".") and "embed" not in path:
             norm = path
-    return Blocks(best_path, len(best), norm, tuple(name for name, _ in backbone.named_parameters()))
+    names = tuple(name for name, _ in backbone.named_parameters())
+    return Blocks(best_path, best_count, norm, names)
+
+
+def _is_block_list(modules: nn.ModuleList) -> bool:
+    """Whether all modules are of one class and hold linear layers."""
+    classes = {type(module) for module in modules}
+    has_linear = any(isinstance(part, nn.Linear) for part in modules[0].modules())
+    return len(classes) == 1 and has_linear
 
 
 def plain_modules(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules()` as it is without PEFT adapters: what is wrapped, under the path of its wrapper."""
-    inside = None
+    """Yield `named_modules()` as they are without PEFT adapters: wrapped modules under the path of their wrapper."""
+    wrapper = None
     for path, module in backbone.named_modules():
-        if inside is not None and path.startswith(inside):
+        if wrapper is not None and path.startswith(wrapper):
             continue
         if isinstance(module, BaseTunerLayer):
-            inside, module = f"{path}.", module.get_base_layer()
+            wrapper, module = f"{path}.", module.get_base_layer()
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            inside, module = f"{path}.", module.original_module
+            wrapper, module = f"{path}.", module.original_module
         yield path, module
-
-
-def _has_linear(module: nn.Module) -> bool:
-    return any(isinstance(part, nn.Linear) for part in module.modules())
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """What the first blocks computed: the hidden states `(n, tokens, width)` and what else a block is called with."""
+    """The hidden states behind the first blocks, and the other arguments that the next block is called with.
+
+    Attributes:
+        states: `(n, tokens, width)`.
+        args, kwargs: further arguments of a block.
+    """
 
     states: torch.Tensor
     args: tuple = ()
     kwargs: dict = field(default_factory=dict)
 
     def __getitem__(self, rows: torch.Tensor | slice) -> Hidden:
-        """The same for some of the images."""
+        """The hidden states of some of the images."""
         return Hidden(self.states[rows], self.args, self.kwargs)
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every module is in the mode it was in."""
+    """Within, the model is in evaluation mode. Afterwards every module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -111,25 +122,29 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 class _Reached(Exception):
-    """Carries a block's inputs out of the backbone's forward, so that the rest of it is not run."""
+    """Carries a block's inputs out of the backbone's forward pass, so that the rest of it is not run."""
 
 
 class SplitBackbone(nn.Module):
     """A backbone that can stop before block `start` and go on from there.
 
     The frozen first blocks then run once per image, whatever is tried on the adapted rest. Adapters may be injected
-    into the backbone before or after it is wrapped: blocks are looked up when they are run.
+    into the backbone before or after it is split, because blocks are looked up when they are run.
 
     Args:
         backbone: a transformers vision model that returns `last_hidden_state`.
         start: index of the first block of the second half; 0 splits right behind the embeddings.
-        pooling: the feature of an image: "cls" (first token) or "mean" (of all tokens).
-        intermediate_weight: weight of a second half of the features, see `concat_features`; 0: there is none.
+        pooling: the feature of an image: "cls" (the CLS token) or "mean" (the mean over the tokens).
+        blocks: where the blocks are, if that is known already.
+        intermediate_weight: weight of the intermediate features, see `concat_features`; 0 leaves them out.
+
+    Raises:
+        IncompatibleBackboneError: the backbone has no blocks, or no block `start`.
     """
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         start: int,
         pooling: str = "cls",
         blocks: Blocks | None = None,
@@ -146,42 +161,53 @@ class SplitBackbone(nn.Module):
                 f"the flow starts at block {start}, but {type(backbone).__name__} has {len(self.blocks)} blocks."
             )
 
-    def pool(self, sequence: torch.Tensor) -> torch.Tensor:
-        """`(n, tokens, width)` to `(n, width)`."""
-        return sequence[:, 0] if self.pooling == "cls" else sequence.mean(dim=1)
+    def pool(self, states: torch.Tensor) -> torch.Tensor:
+        """Hidden states `(n, tokens, width)` to features `(n, width)`."""
+        if self.pooling == "cls":
+            return states[:, 0]
+        return states.mean(dim=1)
 
-    def concat_features(self, last: torch.Tensor, hidden: Hidden) -> torch.Tensor:
-        """Features `(n, 2 width)` with a second half, if there is an `intermediate_weight`; otherwise `last` `(n, width)` itself.
+    def concat_features(self, final: torch.Tensor, hidden: Hidden) -> torch.Tensor:
+        """Append intermediate features to the final ones, `(n, width)` to `(n, 2 width)`.
 
-        The second half is the mean of the tokens before block `start` (but the first, if that is what is pooled), at `intermediate_weight` times the length of the first half, `last`. The first blocks know of textures and shapes what the
-        last have dropped, and are run anyway; see `training/choose_metric.py` for what that is worth.
+        The intermediate features are the mean over the tokens before block `start`, without the CLS token where that is
+        pooled. They are scaled to `intermediate_weight` times the length of the final features. With a weight of 0 the
+        final features are returned as they are. The first blocks know textures and shapes that the last blocks have
+        dropped, and they are run anyway.
         """
         if not self.intermediate_weight:
-            return last
-        tokens = hidden.states[:, 1:] if self.pooling == "cls" else hidden.states
-        mean = F.normalize(tokens.mean(dim=1).to(last), dim=-1)
-        return torch.cat([last, self.intermediate_weight * last.norm(dim=-1, keepdim=True) * mean], dim=-1)
+            return final
+        tokens = hidden.states
+        if self.pooling == "cls":
+            tokens = tokens[:, 1:]
+        intermediate = F.normalize(tokens.mean(dim=1).to(final), dim=-1)
+        length = self.intermediate_weight * final.norm(dim=-1, keepdim=True)
+        return torch.cat([final, length * intermediate], dim=-1)
 
     def final_features(self, features: torch.Tensor) -> torch.Tensor:
-        """The part of features that the last block gives, `(n, width)`."""
-        return features[:, : features.shape[1] // 2] if self.intermediate_weight else features
+        """The part of features that comes from the last block, `(n, width)`."""
+        if not self.intermediate_weight:
+            return features
+        return features[:, : features.shape[1] // 2]
 
     def forward_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Features of images `(n, 3, height, width)` by an ordinary forward pass: `(n, width)`, see `concat_features`."""
+        """Features of images `(n, 3, height, width)`: `(n, width)`, or `(n, 2 width)` with intermediate features."""
         if self.intermediate_weight:
             return self.forward_suffix(self.forward_prefix(pixel_values))
         return self.pool(self.backbone(pixel_values).last_hidden_state)
 
     def forward_prefix(self, pixel_values: torch.Tensor) -> Hidden:
-        """Run the backbone up to block `start` and stop there."""
+        """Run the backbone on images `(n, 3, height, width)` up to block `start` and stop there."""
 
         def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
             raise _Reached(args, kwargs)
 
-        block = self.backbone.get_submodule(self.blocks.path)[self.start]
-        handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+        handle = self._get_block_list()[self.start].register_forward_pre_hook(stop, with_kwargs=True)
         try:
             self.backbone(pixel_values)
+            raise IncompatibleBackboneError(
+                f"{type(self.backbone).__name__} does not run block {self.start} of {self.blocks.path}."
+            )
         except _Reached as reached:
             args, kwargs = reached.args
         finally:
@@ -191,9 +217,12 @@ class SplitBackbone(nn.Module):
         return Hidden(kwargs.pop("hidden_states"), (), kwargs)
 
     def forward_suffix(self, hidden: Hidden) -> torch.Tensor:
-        """Features from what `forward_prefix` returned: the remaining blocks, the final norm, the pooling; see `concat_features`."""
+        """Run the remaining blocks, the final norm and the pooling on what `forward_prefix` returned.
+
+        The features are those of `forward_features`.
+        """
         states = hidden.states
-        for block in self.backbone.get_submodule(self.blocks.path)[self.start :]:
+        for block in self._get_block_list()[self.start :]:
             output = block(states, *hidden.args, **hidden.kwargs)
             states = output if isinstance(output, torch.Tensor) else output[0]
         if self.blocks.norm is not None:
@@ -204,17 +233,22 @@ class SplitBackbone(nn.Module):
         """`forward_suffix`, under the name that `torch.func.functional_call` calls."""
         return self.forward_suffix(hidden)
 
+    def _get_block_list(self) -> nn.ModuleList:
+        blocks = self.backbone.get_submodule(self.blocks.path)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
     @torch.no_grad()
     def check(self) -> None:
-        """Compare both halves, one after the other, with the whole, on a blank image of the backbone's own size.
+        """Check that the two halves compute what the whole does, on a blank image of the backbone's own size.
 
         Raises:
-            IncompatibleBackboneError: they differ (the model does more between its blocks than call them in turn).
+            IncompatibleBackboneError: they do not. Such a model does more between its blocks than call them in turn.
         """
-        size, parameter = self.backbone.config.image_size, next(self.backbone.parameters())
+        size = self.backbone.config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        pixel_values = parameter.new_zeros(1, 3, height, width)
-        cannot = (
+        pixel_values = next(self.backbone.parameters()).new_zeros(1, 3, height, width)
+        problem = (
             f"{type(self.backbone).__name__} cannot be split at its blocks: running {self.blocks.path} in turn and "
             f"then {self.blocks.norm}"
         )
@@ -224,6 +258,6 @@ class SplitBackbone(nn.Module):
                 halves = self.forward_suffix(self.forward_prefix(pixel_values))
                 difference = (whole - halves).float().abs()
             except (RuntimeError, TypeError, ValueError) as error:
-                raise IncompatibleBackboneError(f"{cannot} fails: {error}") from error
+                raise IncompatibleBackboneError(f"{problem} fails: {error}") from error
         if not (difference <= 1e-3 + 1e-2 * whole.float().abs()).all():
-            raise IncompatibleBackboneError(f"{cannot} differs from its forward by {difference.max():.3g}.")
+            raise IncompatibleBackboneError(f"{problem} differs from its forward by {difference.max():.3g}.")

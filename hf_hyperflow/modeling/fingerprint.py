@@ -1,4 +1,4 @@
-"""Which weights a backbone has, in a few numbers."""
+"""A few numbers by which the weights of a backbone are recognised."""
 
 from __future__ import annotations
 
@@ -9,21 +9,28 @@ from .backbones import find_blocks
 
 
 def compute_fingerprint(backbone: nn.Module) -> list[float]:
-    """Mean absolute value of the one-dimensional parameters of each block, to 4 digits: tells most weights apart.
+    """Mean absolute value of the one-dimensional parameters of each block, to 4 digits.
 
-    Equal for the same weights in any floating-point precision; for a backbone without adapters in it.
+    It tells most weights apart and is the same in any floating-point precision. The backbone carries no adapter.
+
+    Raises:
+        IncompatibleBackboneError: the backbone has no transformer blocks.
     """
     blocks = find_blocks(backbone)
-    result = []
+    fingerprint = []
     for i in range(len(blocks)):
-        named = backbone.get_submodule(f"{blocks.path}.{i}").named_parameters()
-        values = [p.detach().float().abs().mean() for n, p in named if p.ndim == 1 and p.dtype.is_floating_point]
-        result.append(float(f"{torch.stack(values).mean().item():.4g}"))
-    return result
+        values = []
+        for parameter in backbone.get_submodule(f"{blocks.path}.{i}").parameters():
+            if parameter.ndim == 1 and parameter.dtype.is_floating_point:
+                values.append(parameter.detach().float().abs().mean())
+        mean = torch.stack(values).mean().item()
+        fingerprint.append(float(f"{mean:.4g}"))
+    return fingerprint
 
 
-def fingerprints_match(expected: list[float], found: list[float]) -> bool:
+def fingerprints_match(expected: list[float], actual: list[float]) -> bool:
     """Whether two fingerprints are of the same weights, up to the rounding of devices and precisions."""
-    return len(expected) == len(found) and all(
-        abs(a - b) <= 0.01 * abs(a) for a, b in zip(expected, found, strict=True)
-    )
+    if len(expected) != len(actual):
+        return False
+    pairs = zip(expected, actual, strict=True)
+    return all(abs(a - b) <= 0.01 * abs(a) for a, b in pairs)

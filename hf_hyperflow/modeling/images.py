@@ -1,9 +1,10 @@
-"""Anything a person calls an image, as RGB: files, bytes, PIL in any mode, arrays."""
+"""Reads anything that a person calls an image as RGB: files, bytes, PIL images in any mode, arrays."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -13,7 +14,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .saving import CheckpointError
 
-#: What a saved image processor is called.
+#: File name of a saved image processor.
 PROCESSOR = "preprocessor_config.json"
 
 #: File name endings that count as images when a folder is read.
@@ -25,7 +26,9 @@ class ImageError(ValueError):
 
 
 def load_processor(folder: str | Path) -> BaseImageProcessor | None:
-    """The image processor saved in a folder, or None; always PIL's: the same pixels with and without torchvision.
+    """The image processor saved in a folder, or None if there is none.
+
+    It is always the one on PIL, so that images get the same pixels with and without torchvision.
 
     Raises:
         CheckpointError: its file is damaged.
@@ -39,21 +42,22 @@ def load_processor(folder: str | Path) -> BaseImageProcessor | None:
         raise CheckpointError(f"{path} is damaged or describes no image processor: {error}") from error
 
 
-def decode(image: object, name: str) -> PIL.Image.Image:
+def decode(image: Any, name: str) -> PIL.Image.Image:
     """Read one image as RGB.
 
     Args:
-        image: a path, encoded bytes, a `datasets` record (`{"bytes", "path"}`), a PIL image in any mode (palette,
-            grey, 16-bit, alpha: shown on white) or an `(h, w)`, `(h, w, 1|3|4)` array, uint8 or floats in 0..1.
-        name: what an error message calls it.
+        image: a path, encoded bytes, a `datasets` record (`{"bytes", "path"}`), a PIL image in any mode, or an array
+            `(h, w)` or `(h, w, 1|3|4)` of uint8, uint16 or floats in 0..1.
+        name: the name of the image in error messages.
 
     Raises:
-        ImageError: not an image, truncated, NaN or infinite, out of range or of a strange shape.
+        ImageError: it is not an image, or it is truncated, has NaN or infinite pixels, or is out of range or of a
+            strange shape.
     """
     if isinstance(image, dict):
-        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, np.ndarray):
-        image = _from_array(image, name)
+        image = _read_array(image, name)
     if isinstance(image, bytes):
         image = io.BytesIO(image)
     try:
@@ -70,14 +74,13 @@ def decode(image: object, name: str) -> PIL.Image.Image:
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """RGB of any PIL mode: alpha is laid on white, 16-bit and float greys are scaled to 8 bits."""
+    """Convert an image of any PIL mode to RGB: alpha is laid on white, 16-bit and float greys are scaled to 8 bits.
+
+    Raises:
+        ValueError: it has NaN or infinite pixels.
+    """
     if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-        # PIL clips these modes at 255 when it converts, which turns 16-bit pictures white.
-        values = np.asarray(image, dtype=np.float64)
-        if not np.isfinite(values).all():
-            raise ValueError("it has NaN or infinite pixels")
-        top = 65535.0 if image.mode != "F" or values.max() > 255 else (255.0 if values.max() > 1 else 1.0)
-        image = PIL.Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
+        image = _scale_to_8_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         white = PIL.Image.new("RGBA", layer.size, (255, 255, 255, 255))
@@ -85,7 +88,19 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def _from_array(array: np.ndarray, name: str) -> PIL.Image.Image:
+def _scale_to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Scale a 16-bit or float grey image to 8 bits. PIL would clip it at 255, which turns 16-bit images white."""
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it has NaN or infinite pixels")
+    white = 65535.0
+    if image.mode == "F" and values.max() <= 255:  # floats come in 0..1, 0..255 or 0..65535
+        white = 255.0 if values.max() > 1 else 1.0
+    scaled = values.clip(0, white) * (255.0 / white)
+    return PIL.Image.fromarray(scaled.round().astype(np.uint8))
+
+
+def _read_array(array: np.ndarray, name: str) -> PIL.Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:

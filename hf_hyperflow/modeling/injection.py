@@ -1,4 +1,4 @@
-"""A PEFT adapter inside a backbone: put in, filled with weights, merged, and taken out again."""
+"""A PEFT adapter inside a backbone: put in, filled with weights, merged and taken out again."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .backbones import IncompatibleBackboneError
 if TYPE_CHECKING:
     from .parameter_space import ParameterSpace
 
-#: The one adapter name in use: PEFT saves the adapter of this name at the top of its folder.
+#: The name of every adapter: PEFT saves the adapter of this name at the top of its folder.
 ADAPTER_NAME = "default"
 
-#: Attribute of a backbone that holds the injection it carries now: it lives, and is copied, with the backbone.
+#: The attribute of a backbone that holds the injection it carries. It lives, and is copied, with the backbone.
 _INJECTION = "_hyperflow_injection"
 
 
@@ -44,21 +44,24 @@ def unload(backbone: nn.Module) -> None:
 
 
 class Injection:
-    """A PEFT adapter inside a backbone, and the way back: `remove` restores the backbone bit for bit.
+    """A PEFT adapter inside a backbone. `remove` restores the backbone bit for bit.
+
+    `ParameterSpace.inject` makes injections and binds them to the space.
 
     Args:
-        backbone: changed in place.
-        peft_config: copied; PEFT writes into the copy.
-        seed: of the adapter's random start, drawn on the CPU.
+        backbone: the model, changed in place. An injection that it carries already is removed.
+        peft_config: what to put in; PEFT writes into a copy of it.
+        seed: seed of the adapter's random start, which is drawn on the CPU.
 
     Attributes:
-        start: theta `(n_tokens, token_dim)` before anything is written, once `bind` has been called.
-        parameters: the adapter's tensors in the order of its parameter space, likewise.
+        space: the parameter space that the injection is bound to.
+        parameters: the adapter's tensors in the order of the space.
+        start: theta `(n_tokens, token_dim)` before anything is written.
         merged: whether the adapter is folded into the backbone's own weights.
 
     Raises:
-        IncompatibleBackboneError: a target module is not in the backbone, or PEFT cannot adapt it; the backbone is
-            left as it was.
+        IncompatibleBackboneError: a target module is not in the backbone, PEFT cannot adapt it, or somebody else's
+            adapter is in the backbone. The backbone is left as it was.
     """
 
     space: ParameterSpace
@@ -79,12 +82,11 @@ class Injection:
         self._requires_grad = {name: p.requires_grad for name, p in backbone.named_parameters()}
         self._before_merge: dict[str, torch.Tensor] = {}
         modes = {module: module.training for module in backbone.modules()}
-        own_config = copy.deepcopy(peft_config)
-        own_config.inference_mode = (
-            False  # as loaded from disk it is True, and PEFT would mark nothing as the adapter's
-        )
+        peft_config = copy.deepcopy(peft_config)
+        # Configs loaded from disk say True, and PEFT would mark no parameter as the adapter's.
+        peft_config.inference_mode = False
         try:
-            self.peft_model = _build_peft_model(backbone, own_config, seed)
+            self.peft_model = _build_peft_model(backbone, peft_config, seed)
         except (ValueError, TypeError) as error:
             self.remove()
             raise IncompatibleBackboneError(f"PEFT cannot adapt this {type(backbone).__name__}: {error}") from error
@@ -92,7 +94,7 @@ class Injection:
             module.training = modes.get(module, backbone.training)
 
     def adapter_parameters(self, frozen: tuple[str, ...] = ()) -> dict[str, nn.Parameter]:
-        """The adapter's parameters by their name in the backbone, without those whose name has a part of `frozen`."""
+        """The adapter's parameters by their names in the backbone, without names that contain a part in `frozen`."""
         selected = {}
         for name, parameter in self.backbone.named_parameters():
             if parameter.requires_grad and not any(part in name for part in frozen):
@@ -100,7 +102,7 @@ class Injection:
         return selected
 
     def bind(self, space: ParameterSpace, parameters: list[nn.Parameter]) -> None:
-        """Make this the backbone's injection of `space`, whose tensors are `parameters`."""
+        """Make this the injection of a space, whose tensors are `parameters`, and note their start."""
         self.space = space
         self.parameters = parameters
         self.start = self.read()
@@ -110,19 +112,22 @@ class Injection:
 
     @torch.no_grad()
     def read(self) -> torch.Tensor:
-        """Theta `(n_tokens, token_dim)` of the adapter as it is now, float32."""
+        """The adapter's weights as theta `(n_tokens, token_dim)`, float32."""
         return self.space.to_tokens(self.parameters)
 
     @torch.no_grad()
     def write(self, theta: torch.Tensor) -> None:
-        """Set the adapter's tensors to `theta`."""
+        """Set the adapter's weights to theta `(n_tokens, token_dim)`."""
         self._written = None
         for parameter, tensor in zip(self.parameters, self.space.to_tensors(theta).values(), strict=True):
             parameter.copy_(tensor)
 
     @contextmanager
     def using(self, theta: torch.Tensor) -> Iterator[None]:
-        """Within, the adapter has the weights `theta`. They stay until others are used, and are not written twice."""
+        """Within, the adapter has the weights theta `(n_tokens, token_dim)`.
+
+        They stay in the backbone until others are used, and the same tensor is not written again while they do.
+        """
         if self._written is not theta:
             self.write(theta)
             self._written = theta
@@ -130,7 +135,7 @@ class Injection:
 
     @contextmanager
     def tuning(self) -> Iterator[list[nn.Parameter]]:
-        """The adapter's tensors at their start, to be changed in place; afterwards they are at their start again."""
+        """Yield the adapter's tensors at their start, to be changed in place. Afterwards they are back at it."""
         self.write(self.start)
         try:
             yield self.parameters
@@ -141,6 +146,9 @@ class Injection:
         """Fold the adapter into the backbone's own weights and take PEFT's modules out.
 
         The weights that change are kept aside until `remove`.
+
+        Raises:
+            ValueError: PEFT cannot merge this kind of adapter into these layers.
         """
         for path, module in self._originals.items():
             for name, parameter in module.named_parameters():
@@ -150,7 +158,7 @@ class Injection:
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Take the adapter out: modules, weights, `requires_grad` and attributes are what they were."""
+        """Take the adapter out. Modules, weights, `requires_grad` and attributes are again what they were."""
         for path, module in self._originals.items():
             self.backbone.set_submodule(path, module)
         for name, tensor in self._before_merge.items():
@@ -165,10 +173,11 @@ class Injection:
 
 def _target_paths(backbone: nn.Module, peft_config: PeftConfig) -> list[str]:
     """Dotted paths of all modules that a PEFT config targets, sorted."""
-    targets = set(peft_config.target_modules or ())
-    targets |= set(vars(peft_config).get("modules_to_save") or ())
-    known = {path for path, _ in backbone.named_modules()}
-    missing = sorted(targets - known)
+    fields = vars(peft_config)
+    targets = set(fields.get("target_modules") or ())
+    targets.update(fields.get("modules_to_save") or ())
+    existing = {path for path, _ in backbone.named_modules()}
+    missing = sorted(targets - existing)
     if missing:
         more = f" and {len(missing) - 12} more" if len(missing) > 12 else ""
         raise IncompatibleBackboneError(
@@ -179,7 +188,7 @@ def _target_paths(backbone: nn.Module, peft_config: PeftConfig) -> list[str]:
 
 
 def _build_peft_model(backbone: nn.Module, peft_config: PeftConfig, seed: int) -> PeftModel:
-    """PEFT's model around the backbone, its random start drawn from `seed` without touching the global generator."""
+    """Build PEFT's model around the backbone. Its start is drawn from `seed`; the global generator is not touched."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft to transformers
         warnings.filterwarnings("ignore", "Unsupported layer type .*LayerNorm")  # PEFT does support it

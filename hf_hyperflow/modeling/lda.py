@@ -1,4 +1,4 @@
-"""The metric in which images are compared with the classes: measured on many domains, completed by the support set."""
+"""Regularised linear discriminant analysis: the closed-form head that compares images with classes."""
 
 from __future__ import annotations
 
@@ -10,31 +10,38 @@ from .prototypes import class_means, no_autocast
 
 
 class RegularisedLDA(nn.Module):
-    """Class prototypes in the metric of the covariance within classes.
+    """Class prototypes for cosines in the metric of the covariance within classes.
 
-    Directions in which images of one class differ should count less. A few images tell little of them, so the
-    covariance of a support set is completed by one of the training domains: C = R^T R + count (C_0 + ridge v_0 I).
-    The rows of R are the support features minus the means of their classes, C_0 was measured and v_0 is the mean of
-    its diagonal. An image x has the cosine x^T C^-1 m / |m|_C with the mean m of a class, up to a factor of its own.
-    That is linear discriminant analysis with cosines and an inverse Wishart prior, near the Mahalanobis distance of
-    Simple CNAPS (Bateni et al. 2020), and needs n_support equations to be solved. With one image of each class R is
-    zero, and what was measured is left.
+    Directions in which images of one class differ should count less. A few images tell little about these directions,
+    so the covariance of a support set is completed by that of the training domains:
 
-    How far C_0 is to be trusted depends on the task. What sets images of a foreign domain apart is small beside what
-    they share, and C_0 finds it; classes like those the backbone was trained for stand far apart already, along the
-    very directions that C_0 makes little of. So the ridge is (spread / spread_0)^power, where the spread is half the
-    mean squared distance of images of different classes and spread_0 that of the training tasks.
+        C = R^T R + count (C_0 + ridge v_0 I)
+
+    The rows of R are the support features minus the means of their classes. C_0 is the covariance within classes on
+    the training domains, and v_0 is the mean of its diagonal. An image x and the mean m of a class have the cosine
+    x^T C^-1 m / |m|_C, up to a factor that depends on x alone. This is linear discriminant analysis with cosines and
+    an inverse Wishart prior, close to the Mahalanobis distance of Simple CNAPS (Bateni et al. 2020). It solves as many
+    linear equations as there are support images. With one image per class R is zero and only the prior is left.
+
+    The ridge says how far C_0 is to be trusted. In a foreign domain the differences between images are small beside
+    what they share, and C_0 finds them. Classes like those that the backbone was trained on are far apart already,
+    along the very directions that C_0 plays down. So the ridge is (spread / spread_0)^power. The spread is half the
+    mean squared distance of images of different classes, and spread_0 is that of the training tasks.
 
     Args:
-        width: of the features.
-        power: how fast the ridge grows with the spread; 0 is the same ridge, 1, for all tasks.
+        width: length of the features.
+        power: how fast the ridge grows with the spread; 0 means a ridge of 1 for all tasks.
 
     Attributes:
-        directions: `(width, width)`, the eigenvectors of C_0 in its columns. None of the three is trained.
-        variances: `(width,)`, its eigenvalues times the count. They start as equal and large, with which the
-            prototypes are the class means as in plain direct transfer; see `set_prior`.
+        directions: `(width, width)`, the eigenvectors of C_0 in its columns. No attribute is trained by gradients.
+        variances: `(width,)`, the eigenvalues of C_0 times the count. They start equal and large, so that the
+            prototypes are those of direct transfer until `set_prior` is called.
         spread: a number, spread_0.
     """
+
+    directions: torch.Tensor
+    variances: torch.Tensor
+    spread: torch.Tensor
 
     def __init__(self, width: int, power: float = 4.0):
         super().__init__()
@@ -44,72 +51,74 @@ class RegularisedLDA(nn.Module):
         self.register_buffer("spread", torch.ones(()))
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Prototypes `(n_way, width)` from features `(n, width)` and labels `(n,)`, of two classes or more.
+        """Prototypes `(n_way, width)` from features `(n, width)` and labels `(n,)` of at least two classes.
 
-        They are as long as makes their products with images of length 1 cosines in the metric, if these are of the
-        mean length in it of the support images. Differentiable in the features; the order of images does not matter,
-        that of the classes permutes the rows.
+        The product of a prototype with an image of length 1 is their cosine in the metric, if the image has the mean
+        length of the support images there. Differentiable in the features. The order of the images does not matter.
         """
         with no_autocast(features):
-            ratio = spread_between(features, labels) / self.spread.to(features)
-            variances = self.variances.to(features)
-            # At least a thousandth: C_0 can be singular.
-            ridge = ratio.clamp_min(0).pow(self.power).clamp_min(1e-3) * variances.mean()
-            map_ = self.directions.to(features) * (variances + ridge).rsqrt()
-            mapped = features @ map_
-            means = class_means(mapped, labels)
-            spread = mapped - means[labels]
-            # (I + R^T R)^-1 = I - R^T (I + R R^T)^-1 R: as many equations as images (Woodbury).
-            gram = torch.eye(len(spread), device=spread.device, dtype=spread.dtype) + spread @ spread.T
-            solved = torch.linalg.solve(gram, spread)
+            whitening = self._get_whitening(features, labels)
+            whitened = features @ whitening
+            means = class_means(whitened, labels)
+            residuals = whitened - means[labels]
+            # In these coordinates C is I + R^T R. By Woodbury's identity its inverse is I - R^T (I + R R^T)^-1 R,
+            # which takes as many equations as there are images.
+            gram = torch.eye(len(residuals), device=residuals.device, dtype=residuals.dtype) + residuals @ residuals.T
+            solved = torch.linalg.solve(gram, residuals)
 
-            def inverse(rows: torch.Tensor) -> torch.Tensor:
-                return rows - (rows @ spread.T) @ solved
+            def apply_inverse(rows: torch.Tensor) -> torch.Tensor:
+                return rows - (rows @ residuals.T) @ solved
 
-            units = F.normalize(features, dim=1) @ map_
-            image_length = _lengths(units, inverse(units)).mean()
-            directions = inverse(means)
-            return directions @ map_.T / (_lengths(means, directions) * image_length)
+            units = F.normalize(features, dim=1) @ whitening
+            image_length = _metric_lengths(units, apply_inverse(units)).mean()
+            directions = apply_inverse(means)
+            return directions @ whitening.T / (_metric_lengths(means, directions) * image_length)
+
+    def _get_whitening(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The map `(width, width)` to coordinates in which the prior's covariance, ridge included, is the identity."""
+        ratio = spread_between(features, labels) / self.spread.to(features)
+        variances = self.variances.to(features)
+        # C_0 can be singular, so the ridge is at least a thousandth.
+        ridge = ratio.clamp_min(0).pow(self.power).clamp_min(1e-3) * variances.mean()
+        return self.directions.to(features) * (variances + ridge).rsqrt()
 
     @torch.no_grad()
     def set_prior(self, covariance: torch.Tensor, spread: float, *, count: float = 100.0) -> None:
-        """Take what was measured on the training domains.
-
-        The defaults of count and power were chosen by `training/choose_metric.py` on training domains, each with what
-        was measured on the others.
+        """Set what the training domains tell.
 
         Args:
-            covariance: within classes, `(width, width)`, see `within_covariance`.
-            spread: mean over tasks of `spread_between`.
-            count: how many images the prior weighs.
+            covariance: covariance within classes, `(width, width)`, see `within_covariance`.
+            spread: mean of `spread_between` over training tasks.
+            count: the number of images that the prior weighs as much as.
 
         Raises:
-            ValueError: the covariance or the spread is not finite or zero.
+            ValueError: the covariance or the spread is zero or not finite.
         """
         if not (covariance.isfinite().all() and covariance.diagonal().mean() > 0 and 0 < spread < float("inf")):
             raise ValueError("the covariance within classes is zero or not finite: nothing can be measured in it.")
-        values, vectors = torch.linalg.eigh(covariance.double())
-        self.directions.copy_(vectors)
-        self.variances.copy_(count * values.clamp_min(0))
+        eigenvalues, eigenvectors = torch.linalg.eigh(covariance.double())
+        self.directions.copy_(eigenvectors)
+        self.variances.copy_(count * eigenvalues.clamp_min(0))
         self.spread.fill_(float(spread))
 
 
-def _lengths(rows: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Lengths in the metric `(n, 1)` of rows `(n, width)`, given the inverse covariance times each; above zero."""
-    return (rows * inverse).sum(dim=1, keepdim=True).clamp_min(1e-24).sqrt()
+def _metric_lengths(rows: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+    """Lengths in the metric, `(n, 1)`, of rows `(n, width)`, given their products with the inverse covariance."""
+    return (rows * products).sum(dim=1, keepdim=True).clamp_min(1e-24).sqrt()
 
 
 def within_covariance(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Covariance `(width, width)` of features `(n, width)` around the means of their classes, unbiased."""
+    """Unbiased covariance `(width, width)` of features `(n, width)` around the means of their classes."""
     with no_autocast(features):
-        spread = features - class_means(features, labels)[labels]
-        return spread.T @ spread / (len(features) - len(labels.unique()))
+        residuals = features - class_means(features, labels)[labels]
+        return residuals.T @ residuals / (len(features) - len(labels.unique()))
 
 
 def spread_between(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Half the mean squared distance of images of different classes, from features `(n, width)` of two classes or more.
+    """Half the mean squared distance of images of different classes, from features `(n, width)`.
 
-    Without bias: its expectation depends on neither ways nor shots, if classes are drawn at random.
+    There are two classes or more. The estimate is unbiased: if classes are drawn at random, its expectation depends on
+    neither the number of classes nor that of images.
     """
     with no_autocast(features):
         means = class_means(features, labels)

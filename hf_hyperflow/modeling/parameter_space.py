@@ -13,24 +13,31 @@ from functools import cached_property
 import torch
 from peft import PeftConfig
 from torch import nn
+from transformers import PreTrainedModel
 
 from .backbones import IncompatibleBackboneError
 from .injection import Injection, get_injection
 
 
 class ParameterSpace:
-    """A PEFT config on a kind of backbone <-> tokens `theta` of shape `(n_tokens, token_dim)`.
+    """Maps the tensors of a PEFT adapter on a kind of backbone to tokens `theta` `(n_tokens, token_dim)`, and back.
 
-    Every moving tensor of the adapter is flattened (tall matrices column by column, so that a row of theta is one
-    rank of a LoRA factor), padded with zeros to whole rows and stacked in a fixed order.
+    Every moving tensor of the adapter is flattened, padded with zeros to whole rows and stacked in a fixed order. Tall
+    matrices are flattened column by column, so that a row of theta is one rank of a LoRA factor.
 
     Args:
         peft_config: a native PEFT config whose `target_modules` are full dotted paths.
         token_dim: length of a row, usually the backbone's hidden size.
-        names: the moving tensors, as PEFT names them inside the backbone.
+        names: names of the moving tensors, as PEFT names them inside the backbone.
         shapes: their shapes.
-        frozen: parts of names of adapter tensors that keep their seeded start ("lora_A", say).
-        seed: of the adapter's own random start (LoRA's A).
+        frozen: parts of the names of adapter tensors that stay at their seeded start ("lora_A", say).
+        seed: seed of the adapter's own random start (LoRA's A).
+
+    Attributes:
+        rows: how many rows of theta each tensor takes.
+
+    Raises:
+        ValueError: the numbers of names and of shapes differ.
     """
 
     def __init__(
@@ -56,10 +63,11 @@ class ParameterSpace:
     @cached_property
     def mask(self) -> torch.Tensor:
         """`(n_tokens, token_dim)` bool, False where a row is padded."""
-        return torch.cat([_to_rows(torch.ones(shape), self.token_dim) for shape in self.shapes]) > 0
+        return self.to_tokens(torch.ones(shape) for shape in self.shapes) > 0
 
     @property
     def n_tokens(self) -> int:
+        """Number of rows of theta."""
         return sum(self.rows)
 
     @property
@@ -70,40 +78,39 @@ class ParameterSpace:
     @classmethod
     def from_backbone(
         cls,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         peft_config: PeftConfig,
         *,
         token_dim: int | None = None,
         frozen: tuple[str, ...] = (),
         seed: int = 0,
     ) -> ParameterSpace:
-        """The space of `peft_config` on `backbone`, which is left as it was.
+        """The space of a PEFT config on a backbone. The backbone is left as it was.
 
         Raises:
-            IncompatibleBackboneError: a target of the config is not in the backbone.
+            IncompatibleBackboneError: a target of the config is not in the backbone, or PEFT cannot adapt it.
         """
         injection = Injection(backbone, peft_config, seed)
         try:
-            shapes = {name: tuple(p.shape) for name, p in injection.adapter_parameters(frozen).items()}
+            parameters = injection.adapter_parameters(frozen)
         finally:
             injection.remove()
         if token_dim is None:
             token_dim = backbone.config.hidden_size
-        return cls(peft_config, token_dim, list(shapes), list(shapes.values()), frozen=frozen, seed=seed)
+        shapes = [tuple(parameter.shape) for parameter in parameters.values()]
+        return cls(peft_config, token_dim, list(parameters), shapes, frozen=frozen, seed=seed)
 
     def is_in(self, backbone: nn.Module) -> bool:
-        """Whether the adapter is inside `backbone` now."""
+        """Whether the adapter is inside a backbone now, and not merged into it."""
         injection = get_injection(backbone)
         return injection is not None and injection.space is self and not injection.merged
 
     def inject(self, backbone: nn.Module) -> Injection:
-        """The adapter inside `backbone`, put there now unless it is there already, its tensors checked.
-
-        Another injection is removed first.
+        """Put the adapter into a backbone, unless it is there already. Another injection is removed first.
 
         Raises:
-            IncompatibleBackboneError: names or shapes differ from the space's; all of them are listed and the
-                backbone is left as it was. Or another adapter is merged into the backbone.
+            IncompatibleBackboneError: names or shapes of tensors differ from the space's. All of them are listed, and
+                the backbone is left as it was. Or another adapter is merged into the backbone.
         """
         current = get_injection(backbone)
         if current is not None and self.is_in(backbone):
@@ -122,7 +129,7 @@ class ParameterSpace:
         return injection
 
     def _list_differences(self, parameters: dict[str, nn.Parameter]) -> list[str]:
-        """What differs between the space's tensors and an adapter's, a line each."""
+        """The differences between the space's tensors and an adapter's, one line each."""
         expected = dict(zip(self.names, self.shapes, strict=True))
         lines = []
         for name, shape in expected.items():
@@ -137,11 +144,11 @@ class ParameterSpace:
         return lines
 
     def to_tokens(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Tensors in the order of `names` to theta `(n_tokens, token_dim)`, float32."""
+        """Theta `(n_tokens, token_dim)`, float32, from tensors in the order of `names`."""
         return torch.cat([_to_rows(tensor.float(), self.token_dim) for tensor in tensors])
 
     def to_tensors(self, theta: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Theta `(n_tokens, token_dim)` to the named tensors: exactly the inverse, and differentiable.
+        """The named tensors from theta `(n_tokens, token_dim)`. Exactly the inverse of `to_tokens`, and differentiable.
 
         Raises:
             ValueError: theta has another shape.

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from peft import BeftConfig, LNTuningConfig, LoraConfig, PeftConfig
+from peft import BeftConfig, LNTuningConfig, LoraConfig, PeftConfig, PeftType
 from torch import nn
 
 from .backbones import IncompatibleBackboneError, find_blocks, plain_modules
 
 
 def find_linear_paths(backbone: nn.Module, last_blocks: int) -> list[str]:
-    """Dotted paths of every `nn.Linear` in the last blocks, but for the keys of attention.
+    """Dotted paths of every `nn.Linear` in the last blocks, except the keys of attention.
 
-    A bias on the keys adds the same number to all scores of a query, and softmax forgets it.
+    A bias on the keys adds the same number to all scores of a query, which softmax cancels.
+
+    Raises:
+        IncompatibleBackboneError: the backbone has no blocks, or fewer than `last_blocks`.
     """
     paths = []
     for path, module in _last_block_modules(backbone, last_blocks):
@@ -23,9 +27,15 @@ def find_linear_paths(backbone: nn.Module, last_blocks: int) -> list[str]:
 
 
 def find_norm_paths(backbone: nn.Module, last_blocks: int) -> list[str]:
-    """Dotted paths of every LayerNorm in the last blocks and of the final one."""
-    modules = _last_block_modules(backbone, last_blocks)
-    paths = [path for path, module in modules if isinstance(module, nn.LayerNorm)]
+    """Dotted paths of every LayerNorm in the last blocks and of the final one.
+
+    Raises:
+        IncompatibleBackboneError: the backbone has no blocks, or fewer than `last_blocks`.
+    """
+    paths = []
+    for path, module in _last_block_modules(backbone, last_blocks):
+        if isinstance(module, nn.LayerNorm):
+            paths.append(path)
     final = find_blocks(backbone).norm
     if final is not None:
         paths.append(final)
@@ -36,15 +46,15 @@ def _last_block_modules(backbone: nn.Module, last_blocks: int) -> list[tuple[str
     blocks = find_blocks(backbone)
     if not 1 <= last_blocks <= len(blocks):
         raise IncompatibleBackboneError(f"last_blocks={last_blocks}, but the backbone has {len(blocks)} blocks.")
-    inside = tuple(f"{blocks.path}.{i}." for i in range(len(blocks) - last_blocks, len(blocks)))
-    return [(path, module) for path, module in plain_modules(backbone) if path.startswith(inside)]
+    prefixes = tuple(f"{blocks.path}.{i}." for i in range(len(blocks) - last_blocks, len(blocks)))
+    return [(path, module) for path, module in plain_modules(backbone) if path.startswith(prefixes)]
 
 
 def bias_config(backbone: nn.Module, last_blocks: int, *, norms: bool = True) -> BeftConfig:
     """Bias tuning of the last blocks (Ben Zaken et al. 2022), the parameter set of the HyperFlow paper.
 
     Args:
-        norms: also move the LayerNorms (weights and biases), carried by PEFT's `modules_to_save`.
+        norms: also move the weights and biases of the LayerNorms, which PEFT carries in `modules_to_save`.
     """
     return BeftConfig(
         target_modules=find_linear_paths(backbone, last_blocks),
@@ -53,7 +63,7 @@ def bias_config(backbone: nn.Module, last_blocks: int, *, norms: bool = True) ->
 
 
 def lora_config(backbone: nn.Module, last_blocks: int, *, r: int = 2) -> LoraConfig:
-    """LoRA (Hu et al. 2022) of rank `r` on every linear layer of the last blocks but the keys of attention."""
+    """LoRA (Hu et al. 2022) of rank `r` on every linear layer of the last blocks except the keys of attention."""
     return LoraConfig(r=r, lora_alpha=r, target_modules=find_linear_paths(backbone, last_blocks))
 
 
@@ -62,20 +72,27 @@ def layernorm_config(backbone: nn.Module, last_blocks: int) -> LNTuningConfig:
     return LNTuningConfig(target_modules=find_norm_paths(backbone, last_blocks))
 
 
-def config_to_dict(peft_config: PeftConfig) -> dict:
-    """What of a PEFT config differs from its defaults, ready for JSON; the inverse of `peft.get_peft_config`."""
-    assert peft_config.peft_type is not None, "a tuner's config always names its type"
-    result = {"peft_type": str(peft_config.peft_type.value)}
+def get_kind(peft_config: PeftConfig) -> str:
+    """PEFT's name of a kind of adapter: "BEFT", "LORA", "LN_TUNING", ..."""
+    return PeftType(peft_config.peft_type).value
+
+
+def config_to_dict(peft_config: PeftConfig) -> dict[str, Any]:
+    """The fields of a PEFT config that differ from their defaults, ready for JSON.
+
+    `peft.get_peft_config` is the inverse.
+    """
+    content: dict[str, Any] = {"peft_type": get_kind(peft_config)}
     for field in dataclasses.fields(peft_config):
         if not field.init or field.name in ("peft_type", "peft_version"):
             continue
         value = vars(peft_config)[field.name]
         if value != _get_default(field):
-            result[field.name] = sorted(value) if isinstance(value, set) else value
-    return result
+            content[field.name] = sorted(value) if isinstance(value, set) else value
+    return content
 
 
-def _get_default(field: dataclasses.Field) -> object:
+def _get_default(field: dataclasses.Field) -> Any:
     if field.default_factory is dataclasses.MISSING:
         return field.default
     return field.default_factory()

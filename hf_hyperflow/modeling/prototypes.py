@@ -1,4 +1,4 @@
-"""Classification by products with class prototypes."""
+"""Classification by the products of features with class prototypes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-#: What turns support features `(n, width)` and labels `(n,)` into prototypes `(n_way, width)`.
+#: A head turns support features `(n, width)` and labels `(n,)` into prototypes `(n_way, width)`.
 Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -17,14 +17,14 @@ def unit_means(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class PrototypeClassifier:
-    """Scores images by the product of their features with one prototype per class.
+    """Classifies images by the product of their features with one prototype per class.
 
-    With `unit_means` that is the cosine to the class means (Snell et al. 2017; cosine as in Chen et al. 2021,
-    Meta-Baseline).
+    With the head `unit_means` that is the cosine with the class means (Snell et al. 2017; cosines as in Chen et al.
+    2021, Meta-Baseline).
 
     Args:
-        prototypes: `(n_way, width)`; they are multiplied with the features of an image, brought to length 1.
-        scale: the inverse temperature that turns these products into logits; learned with the flow, so that the
+        prototypes: `(n_way, width)`. They are multiplied with features of length 1.
+        scale: the inverse temperature that turns these products into logits. It is learned with the flow, so that the
             softmax of the logits is calibrated.
     """
 
@@ -40,9 +40,13 @@ class PrototypeClassifier:
         scale: torch.Tensor | float = 10.0,
         head: Head = unit_means,
     ) -> PrototypeClassifier:
-        """A classifier of the classes 0..labels.max() from features `(n, width)`; every class needs an image.
+        """A classifier of the classes 0..labels.max(), differentiable in `features` and `scale`.
 
-        Classes may have different numbers of images; differentiable in `features` and `scale`.
+        Args:
+            features: `(n, width)`.
+            labels: `(n,)`. Every class has an image; they need not have the same number.
+            scale: see the class.
+            head: turns the features into prototypes.
         """
         return cls(head(features, labels), scale)
 
@@ -53,12 +57,12 @@ class PrototypeClassifier:
 
 
 def class_means(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """`(n_way, width)` means of features `(n, width)` over labels 0..n_way-1; invariant to the order of images."""
+    """Means `(n_way, width)` of the features `(n, width)` of each label in 0..n_way-1, in whatever order they come."""
     one_hot = F.one_hot(labels).to(features.dtype)
     with no_autocast(features):
         return (one_hot.T @ features) / one_hot.sum(dim=0).unsqueeze(1)
 
 
 def no_autocast(features: torch.Tensor) -> torch.autocast:
-    """Full precision within: bfloat16 cosines of similar classes are full of ties."""
+    """A context of full precision: in bfloat16 the cosines of similar classes are full of ties."""
     return torch.autocast(features.device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""Write folders whole or not at all, and notice damaged files."""
+"""Writes folders and files whole or not at all, and notices damaged ones."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -20,30 +21,30 @@ class CheckpointError(OSError):
 
 
 @contextmanager
-def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """A new folder to write to, whose files and folders are moved into `folder` when everything is there.
+def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield a new folder to write to. Its content is moved into `folder` when the block has ended well.
 
-    On an error or an interrupt nothing of it remains and what `folder` held is untouched. Other files in `folder` are
-    kept; a folder in it is replaced whole by one of the same name.
+    After an error or an interrupt nothing of it remains, and the content of `folder` is untouched. Other files in
+    `folder` are kept. A folder in it is replaced as a whole by one of the same name.
 
     Raises:
-        CheckpointError: the folder cannot be written, or is being written by another; the message says why.
+        CheckpointError: the folder cannot be written, or another process or thread is writing to it.
     """
-    with exclusive(folder), _drafted(Path(folder)) as draft:
+    with exclusive(folder), _draft(Path(folder)) as draft:
         yield draft
 
 
 @contextmanager
-def exclusive(folder: str | Path) -> Iterator[None]:
-    """Keep everybody else on this machine from writing to a folder with `atomic_folder`, until the end of the block.
+def exclusive(folder: str | os.PathLike) -> Iterator[None]:
+    """Within, nobody else on this machine can write to a folder with `atomic_folder`.
 
-    Within the block the same thread can claim it again. The claim ends with the process, however that ends.
+    The same thread can lock the folder again. The lock ends with the process, however that ends.
 
     Raises:
-        CheckpointError: another process or thread has exclusive it.
+        CheckpointError: another process or thread has locked the folder.
     """
     digest = hashlib.sha256(os.fsencode(Path(folder).resolve())).hexdigest()[:32]
-    # Not in the folder: it would be pushed or zipped with it, and a lock cannot be deleted safely.
+    # Not in the folder: the lock would be pushed or zipped with it, and a lock cannot be deleted safely.
     path = Path(tempfile.gettempdir(), f"hf_hyperflow-{digest}.lock")
     lock = FileLock(path, timeout=0, mode=0o666, is_singleton=True)
     try:
@@ -63,12 +64,14 @@ def exclusive(folder: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def _drafted(folder: Path) -> Iterator[Path]:
-    made, drafts = [], None
+def _draft(folder: Path) -> Iterator[Path]:
+    """Yield a new folder to write to, and put its content into `folder` at the end; see `atomic_folder`."""
+    missing: list[Path] = []
+    drafts = None
     try:
-        made = [p for p in (folder, *folder.parents) if not p.exists()]
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        # Inside the folder, for it may be on another disk than the one it is in.
+        # Inside the folder, because its parent may be on another disk.
         drafts = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder))
         (drafts / "new").mkdir()
         yield drafts / "new"
@@ -82,13 +85,13 @@ def _drafted(folder: Path) -> Iterator[Path]:
     finally:
         if drafts is not None:
             shutil.rmtree(drafts, ignore_errors=True)
-        for path in made:
+        for path in missing:
             with suppress(OSError):
                 path.rmdir()  # goes through only where nothing was put
 
 
 def _put_in_place(new: Path, drafts: Path, folder: Path) -> None:
-    """Move what is in `new` into `folder`; if that fails in the middle, put everything back."""
+    """Move the content of `new` into `folder`. If that fails in the middle, put everything back."""
     aside = drafts / "old"
     aside.mkdir()
     moved = []
@@ -112,13 +115,13 @@ def _put_in_place(new: Path, drafts: Path, folder: Path) -> None:
         raise
 
 
-def sha256(path: str | Path) -> str:
-    """Hex digest of a file's content."""
+def sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of the content of a file, in hex digits."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def require_sha256(path: str | Path, expected: str | None) -> None:
-    """Compare a file with the digest that was noted when it was saved; None compares nothing.
+def require_sha256(path: str | os.PathLike, expected: str | None) -> None:
+    """Compare a file with the digest that was noted when it was saved. None stands for a digest that was not noted.
 
     Raises:
         CheckpointError: the file has changed since.
@@ -131,13 +134,13 @@ def require_sha256(path: str | Path, expected: str | None) -> None:
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
-    """A new file to write to, which takes the place of `path` in one move when the block ends well.
+def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a new file to write to. It takes the place of `path` in one move when the block has ended well.
 
-    At every moment, also of a crash, `path` is what it was or what it shall be.
+    At every moment, also after a crash, `path` holds either its old or its new content.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the file cannot be written.
     """
     path = Path(path)
     draft = path.with_name(f".{path.name}.new")
@@ -156,7 +159,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             draft.unlink()
 
 
-def write_json(path: str | Path, content: object) -> None:
+def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write JSON to a file, whole or not at all.
 
     Raises:
@@ -166,8 +169,8 @@ def write_json(path: str | Path, content: object) -> None:
         draft.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_record(path: Path) -> dict | None:
-    """A training record, or None if there is none.
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Read a training record; None if there is none.
 
     Raises:
         CheckpointError: it is damaged.

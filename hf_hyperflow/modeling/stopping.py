@@ -17,8 +17,8 @@ class StoppingPoint:
 
     Attributes:
         time: the chosen t.
-        accuracies: leave-one-out accuracy, 0 to 1, at each time that was tried; empty without early stopping, or when
-            every class has a single image, so that nothing can be left out.
+        accuracies: leave-one-out accuracy, 0 to 1, at each time that was tried. It is empty without early stopping, and
+            where every class has a single image, so that no image can be left out.
     """
 
     time: float
@@ -35,23 +35,27 @@ def choose_stopping_point(
     thetas: list[torch.Tensor],
     head: Head = unit_means,
 ) -> StoppingPoint:
-    """The earliest time with the best leave-one-out accuracy on the support set; forward passes only.
+    """Choose the earliest time with the best leave-one-out accuracy on the support set, by forward passes only.
+
+    Images that are alone in their class are not counted.
 
     Args:
-        hidden: what the frozen blocks computed of the support images.
+        split: the backbone in two halves.
+        injection: the adapter inside it. Afterwards it has the weights of one of the points.
+        hidden: what the first half computed of the support images.
         labels: `(n,)` in 0..n_way-1.
         times, thetas: the points of the flow to try, t = 0 among them.
-        head: makes prototypes of support features.
+        head: turns support features into prototypes.
     """
-    has_company = torch.bincount(labels)[labels] > 1
-    if not has_company.any():
+    is_counted = torch.bincount(labels)[labels] > 1
+    if not is_counted.any():
         return StoppingPoint(time=times[-1])
     accuracies = {}
     for time, theta in zip(times, thetas, strict=True):
         with injection.using(theta):
             features = split.forward_suffix(hidden).float()
         predicted = leave_one_out_logits(features, labels, 1.0, head).argmax(-1)
-        correct = (predicted == labels)[has_company]
+        correct = (predicted == labels)[is_counted]
         accuracies[time] = correct.float().mean().item()
     best = max(accuracies.values())
     earliest = min(time for time, accuracy in accuracies.items() if accuracy == best)
@@ -64,14 +68,20 @@ def leave_one_out_logits(
     scale: torch.Tensor | float,
     head: Head = unit_means,
 ) -> torch.Tensor:
-    """Logits `(n, n_way)` of each support image, by the classifier of all the others.
+    """Logits `(n, n_way)` of each support image, from the classifier that all the others make.
 
-    An image that is alone in its class has no prototype of its own left: its row is NaN.
+    Without an image that is alone in its class that class has no prototype, so the row of such an image is NaN.
+
+    Args:
+        features: `(n, width)`.
+        labels: `(n,)` in 0..n_way-1.
+        scale: the inverse temperature of the logits.
+        head: turns support features into prototypes.
     """
-    alone = torch.bincount(labels)[labels] == 1
+    is_alone = torch.bincount(labels)[labels] == 1
     logits = features.new_full((len(features), int(labels.max()) + 1), float("nan"))
     rows = torch.arange(len(features), device=features.device)
-    for i in torch.nonzero(~alone).flatten().tolist():
+    for i in torch.nonzero(~is_alone).flatten().tolist():
         others = rows != i
         classifier = PrototypeClassifier.from_support(features[others], labels[others], scale, head)
         logits[i] = classifier(features[i : i + 1])[0]

@@ -23,6 +23,7 @@ from .images import decode
 from .injection import Injection, unload
 from .model_card import describe_feature, task_card, write_card
 from .parameter_space import ParameterSpace
+from .peft_configs import get_kind
 from .prototypes import Head, PrototypeClassifier
 from .saving import atomic_folder
 from .stopping import StoppingPoint
@@ -37,12 +38,12 @@ from .task_files import (
 
 @dataclass(frozen=True)
 class SupportImages:
-    """What the prototypes of a task are made of, when they are first needed.
+    """The support images of a task, kept until its prototypes are first needed.
 
     Attributes:
-        images: what the frozen blocks computed of the support images or, not run yet, their pixel values.
+        images: what the frozen blocks computed of the images or, if they were not run, the pixel values.
         labels: `(n,)` in 0..n_way-1.
-        head: makes prototypes of their features.
+        head: turns the features of the images into prototypes.
     """
 
     images: Hidden | torch.Tensor
@@ -51,14 +52,18 @@ class SupportImages:
 
 
 class AdaptedTask:
-    """A backbone adapted to one task; made by `HyperFlowAdapter.adapt` or `AdaptedTask.from_pretrained`.
+    """A backbone adapted to one task. `HyperFlowAdapter.adapt` and `AdaptedTask.from_pretrained` make such tasks.
 
-    Several tasks can share a backbone: each puts its own weights in when it is used.
+    Several tasks can share a backbone: each writes its own weights into it when it is used.
 
     Attributes:
-        class_names: the labels, in the order of the scores.
+        backbone: the model that was adapted.
+        space: the parameter space of the adapter.
         theta: the adapter's weights, `(n_tokens, token_dim)`.
-        stopping_point: how far the flow was followed; None for a task that was loaded.
+        class_names: the labels, in the order of the scores.
+        scale: the inverse temperature of the logits.
+        processor: the backbone's image processor; None if only tensors can be classified.
+        stopping_point: how far the flow was followed; None without a flow, and for a task that was loaded.
         nfe: how often the drift network was run (number of function evaluations).
     """
 
@@ -92,7 +97,11 @@ class AdaptedTask:
 
     @property
     def prototypes(self) -> torch.Tensor:
-        """`(n_way, width)`, multiplied with the features of an image, brought to length 1; computed on first use."""
+        """Prototypes `(n_way, width)`, to be multiplied with features of length 1. Computed when first needed.
+
+        Raises:
+            RuntimeError: the task was reset before.
+        """
         if self._prototypes is None:
             self._prototypes = self._compute_prototypes()
             self._support = None
@@ -111,7 +120,12 @@ class AdaptedTask:
 
     @torch.no_grad()
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Logits `(n, n_way)` of pixel values `(n, 3, height, width)`; their softmax is the score of each class."""
+        """Logits `(n, n_way)` of pixel values `(n, 3, height, width)`. Their softmax is the scores.
+
+        Raises:
+            RuntimeError: the task was reset.
+            IncompatibleBackboneError: another task is merged into the backbone.
+        """
         classifier = PrototypeClassifier(self.prototypes, self.scale)
         parameter = next(self.backbone.parameters())
         with self._adapted():
@@ -119,11 +133,12 @@ class AdaptedTask:
         return classifier(features.float())
 
     def scores(self, images: Any, *, batch_size: int = 64) -> torch.Tensor:
-        """Scores `(n, n_way)` of images (paths, bytes, PIL images, arrays) or of a tensor of pixel values.
+        """Scores `(n, n_way)`, on the CPU, of images (paths, bytes, PIL images, arrays) or a tensor of pixel values.
 
         Raises:
-            ImageError: an image cannot be read; it is named.
-            ValueError: images without a processor.
+            ImageError: an image cannot be read. It is named.
+            ValueError: the task has no image processor, and the images are not a tensor.
+            RuntimeError, IncompatibleBackboneError: see `logits`.
         """
         if not isinstance(images, torch.Tensor):
             images = list(images)
@@ -136,7 +151,7 @@ class AdaptedTask:
         return torch.cat(scores)
 
     def _read_pixels(self, images: torch.Tensor | Iterable, offset: int) -> torch.Tensor:
-        """Pixel values `(n, 3, height, width)`; `offset` is the number of the first image, for errors."""
+        """Pixel values `(n, 3, height, width)` of images. `offset` is the number of the first one, for errors."""
         if isinstance(images, torch.Tensor):
             return images
         if self.processor is None:
@@ -148,30 +163,44 @@ class AdaptedTask:
         return self.processor(decoded, return_tensors="pt")["pixel_values"]
 
     def predict(self, images: Any, *, batch_size: int = 64) -> list[str]:
-        """The best label of each image; see `scores`."""
+        """The label with the highest score of each image; see `scores`."""
         best = self.scores(images, batch_size=batch_size).argmax(-1)
         return [self.class_names[i] for i in best.tolist()]
 
     def __call__(self, images: Any, *, top_k: int | None = None, batch_size: int = 64) -> list:
-        """Labels with scores, best first: `[{"label", "score"}, ...]` of an image, a list of those of several."""
+        """Labels with scores, best first: `[{"label": ..., "score": ...}, ...]`.
+
+        A list or a batch of images gives a list of such lists.
+
+        Args:
+            images: an image, a list of images, or pixel values `(3, height, width)` or `(n, 3, height, width)`.
+            top_k: how many labels; None gives all.
+            batch_size: how many images are run at a time.
+
+        Raises:
+            ImageError, ValueError, RuntimeError, IncompatibleBackboneError: see `scores`.
+        """
+        batch = images
         if isinstance(images, torch.Tensor):
-            single = images.ndim == 3
+            is_single = images.ndim == 3
+            if is_single:
+                batch = images.unsqueeze(0)
         else:
-            single = not isinstance(images, list | tuple)
-        if single:
-            images = images.unsqueeze(0) if isinstance(images, torch.Tensor) else [images]
+            is_single = not isinstance(images, list | tuple)
+            if is_single:
+                batch = [images]
         n_best = min(top_k or len(self.class_names), len(self.class_names))
-        best = self.scores(images, batch_size=batch_size).topk(n_best, dim=-1)
+        best = self.scores(batch, batch_size=batch_size).topk(n_best, dim=-1)
         results = []
         for scores, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             pairs = zip(scores, indices, strict=True)
             results.append([{"label": self.class_names[i], "score": score} for score, i in pairs])
-        return results[0] if single else results
+        return results[0] if is_single else results
 
     def reset(self) -> None:
-        """Take the adaptation out: the backbone is, bit for bit and module for module, what it was before.
+        """Take the adaptation out. The backbone is what it was before, bit for bit and module for module.
 
-        Other tasks on the same backbone put theirs back when they are used; this one is over.
+        This task cannot be used any more. Other tasks on the same backbone can: they put their adaptation back.
 
         Raises:
             IncompatibleBackboneError: another task is merged into the backbone.
@@ -189,7 +218,8 @@ class AdaptedTask:
         `reset` still restores the weights that were there before, bit for bit.
 
         Raises:
-            IncompatibleBackboneError: PEFT cannot merge it (a bias for a layer that has none).
+            IncompatibleBackboneError: PEFT cannot merge the adapter (a bias for a layer that has none).
+            RuntimeError: the task was reset, or is merged already.
         """
         _ = self.prototypes
         injection = self._inject()
@@ -203,26 +233,26 @@ class AdaptedTask:
         return self.backbone
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, format: str | None = None) -> None:
-        """Write a plain PEFT adapter, the prototypes with the labels, image processor and model card; all or nothing.
+        """Write a plain PEFT adapter, the prototypes with their labels, the image processor and a model card.
 
-        `PeftModel.from_pretrained(backbone, folder)` loads it where this package is not installed. A README.md that
-        somebody wrote there is kept.
+        All of it is written or nothing. A README.md that somebody wrote there is kept. Where this package is not
+        installed, `PeftModel.from_pretrained(backbone, folder)` loads the adapter.
 
         Args:
-            save_directory: the folder; made if need be.
-            format: None saves the adapter in its own kind (BEFT, as released); "lora" writes generated biases as a
-                LoRA adapter of rank 1 with A = B = 0 and `lora_bias`, for tools that know only LoRA.
+            save_directory: the folder, which is made if need be.
+            format: None saves the adapter in its own kind (BEFT, as released). "lora" writes generated biases as a LoRA
+                adapter of rank 1 with A = B = 0 and `lora_bias`, for tools that know only LoRA.
 
         Raises:
             CheckpointError: the folder cannot be written.
-            ValueError: an unknown format, or "lora" of weights that are neither LoRA nor biases.
+            ValueError: the format is not known, or "lora" is asked of weights that are neither LoRA nor biases.
+            RuntimeError: the task was reset, or is merged.
         """
         if format not in (None, "lora"):
             raise ValueError(f"unknown format {format!r}: use 'lora' or None.")
         peft_config = self.space.peft_config
         if format == "lora" and not isinstance(peft_config, BeftConfig | LoraConfig):
-            kind = peft_config.peft_type.value
-            raise ValueError(f"a {kind} adapter cannot be written as LoRA: save it without format.")
+            raise ValueError(f"a {get_kind(peft_config)} adapter cannot be written as LoRA: save it without format.")
         self._require_alive()
         prototypes = self.prototypes
         with atomic_folder(save_directory) as draft:
@@ -256,7 +286,9 @@ class AdaptedTask:
         """Push everything that `save_pretrained` writes to the Hub, as one commit; see `push_folder`.
 
         Raises:
-            CheckpointError: no token, a wrong one, no permission or no connection; nothing was changed there.
+            CheckpointError: the token is missing, wrong or may not write, or the Hub cannot be reached. Nothing was
+                changed there.
+            RuntimeError: the task was reset, or is merged.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -275,9 +307,9 @@ class AdaptedTask:
                 see `fetch`.
 
         Raises:
-            CheckpointError: no task there, no access to it, no connection and not in the cache; or its files are
-                damaged.
-            IncompatibleBackboneError: the backbone lacks the adapter's modules or has others; it is left as it was.
+            CheckpointError: there is no task, it may not be read, or it is neither within reach nor in the cache; or
+                its files are damaged.
+            IncompatibleBackboneError: the adapter does not fit the backbone, which is left as it was.
         """
         files = read_task(name_or_folder, **hub)
         split = SplitBackbone(backbone, files.start, files.pooling, intermediate_weight=files.intermediate_weight)
@@ -304,25 +336,25 @@ class AdaptedTask:
             raise RuntimeError("this task is merged into its backbone: reset it to get the adapter out again.")
 
     def _inject(self) -> Injection:
-        """The adapter inside the backbone, put there if another one is."""
+        """Put the adapter into the backbone, unless it is there already."""
         self._require_alive()
         return self.space.inject(self.backbone)
 
     @contextmanager
     def _adapted(self) -> Iterator[None]:
-        """The backbone in evaluation mode with this task's weights in it."""
-        if self._merged is not None:  # merged weights are at work as they are
+        """Within, the backbone has this task's weights and is in evaluation mode."""
+        if self._merged is None:
+            with self._inject().using(self.theta), eval_mode(self.backbone):
+                yield
+        else:  # the weights are the backbone's own now
             with eval_mode(self.backbone):
                 yield
-            return
-        with self._inject().using(self.theta), eval_mode(self.backbone):
-            yield
 
 
 def _load_state(injection: Injection, state: dict[str, torch.Tensor]) -> str | None:
-    """Load a saved adapter's tensors into an injection; what does not fit, or None."""
+    """Load a saved adapter's tensors into an injection. Returns None, or the end of a sentence on what does not fit."""
     try:
-        loaded = set_peft_model_state_dict(injection.peft_model, state)
+        loaded: Any = set_peft_model_state_dict(injection.peft_model, state)
     except (RuntimeError, KeyError) as error:  # of another shape, or missing
         return f": {error}"
     expected = {f"base_model.model.{name}" for name in injection.space.names}

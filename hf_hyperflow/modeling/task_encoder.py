@@ -1,4 +1,4 @@
-"""From the features of a support set to the tokens that condition the flow."""
+"""The task encoder: from the features of a support set to the tokens that condition the flow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .prototypes import class_means
 
 
 class TaskTokens(NamedTuple):
-    """What the drift network knows of a batch of tasks.
+    """What the drift network is told about a batch of tasks.
 
     Attributes:
         classes: `(batch, n_way, width)`, one token per class, padded.
@@ -26,17 +26,22 @@ class TaskTokens(NamedTuple):
 
 
 def stack(tasks: list[TaskTokens]) -> TaskTokens:
-    """Single tasks (`batch` 1) with any numbers of classes as one padded batch."""
-    n_way = max(t.classes.shape[1] for t in tasks)
-    classes = [F.pad(t.classes, (0, 0, 0, n_way - t.classes.shape[1])) for t in tasks]
-    present = [F.pad(t.present, (0, n_way - t.present.shape[1])) for t in tasks]
-    return TaskTokens(torch.cat(classes), torch.cat(present), torch.cat([t.task for t in tasks]))
+    """Join single tasks (batch 1) with any numbers of classes into one padded batch."""
+    n_way = max(tokens.classes.shape[1] for tokens in tasks)
+    classes, present, task = [], [], []
+    for tokens in tasks:
+        n_missing = n_way - tokens.classes.shape[1]
+        classes.append(F.pad(tokens.classes, (0, 0, 0, n_missing)))
+        present.append(F.pad(tokens.present, (0, n_missing)))
+        task.append(tokens.task)
+    return TaskTokens(torch.cat(classes), torch.cat(present), torch.cat(task))
 
 
 def pool_tokens(states: torch.Tensor) -> torch.Tensor:
-    """Hidden states to one vector per image, first token and mean of the rest: `(n, tokens, d)` to `(n, 2 d)`.
+    """Pool hidden states to one vector per image.
 
-    A feature map `(n, channels, height, width)` gives its mean and its maximum: `(n, 2 channels)`.
+    Tokens `(n, tokens, d)` give the CLS token and the mean of the others, `(n, 2 d)`. A feature map
+    `(n, channels, height, width)` gives its mean and its maximum, `(n, 2 channels)`.
     """
     if states.ndim == 4:
         return torch.cat([states.mean(dim=(2, 3)), states.amax(dim=(2, 3))], dim=-1)
@@ -44,12 +49,13 @@ def pool_tokens(states: torch.Tensor) -> torch.Tensor:
 
 
 class TaskEncoder(nn.Module):
-    """Class tokens from the mean and spread of each class's features, a task token from those of all classes.
+    """Encodes a support set as one token per class and one token for the whole task.
 
-    Means over images and over classes are all there is, so the order of neither matters.
+    A class token is computed from the mean and the spread of the features of its images, the task token from those of
+    all classes. Both see means over images and over classes only, so the order of neither matters.
 
     Args:
-        feature_dim: length of the features from `pool_tokens`.
+        feature_dim: length of the features that `pool_tokens` returns.
         width: length of the tokens.
     """
 
@@ -67,8 +73,8 @@ class TaskEncoder(nn.Module):
         log_shots = torch.bincount(labels).to(features).log().unsqueeze(1)
         classes = self.class_token(torch.cat([means, spreads, log_shots], dim=1))
         centre = means.mean(dim=0)
-        log_way = torch.full((1,), len(means), device=features.device).to(features).log()
         between = (means - centre).abs().mean(dim=0)
+        log_way = torch.full((1,), len(means), device=features.device).to(features).log()
         task = self.task_token(torch.cat([centre, between, spreads.mean(dim=0), log_shots.mean(dim=0), log_way]))
         present = torch.ones(1, len(means), dtype=torch.bool, device=features.device)
         return TaskTokens(classes.unsqueeze(0), present, task.unsqueeze(0))

@@ -7,6 +7,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,15 +31,15 @@ CHECKSUMS = "checksums.json"
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """What the folder of a saved task holds.
+    """The content of the folder of a saved task.
 
     Attributes:
-        peft_config, adapter_state: of the PEFT adapter.
+        peft_config, adapter_state: config and tensors of the PEFT adapter.
         prototypes: `(n_way, width)`, to be used as they are.
         scale: the inverse temperature of the logits.
-        class_names: in the order of the prototypes.
+        class_names: the labels, in the order of the prototypes.
         start, pooling, intermediate_weight: of the `SplitBackbone` that the features come from.
-        processor: the image processor; None if the task was saved without.
+        processor: the image processor; None if the task was saved without one.
     """
 
     peft_config: PeftConfig
@@ -52,21 +53,23 @@ class TaskFiles:
     processor: BaseImageProcessor | None
 
 
-def read_task(name_or_folder: str | os.PathLike, **hub: object) -> TaskFiles:
+def read_task(name_or_folder: str | os.PathLike, **hub: Any) -> TaskFiles:
     """Read a saved task from a folder or the Hub, after a check that its files are whole.
 
     Args:
+        name_or_folder: a folder or a Hub id.
         hub: arguments of `fetch`.
 
     Raises:
-        CheckpointError: no task there, no access to it, no connection and not in the cache; or its files are damaged.
+        CheckpointError: there is no task, it may not be read, or it is neither within reach nor in the cache; or its
+            files are damaged.
     """
     folder = fetch(name_or_folder, "*.json", ADAPTER_WEIGHTS, PROTOTYPES, **hub)
     try:
         return _read_folder(folder)
     except CheckpointError:
         raise
-    except Exception as error:  # what is in the files may be anything
+    except Exception as error:  # the files may hold anything
         raise CheckpointError(f"{name_or_folder} holds no readable HyperFlow task: {error}") from error
 
 
@@ -98,9 +101,9 @@ def _read_folder(folder: Path) -> TaskFiles:
 
 
 def write_adapter(folder: Path, injection: Injection) -> None:
-    """Write the injected adapter as PEFT does."""
+    """Write the injected adapter with its current weights, as PEFT does."""
     with warnings.catch_warnings():
-        # PEFT takes the bias of a LoRA layer, a vector, for a matrix of which a part was lost.
+        # PEFT takes the bias of a LoRA layer, which is a vector, for a matrix that lost a part.
         warnings.filterwarnings("ignore", r".*LoRA tensor\(s\) have invalid shape: .*bias", PeftWarning)
         injection.peft_model.save_pretrained(str(folder))
 
@@ -110,11 +113,13 @@ def write_biases_as_lora(
 ) -> None:
     """Write generated biases as a LoRA adapter of rank 1 with A = B = 0 and `lora_bias`.
 
-    The backbone's own injection is taken out.
+    An injection that the backbone carries is taken out.
 
     Args:
-        config: of the adapter that the biases belong to.
-        biases: its tensors, as PEFT names them inside the backbone.
+        folder: where to write.
+        backbone: the model that the adapter is for.
+        config: the config of the adapter that the biases belong to.
+        biases: tensors of that adapter, as PEFT names them inside the backbone.
     """
     lora_config = LoraConfig(
         r=1,
@@ -140,7 +145,7 @@ def write_biases_as_lora(
 def write_prototypes(
     folder: Path, prototypes: torch.Tensor, scale: float, class_names: list[str], split: SplitBackbone
 ) -> None:
-    """Write the prototypes `(n_way, width)` and all that is needed to use them."""
+    """Write the prototypes `(n_way, width)`, their labels and how the features are computed that they compare with."""
     tensors = {"prototypes": prototypes.cpu().contiguous(), "scale": torch.tensor(scale)}
     metadata = {
         "labels": json.dumps(class_names, ensure_ascii=False),

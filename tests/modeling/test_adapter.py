@@ -2,9 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -24,13 +21,16 @@ from hf_hyperflow import (
     IncompatibleBackboneError,
     SupportSetError,
 )
+from hf_hyperflow.modeling import adapter as adapter_module
 from hf_hyperflow.modeling.backbones import SplitBackbone
 from hf_hyperflow.modeling.fingerprint import compute_fingerprint
 from hf_hyperflow.modeling.peft_configs import bias_config, layernorm_config, lora_config
 from hf_hyperflow.modeling.prototypes import PrototypeClassifier, unit_means
 from hf_hyperflow.modeling.saving import sha256
 from hf_hyperflow.modeling.solvers import ADAPTIVE, TABLEAUX
+from hf_hyperflow.modeling.stopping import StoppingPoint
 from hf_hyperflow.modeling.support import read_support
+from tests.helpers.files import flip_bit, read_folder
 from tests.helpers.tiny import (
     SIZE,
     Snapshot,
@@ -53,10 +53,6 @@ def separate(backbone, **arguments) -> HyperFlowAdapter:
 def assert_same_weights(a: torch.Tensor, b: torch.Tensor) -> None:
     """But for the last bit: kernels add up differently where tensors lie differently in memory."""
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"/" for p in folder.rglob("*")}
 
 
 # A new adapter
@@ -140,15 +136,15 @@ def test_larger_images_condition_the_flow_at_the_size_it_was_trained_at(backbone
     handle.remove()
     assert_same_weights(task.theta, plain.adapt(backbone, (small, labels)).theta)
     assert (task.theta - plain.adapt(backbone, (large, labels)).theta).abs().max() > 1e-4
-    with torch.no_grad(), task._active():
+    with torch.no_grad(), adapter.space.inject(backbone).using(task.theta):
         features = SplitBackbone(backbone, 0).forward_features(large)
     torch.testing.assert_close(task.prototypes, unit_means(features, labels), rtol=1e-4, atol=1e-5)
     for pixels in (small, small[..., : SIZE - 14]):  # what is no larger is taken as it is
         assert_same_weights(
             adapter.adapt(backbone, (pixels, labels)).theta, plain.adapt(backbone, (pixels, labels)).theta
         )
-    guarded = adapter.adapt(backbone, (large, labels), early_stopping=True)
-    assert guarded.stopping_point.accuracies
+    stopped = adapter.adapt(backbone, (large, labels), early_stopping=True)
+    assert stopped.stopping_point.accuracies
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -188,7 +184,7 @@ def test_steps_and_solver_of_the_config_are_the_default(backbone, support):
     adapter = tiny_adapter(backbone, n_steps=3, solver="heun")
     task = adapter.adapt(backbone, support)
     assert task.nfe == 6
-    assert torch.equal(task.theta, adapter.adapt(backbone, support, n_steps=3, solver="heun").theta)
+    assert_same_weights(task.theta, adapter.adapt(backbone, support, n_steps=3, solver="heun").theta)
     assert task.stopping_point.time == 1.0
     assert task.stopping_point.accuracies == {}
 
@@ -205,10 +201,10 @@ def test_all_forms_of_a_support_set_give_the_same_weights(adapter, backbone, tmp
     expected = adapter.adapt(backbone, support)
     for form in (tmp_path, Dataset.from_dict(rows, features=features), data):
         task = adapter.adapt(backbone, form)
-        assert torch.equal(task.theta, expected.theta)
+        assert_same_weights(task.theta, expected.theta)
         assert task.class_names == ["blue", "green", "red"]
     task = adapter.adapt(backbone, (data.pixel_values, data.labels))
-    assert torch.equal(task.theta, expected.theta)
+    assert_same_weights(task.theta, expected.theta)
     assert task.class_names == ["0", "1", "2"]
 
 
@@ -261,8 +257,8 @@ def test_images_of_another_size_than_the_backbone_was_trained_at(adapter, backbo
 
 
 @pytest.mark.parametrize("make", [tiny_adapter, separate], ids=["shared encoder", "own encoder"])
-@pytest.mark.parametrize("guard", [None, "loo"])
-def test_no_gradient_is_computed(backbone, support, pixels, make, guard):
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_no_gradient_is_computed(backbone, support, pixels, make, early_stopping):
     adapter = make(backbone)
     for model in (adapter, backbone):
         model.requires_grad_(True)
@@ -281,7 +277,7 @@ def test_no_gradient_is_computed(backbone, support, pixels, make, guard):
     parts = [adapter.drift, adapter.task_encoder, *adapter.drift.modules(), *backbone.modules()]
     handles = [m.register_forward_hook(watch) for m in {*parts, *(adapter.encoder or adapter).modules()}]
     with saved_tensors_hooks(packed, lambda tensor: tensor):
-        task = adapter.adapt(backbone, support, guard=guard)
+        task = adapter.adapt(backbone, support, early_stopping=early_stopping)
         n_calls = len(calls)
         scores = task.scores(pixels)
     for handle in handles:
@@ -326,17 +322,28 @@ def test_with_a_shared_encoder_only_the_first_blocks_are_run(adapter, backbone, 
     assert ran.count("Dinov2Layer") == 4  # the first two were not run again
 
 
-def test_the_guard_runs_the_adapted_blocks_at_every_time(adapter, backbone, support):
+def test_early_stopping_runs_the_adapted_blocks_at_every_time(adapter, backbone, support):
     ran = count_runs(backbone)
     task = adapter.adapt(backbone, support, n_steps=3, early_stopping=True)
     assert ran.count("Dinov2Layer") == 2 + 2 * 4
     assert list(task.stopping_point.accuracies) == pytest.approx([0, 1 / 3, 2 / 3, 1])
-    whole = adapter.adapt(backbone, support, n_steps=3)
-    if task.stopping_point.time == 1.0:
-        assert torch.equal(task.theta, whole.theta)
 
 
-def test_a_guard_that_stays_at_the_start_is_direct_transfer(adapter, backbone, pixels):
+@pytest.mark.parametrize("step", [0, 2])
+def test_an_early_stop_has_the_weights_of_its_time(adapter, backbone, support, step, monkeypatch):
+    images = read_support(support, adapter.processor)
+    with torch.no_grad():
+        tokens, _ = adapter.encode(adapter.split(backbone), images.pixel_values, images.labels)
+        trajectory = adapter.flow(tokens, n_steps=3)
+    point = StoppingPoint(trajectory.times[step], {trajectory.times[step]: 1.0})
+    monkeypatch.setattr(adapter_module, "choose_stopping_point", lambda *arguments: point)
+    task = adapter.adapt(backbone, support, n_steps=3, early_stopping=True)
+    assert task.stopping_point is point
+    start = adapter.space.inject(backbone).start
+    assert_same_weights(task.theta, start + adapter.token_scale * trajectory.states[step][0])
+
+
+def test_an_early_stop_at_the_start_is_direct_transfer(adapter, backbone, pixels):
     """Classes that direct transfer tells apart without a mistake: nothing is better, and ties go to the start."""
     generator = torch.Generator().manual_seed(0)
     patterns = 3 * torch.randn(3, 3, SIZE, SIZE, generator=generator).repeat_interleave(4, dim=0)
@@ -354,7 +361,7 @@ def test_the_support_encoder_stays_frozen_in_training(backbone, support):
     assert adapter.drift.training
     statistics = {name: tensor.clone() for name, tensor in adapter.encoder.state_dict().items()}
     first, second = adapter.adapt(backbone, support), adapter.adapt(backbone, support)
-    assert torch.equal(first.theta, second.theta)
+    assert_same_weights(first.theta, second.theta)
     now = adapter.encoder.state_dict()
     assert all(same_bits(now[name], tensor) for name, tensor in statistics.items())
     assert not any(p.requires_grad for p in adapter.encoder.parameters())
@@ -407,8 +414,11 @@ def test_other_weights_are_warned_of(adapter, backbone, support):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         adapter.adapt(backbone, support)
-    with pytest.warns(UserWarning, match="weights of this Dinov2Model are not those the adapter was trained for"):
-        adapter.adapt(tiny_dinov2(seed=9), support)
+    message = "weights of this Dinov2Model are not those the adapter was trained for"
+    for use in (adapter.adapt, adapter.direct_transfer):
+        with pytest.warns(UserWarning, match=message) as caught:
+            use(tiny_dinov2(seed=9), support)
+        assert [warning.filename for warning in caught] == [__file__], "it points at whoever called"
 
 
 @pytest.mark.parametrize(
@@ -417,7 +427,6 @@ def test_other_weights_are_warned_of(adapter, backbone, support):
         ({"n_steps": 0}, ValueError, "n_steps must be at least 1, not 0"),
         ({"n_steps": -1}, ValueError, "n_steps must be at least 1, not -1"),
         ({"solver": "leapfrog"}, ValueError, "unknown solver 'leapfrog'"),
-        ({"guard": "yes"}, ValueError, "unknown guard 'yes': use 'loo' or None"),
     ],
 )
 def test_bad_arguments_leave_the_backbone_as_it_was(adapter, backbone, support, arguments, error, message):
@@ -460,7 +469,7 @@ def test_a_failed_adapt_keeps_the_tasks_there_are(adapter, backbone, support, pi
     logits = task.logits(pixels)
     with pytest.raises(ValueError, match="unknown solver"):
         adapter.adapt(backbone, pictures(seed=3), solver="leapfrog")
-    assert torch.equal(task.logits(pixels), logits)
+    torch.testing.assert_close(task.logits(pixels), logits)
 
 
 def test_skip_bad(adapter, backbone, support, tmp_path):
@@ -469,7 +478,7 @@ def test_skip_bad(adapter, backbone, support, tmp_path):
     support["red"].append(tmp_path / "cut.png")
     with pytest.raises(ImageError, match=r"cut\.png"):
         adapter.adapt(backbone, support)
-    assert torch.equal(adapter.adapt(backbone, support, skip_bad=True).theta, expected.theta)
+    assert_same_weights(adapter.adapt(backbone, support, skip_bad=True).theta, expected.theta)
 
 
 # Saving and loading
@@ -551,54 +560,12 @@ def test_a_file_in_place_of_the_folder(adapter, tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(CheckpointError, match=r"cannot write to .*file"):
             adapter.save_pretrained(folder)
-    assert content(tmp_path) == {"file": b"mine"}
+    assert read_folder(tmp_path) == {"file": b"mine"}
 
 
 def test_a_folder_that_not_even_root_can_write(adapter):
     with pytest.raises(CheckpointError, match="cannot write to /proc/self/adapter"):
         adapter.save_pretrained("/proc/self/adapter")
-
-
-def test_a_full_disk(adapter, saved):
-    """Files may grow to half of what is needed: the save fails in the middle."""
-    before = content(saved)
-    limit = (saved / "model.safetensors").stat().st_size // 2
-    code = f"""
-import resource, signal, sys
-from hf_hyperflow import HyperFlowAdapter
-adapter = HyperFlowAdapter.from_pretrained({str(saved)!r})
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-for folder in ({str(saved)!r}, {str(saved.parent / "new")!r}):
-    try:
-        adapter.save_pretrained(folder)
-    except OSError as error:
-        print("@", type(error).__name__, error)
-"""
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    errors = [line for line in found.stdout.splitlines() if line.startswith("@")]
-    assert len(errors) == 2
-    assert all(line.startswith("@ CheckpointError cannot write to") for line in errors), errors
-    assert content(saved) == before
-    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
-
-
-def test_killed_while_saving_leaves_the_old_checkpoint_whole(adapter, backbone, support, saved):
-    expected = adapter.adapt(backbone, support).theta
-    code = f"""
-import os, signal, torch
-from hf_hyperflow import HyperFlowAdapter
-adapter = HyperFlowAdapter.from_pretrained({str(saved)!r})
-with torch.no_grad():
-    adapter.logit_scale.add_(1)
-class Processor:  # is saved last
-    def save_pretrained(self, folder):
-        os.kill(os.getpid(), signal.SIGKILL)
-adapter.processor = Processor()
-adapter.save_pretrained({str(saved)!r})
-"""
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
-    assert_same_weights(HyperFlowAdapter.from_pretrained(saved).adapt(backbone, support).theta, expected)
 
 
 # Damaged checkpoints
@@ -621,7 +588,7 @@ def test_no_weights(saved):
         HyperFlowAdapter.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("keep", [0, 1, 7, 8, 100, 0.5, 0.999])
+@pytest.mark.parametrize("keep", [0, 8, 0.5])
 @pytest.mark.parametrize("noted", [True, False], ids=["digest", "no digest"])
 def test_truncated_weights(saved, keep, noted):
     path = saved / "model.safetensors"
@@ -639,32 +606,14 @@ def forget_digest(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_one_flipped_bit_anywhere(saved):
+def test_a_flipped_bit(saved):
+    """More of them are in tests/robustness."""
     path = saved / "model.safetensors"
     whole = path.read_bytes()
-    header = 8 + int.from_bytes(whole[:8], "little")
-    positions = [*range(0, 10), *range(10, header, header // 12), header, (header + len(whole)) // 2, len(whole) - 1]
-    for bit in range(0, 8, 3):
-        for position in positions:
-            path.write_bytes(whole[:position] + bytes([whole[position] ^ (1 << bit)]) + whole[position + 1 :])
-            with pytest.raises(CheckpointError, match=rf"{path} is damaged or incomplete"):
-                HyperFlowAdapter.from_pretrained(saved)
-    path.write_bytes(whole)
-    HyperFlowAdapter.from_pretrained(saved)
-
-
-def test_a_damaged_header_without_a_digest(saved):
-    """A checkpoint from elsewhere may have none noted: still an error that names the file, never another one."""
-    forget_digest(saved)
-    path = saved / "model.safetensors"
-    whole = path.read_bytes()
-    header = 8 + int.from_bytes(whole[:8], "little")
-    for position in [0, 1, 7, 8, 9, *range(10, header, header // 40)]:
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 2]) + whole[position + 1 :])
-        try:
+    for position in (20, len(whole) - 1):
+        path.write_bytes(flip_bit(whole, position, 1))
+        with pytest.raises(CheckpointError, match=rf"{path} is damaged or incomplete"):
             HyperFlowAdapter.from_pretrained(saved)
-        except CheckpointError as error:
-            assert str(path) in str(error)  # noqa: PT017 -- a flip in a shape may also go unnoticed
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
@@ -731,20 +680,6 @@ def test_a_config_with_wrong_values(saved, key, value):
     (saved / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=rf"{saved}"):
         HyperFlowAdapter.from_pretrained(saved)
-
-
-def test_flipped_bits_in_the_config(saved):
-    """What still is a sound config loads; all else is a `CheckpointError`."""
-    path = saved / "config.json"
-    whole = path.read_bytes()
-    errors = 0
-    for position in range(0, len(whole), 23):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
-        try:
-            HyperFlowAdapter.from_pretrained(saved)
-        except CheckpointError:
-            errors += 1
-    assert errors > 5
 
 
 def test_a_broken_preprocessor_config(saved):

@@ -4,23 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import (
-    BeitConfig,
-    BeitModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    DeiTConfig,
-    DeiTModel,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    DINOv3ViTConfig,
-    DINOv3ViTModel,
-    SwinConfig,
-    SwinModel,
-)
 
 from hf_hyperflow import IncompatibleBackboneError
-from hf_hyperflow.modeling.backbones import SplitBackbone, find_blocks
+from hf_hyperflow.modeling.backbones import SplitBackbone, eval_mode, find_blocks
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.peft_configs import (
     bias_config,
@@ -29,42 +15,8 @@ from hf_hyperflow.modeling.peft_configs import (
     layernorm_config,
     lora_config,
 )
-from tests.helpers.tiny import SIZE, Snapshot, scrambled, tiny_dinov2, tiny_resnet, tiny_vit
-
-SIZES = {
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 4,
-    "intermediate_size": 64,
-    "image_size": SIZE,
-    "patch_size": 14,
-}
-
-
-def _made(model: type, config: object) -> nn.Module:
-    torch.manual_seed(0)
-    return scrambled(model(config))
-
-
-def clip() -> nn.Module:
-    return _made(CLIPVisionModel, CLIPVisionConfig(**SIZES))
-
-
-def swin() -> nn.Module:
-    config = SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[2, 2], num_heads=[1, 2], window_size=4)
-    return _made(SwinModel, config)
-
-
-VITS = {
-    "dinov2": tiny_dinov2,
-    "vit": tiny_vit,
-    "deit": lambda: _made(DeiTModel, DeiTConfig(**SIZES)),
-    "dinov2 with registers": lambda: _made(
-        Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**{k: v for k, v in SIZES.items() if "inter" not in k})
-    ),
-    "dinov3": lambda: _made(DINOv3ViTModel, DINOv3ViTConfig(num_register_tokens=2, **SIZES)),
-    "beit": lambda: _made(BeitModel, BeitConfig(use_mean_pooling=False, **SIZES)),
-}
+from tests.helpers.tiny import Snapshot, tiny_dinov2, tiny_resnet
+from tests.helpers.vits import VITS, tiny_clip, tiny_swin
 
 
 @pytest.fixture(params=VITS)
@@ -76,12 +28,12 @@ def vit(request):
 @pytest.mark.parametrize("start", [0, 2, 3])
 def test_prefix_and_rest_equal_the_whole(vit, pixels, start, pooling):
     split = SplitBackbone(vit, start, pooling)
-    split.check(pixels)
+    split.check()
     with torch.no_grad():
         states = vit(pixels).last_hidden_state
         expected = states[:, 0] if pooling == "cls" else states.mean(dim=1)
-        torch.testing.assert_close(split(split.forward_prefix(pixels)), expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(split.forward_features(pixels), expected, rtol=0, atol=0)
+        torch.testing.assert_close(split.forward_suffix(split.forward_prefix(pixels)), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(split.forward_features(pixels), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_some_of_the_images(vit, pixels):
@@ -106,18 +58,18 @@ def test_the_rest_runs_adapters_injected_later(vit, pixels):
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_features_with_a_middle(vit, pixels, pooling):
+def test_intermediate_features(vit, pixels, pooling):
     plain, split = SplitBackbone(vit, 2, pooling), SplitBackbone(vit, 2, pooling, intermediate_weight=0.5)
     with torch.no_grad():
-        hidden, last = split.forward_prefix(pixels), plain.forward_features(pixels)
-        found = split.forward_features(pixels)
-        assert torch.equal(split.forward_suffix(hidden), found)
+        hidden, final = split.forward_prefix(pixels), plain.forward_features(pixels)
+        features = split.forward_features(pixels)
+        torch.testing.assert_close(split.forward_suffix(hidden), features, rtol=1e-5, atol=1e-6)
     tokens = hidden.states[:, 1:] if pooling == "cls" else hidden.states
-    torch.testing.assert_close(split.final_features(found), last, rtol=1e-5, atol=1e-6)
-    middle = found[:, last.shape[1] :]
-    torch.testing.assert_close(middle.norm(dim=1), 0.5 * last.norm(dim=1))
-    torch.testing.assert_close(F.normalize(middle, dim=1), F.normalize(tokens.mean(1), dim=1))
-    assert plain.last(last) is last
+    torch.testing.assert_close(split.final_features(features), final, rtol=1e-5, atol=1e-6)
+    intermediate = features[:, final.shape[1] :]
+    torch.testing.assert_close(intermediate.norm(dim=1), 0.5 * final.norm(dim=1))
+    torch.testing.assert_close(F.normalize(intermediate, dim=1), F.normalize(tokens.mean(1), dim=1))
+    assert plain.final_features(final) is final
 
 
 def test_prefix_runs_no_block_behind_the_split_and_leaves_no_hook(vit, pixels):
@@ -157,6 +109,37 @@ def test_adapters_inside_do_not_hide_the_parts(vit, make):
     assert (find_linear_paths(vit, 2), find_norm_paths(vit, 2)) == expected[1:]
 
 
+def test_a_block_that_is_never_run(backbone, pixels, monkeypatch):
+    monkeypatch.setattr(backbone, "forward", lambda pixels: pixels)
+    with pytest.raises(IncompatibleBackboneError, match=r"does not run block 2 of encoder\.layer"):
+        SplitBackbone(backbone, 2).forward_prefix(pixels)
+
+
+def test_forward_is_the_suffix(backbone, pixels):
+    """The name that `torch.func.functional_call` calls."""
+    split = SplitBackbone(backbone, 2)
+    with torch.no_grad():
+        hidden = split.forward_prefix(pixels)
+        torch.testing.assert_close(split(hidden), split.forward_suffix(hidden))
+
+
+def test_eval_mode_gives_every_module_its_mode_back(backbone):
+    backbone.train()
+    backbone.encoder.layer[1].eval()
+    before = Snapshot(backbone)
+    modes = []
+
+    def fail() -> None:
+        with eval_mode(backbone):
+            modes.extend(module.training for module in backbone.modules())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not any(modes)
+    before.assert_unchanged()
+
+
 @pytest.mark.parametrize("start", [-1, 4])
 def test_start_outside_the_blocks(backbone, start):
     with pytest.raises(IncompatibleBackboneError, match=f"starts at block {start}, but Dinov2Model has 4 blocks"):
@@ -168,41 +151,19 @@ def test_a_convolutional_network_has_no_blocks():
         find_blocks(tiny_resnet())
 
 
-@pytest.mark.parametrize("make", [clip, swin])
+@pytest.mark.parametrize("make", [tiny_clip, tiny_swin])
 def test_check_notices_a_model_that_cannot_be_split(make):
     model = make()
-    size = model.config.image_size
     split = SplitBackbone(model, 0)
     with pytest.raises(IncompatibleBackboneError, match=f"{type(model).__name__} cannot be split at its blocks"):
-        split.check(torch.randn(2, 3, size, size))
+        split.check()
 
 
-def test_check_notices_a_change_between_the_blocks(backbone, pixels):
+def test_check_notices_a_change_between_the_blocks(backbone):
     split = SplitBackbone(backbone, 2)
-    split.check(pixels)
+    split.check()
     backbone.encoder.register_forward_hook(
         lambda module, args, output: type(output)(last_hidden_state=output.last_hidden_state.flip(-1))
     )
     with pytest.raises(IncompatibleBackboneError, match=r"encoder\.layer in turn and then layernorm differs"):
-        split.check(pixels)
-
-
-def test_plain_attention_gives_the_same(vit, pixels):
-    """In use only under bfloat16 autocast, where it is faster, and only until the block ends, however it does."""
-    before = vit.config._attn_implementation
-    with plain_attention(vit):
-        assert vit.config._attn_implementation == before
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        expected = SplitBackbone(vit, 0).forward_features(pixels)
-        with plain_attention(vit):
-            assert vit.config._attn_implementation == "eager"
-            torch.testing.assert_close(SplitBackbone(vit, 0).forward_features(pixels), expected, rtol=0.05, atol=0.05)
-    assert vit.config._attn_implementation == before
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(KeyError), plain_attention(vit):
-        raise KeyError
-    assert vit.config._attn_implementation == before
-
-
-def test_plain_attention_leaves_other_modules_alone():
-    with torch.autocast("cpu", torch.bfloat16), plain_attention(nn.Linear(2, 2)) as nothing:
-        assert nothing is None
+        split.check()

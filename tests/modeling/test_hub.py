@@ -16,7 +16,9 @@ from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from hf_hyperflow import AdaptedTask, HyperFlowAdapter
 from hf_hyperflow.modeling.peft_configs import bias_config
-from tests.helpers.hub_server import PART_SIZE, Hub
+from tests.helpers.hub_server import PART_SIZE, Cut, Hub
+
+pytestmark = pytest.mark.hub
 
 # Runs the lines of code it is sent, one after the other, and answers with `result` or the error.
 SESSION = """
@@ -93,6 +95,19 @@ class User:
         assert len(answer["message"]) < 400, answer["message"]
         assert "\n" not in answer["message"]
         return answer["message"]
+
+    def kill_at(self, cut: Cut, code: str) -> None:
+        """Run code, and kill the process once its connection has come to a cut that stalls."""
+        self.do("result = None")  # the process has started
+        self.send(code)
+        for _ in range(600):
+            if cut.reached.wait(1):
+                break
+            assert self.process.poll() is None, "the process has ended before the cut"
+        assert cut.reached.is_set()
+        self.close()
+        cut.times = 0
+        cut.release.set()
 
     def close(self) -> None:
         self.process.kill()
@@ -397,12 +412,9 @@ def test_upload_that_never_gets_through_changes_nothing(hub, alice, saved, tmp_p
 def test_upload_killed_in_the_middle(hub, guest, prelude, saved, tmp_path):
     folder = other_weights(saved, tmp_path / "adapter", seed=3)
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    cut = hub.cut("PUT", f"/lfs/{weights}", after=PART_SIZE // 2, stall=True)
+    cut = hub.cut("PUT", f"/lfs/{weights}", after=PART_SIZE // 2, times=1000, stall=True)
     first = User(hub, tmp_path / "home", prelude, token="hf_alice")
-    first.send(push(folder, "alice/killed"))
-    assert cut.reached.wait(60)
-    first.close()
-    cut.release.set()
+    first.kill_at(cut, push(folder, "alice/killed"))
     assert set(hub.files("alice/killed")) == {".gitattributes"}
     assert weights not in hub.lfs
     assert "alice/killed" in guest.fails(load("alice/killed"))
@@ -437,12 +449,9 @@ def test_download_that_never_gets_through_is_never_loaded(hub, guest, saved, tmp
 
 def test_download_killed_in_the_middle_is_never_loaded(hub, guest, prelude, saved, tmp_path):
     weights = hashlib.sha256((saved / "big/model.safetensors").read_bytes()).hexdigest()
-    cut = hub.cut("GET", f"/cdn/{weights}", after=11_000_000, stall=True)
+    cut = hub.cut("GET", f"/cdn/{weights}", after=11_000_000, times=1000, stall=True)
     first = User(hub, tmp_path / "home", prelude)
-    first.send(load_anew("alice/big", tmp_path / "cache"))
-    assert cut.reached.wait(60)
-    first.close()
-    cut.release.set()
+    first.kill_at(cut, load_anew("alice/big", tmp_path / "cache"))
     assert list((tmp_path / "cache").rglob("*.incomplete")), "killed in the middle, or this test tests nothing"
     message = guest.fails(load_anew("alice/big", tmp_path / "cache", local_files_only=True))
     assert "the cache does not hold all of alice/big" in message

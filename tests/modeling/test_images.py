@@ -1,24 +1,15 @@
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
-
 import numpy as np
 import PIL.Image
 import pytest
 
 from hf_hyperflow import ImageError
 from hf_hyperflow.modeling.images import decode
+from tests.helpers.files import encode_picture
 from tests.helpers.tiny import picture
 
 RAMP = np.linspace(0, 1, 48).reshape(6, 8)
-
-
-def encoded(image: PIL.Image.Image, file_format: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
 
 
 def array(image: PIL.Image.Image) -> np.ndarray:
@@ -57,14 +48,14 @@ def test_palette():
     image.putpalette([value for colour in colours for value in colour])
     expected = np.array(colours)[np.asarray(image)]
     assert np.array_equal(array(decode(image, "x")), expected)
-    assert np.array_equal(array(decode(encoded(image, "GIF"), "x")), expected)
+    assert np.array_equal(array(decode(encode_picture(image, "GIF"), "x")), expected)
 
 
 def test_transparent_palette_is_shown_on_white():
     image = PIL.Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 200, 0, 0])
     image.putpixel((1, 0), 1)
-    content = encoded(image, transparency=0)
+    content = encode_picture(image, transparency=0)
     assert array(decode(content, "x")).tolist() == [[[255, 255, 255], [200, 0, 0]]]
 
 
@@ -104,8 +95,8 @@ def test_16_bit_keeps_its_shades():
     image = PIL.Image.fromarray(values)
     assert image.mode == "I;16"
     assert np.array_equal(array(decode(image, "x")), expected)
-    assert np.array_equal(array(decode(encoded(image), "x")), expected)
-    assert np.array_equal(array(decode(encoded(image, "TIFF"), "x")), expected)
+    assert np.array_equal(array(decode(encode_picture(image), "x")), expected)
+    assert np.array_equal(array(decode(encode_picture(image, "TIFF"), "x")), expected)
     assert np.array_equal(array(decode(image.convert("I"), "x")), expected)
     assert np.array_equal(array(decode(values, "x")), expected)
 
@@ -116,7 +107,7 @@ def test_float_pictures_keep_their_shades(top):
     assert image.mode == "F"
     expected = np.repeat((RAMP * 255)[:, :, None], 3, axis=2)
     assert np.abs(array(decode(image, "x")) - expected).max() <= 0.51
-    assert np.abs(array(decode(encoded(image, "TIFF"), "x")) - expected).max() <= 0.51
+    assert np.abs(array(decode(encode_picture(image, "TIFF"), "x")) - expected).max() <= 0.51
 
 
 def test_exif_orientation_is_followed_in_every_form(tmp_path):
@@ -139,41 +130,13 @@ def test_the_given_picture_is_left_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF", "WEBP", "BMP", "PPM"])
 def test_truncated_files(tmp_path, file_format):
-    content = encoded(picture(0), file_format)
+    """More of them, and files with flipped bits, are in tests/robustness."""
+    content = encode_picture(picture(0), file_format)
     path = tmp_path / f"cut.{file_format.lower()}"
-    for keep in (0, 1, 20, len(content) // 2, len(content) - 40):
-        path.write_bytes(content[:keep])
-        for given in (path, content[:keep]):
-            with pytest.raises(ImageError, match=r"^cut cannot be read as an image \(.+\)\. Replace or remove it\.$"):
-                decode(given, "cut")
-
-
-@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM"])
-def test_damaged_files_give_pixels_or_an_image_error(file_format):
-    content = encoded(picture(0, size=(20, 16)), file_format)
-    generator = np.random.default_rng(0)
-    positions = [*range(min(64, len(content))), *generator.integers(0, len(content), 200)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for position in positions:
-            damaged = bytearray(content)
-            damaged[position] ^= 1 << int(generator.integers(8))
-            with contextlib.suppress(ImageError):
-                assert decode(bytes(damaged), "damaged").mode == "RGB"
-
-
-def test_damaged_exif_gives_pixels_or_an_image_error():
-    exif = PIL.Image.Exif()
-    exif[0x0112], exif[0x010E], exif[0x011A] = 6, "a picture", (72, 1)
-    content = encoded(picture(0, size=(8, 8)), "JPEG", exif=exif)
-    start = content.index(b"Exif")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for position in range(start, content.index(b"a picture")):
-            for value in range(0, 256, 5):
-                damaged = content[:position] + bytes([value]) + content[position + 1 :]
-                with contextlib.suppress(ImageError):
-                    assert decode(damaged, "damaged").mode == "RGB"
+    path.write_bytes(content[: len(content) // 2])
+    for given in (path, content[: len(content) // 2]):
+        with pytest.raises(ImageError, match=r"^cut cannot be read as an image \(.+\)\. Replace or remove it\.$"):
+            decode(given, "cut")
 
 
 def test_text_that_calls_itself_a_picture(tmp_path):

@@ -17,18 +17,18 @@ def random(*shape, seed=0):
 
 
 @pytest.fixture
-def metric():
+def lda():
     """A metric of width 6 with a prior."""
-    metric = RegularisedLDA(6).double()
+    lda = RegularisedLDA(6).double()
     root = random(6, 6, seed=5)
-    metric.set_prior(root @ root.T, spread=5.0, count=3.0)
-    return metric
+    lda.set_prior(root @ root.T, spread=5.0, count=3.0)
+    return lda
 
 
-def prior(metric, features, labels=LABELS):
-    """What the metric adds to R^T R for these images, written out."""
-    ridge = (spread_between(features, labels) / metric.spread) ** 4
-    covariance = metric.directions @ metric.variances.diag() @ metric.directions.T
+def prior(lda, features, labels=LABELS):
+    """What the lda adds to R^T R for these images, written out."""
+    ridge = (spread_between(features, labels) / lda.spread) ** 4
+    covariance = lda.directions @ lda.variances.diag() @ lda.directions.T
     return covariance + ridge * covariance.diagonal().mean() * torch.eye(len(covariance))
 
 
@@ -37,14 +37,14 @@ def test_it_starts_as_direct_transfer():
     torch.testing.assert_close(RegularisedLDA(6)(features, LABELS), unit_means(features, LABELS), atol=1e-4, rtol=1e-4)
 
 
-def test_cosines_in_the_metric_of_the_covariance(metric):
+def test_cosines_in_the_metric_of_the_covariance(lda):
     """Against the inverse of the whole covariance; an image's own length in the metric is taken to be the mean one."""
     features, query = random(9, 6), random(4, 6, seed=1)
     means = class_means(features, LABELS)
     spread = features - means[LABELS]
-    inverse = torch.linalg.inv(spread.T @ spread + prior(metric, features))
+    inverse = torch.linalg.inv(spread.T @ spread + prior(lda, features))
     lengths = torch.einsum("cd,de,ce->c", means, inverse, means).sqrt()
-    found = PrototypeClassifier.from_support(features, LABELS, prototypes=metric)(query)
+    found = PrototypeClassifier.from_support(features, LABELS, head=lda)(query)
     units = [F.normalize(x, dim=1) for x in (features, query)]
     length = torch.einsum("nd,de,ne->n", units[0], inverse, units[0]).sqrt().mean()
     expected = units[1] @ inverse @ means.T / (lengths * length)
@@ -57,10 +57,10 @@ def test_cosines_in_the_metric_of_the_covariance(metric):
 
 def test_prior_is_what_it_is_set_to():
     root = random(6, 6)
-    metric = RegularisedLDA(6).double()
-    metric.set_prior(root @ root.T, spread=2.0, count=10.0)
-    torch.testing.assert_close(metric.directions @ metric.variances.diag() @ metric.directions.T, 10 * root @ root.T)
-    assert metric.spread == 2
+    lda = RegularisedLDA(6).double()
+    lda.set_prior(root @ root.T, spread=2.0, count=10.0)
+    torch.testing.assert_close(lda.directions @ lda.variances.diag() @ lda.directions.T, 10 * root @ root.T)
+    assert lda.spread == 2
 
 
 @pytest.mark.parametrize(
@@ -75,21 +75,21 @@ def test_a_covariance_of_nothing_is_an_error(covariance, spread):
 
 def test_classes_far_apart_are_compared_by_plain_cosines():
     """The wider the spread, the less the prior counts."""
-    metric = RegularisedLDA(6).double()
-    metric.set_prior(torch.diag(torch.arange(1.0, 7.0).double()), spread=1.0)
+    lda = RegularisedLDA(6).double()
+    lda.set_prior(torch.diag(torch.arange(1.0, 7.0).double()), spread=1.0)
     features = F.normalize(random(3, 6), dim=1)
     angles = []
     for scale in (0.5, 1.0, 2.0, 4.0):
-        found = metric(scale * features, torch.arange(3))
+        found = lda(scale * features, torch.arange(3))
         angles.append(1 - (F.normalize(found, dim=1) * features).sum(1).mean())
     assert angles == sorted(angles, reverse=True)
     assert angles[-1] < 1e-4 < angles[0]
 
 
 def test_a_singular_covariance_is_no_obstacle():
-    metric = RegularisedLDA(6)
-    metric.set_prior(torch.diag(torch.tensor([1.0, 1, 0, 0, 0, 0])), spread=1e6)
-    assert metric(random(9, 6).float(), LABELS).isfinite().all()
+    lda = RegularisedLDA(6)
+    lda.set_prior(torch.diag(torch.tensor([1.0, 1, 0, 0, 0, 0])), spread=1e6)
+    assert lda(random(9, 6).float(), LABELS).isfinite().all()
 
 
 def test_spread_is_half_the_squared_distance_of_images_of_different_classes():
@@ -107,50 +107,50 @@ def test_a_direction_in_which_classes_spread_counts_less():
     labels = torch.arange(2).repeat_interleave(20)
     features = torch.stack([5 * torch.randn(40, generator=generator), 2.0 * labels - 1], dim=1)
     query = torch.stack([5 * torch.randn(200, generator=generator), 2.0 * torch.arange(200).remainder(2) - 1], dim=1)
-    metric = RegularisedLDA(2)
-    metric.set_prior(torch.eye(2), spread=10.0, count=1.0)
+    lda = RegularisedLDA(2)
+    lda.set_prior(torch.eye(2), spread=10.0, count=1.0)
     accuracies = [
-        (PrototypeClassifier.from_support(features, labels, prototypes=make)(query).argmax(1) == torch.arange(200) % 2)
+        (PrototypeClassifier.from_support(features, labels, head=head)(query).argmax(1) == torch.arange(200) % 2)
         .float()
         .mean()
-        for make in (unit_means, metric)
+        for head in (unit_means, lda)
     ]
     assert accuracies[1] > 0.95 > accuracies[0]
 
 
-def test_order_of_images_and_classes(metric):
+def test_order_of_images_and_classes(lda):
     features = random(9, 6)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
-    expected = metric(features, LABELS)
-    torch.testing.assert_close(metric(features[order], LABELS[order]), expected)
+    expected = lda(features, LABELS)
+    torch.testing.assert_close(lda(features[order], LABELS[order]), expected)
     names = torch.tensor([2, 0, 1])
-    torch.testing.assert_close(metric(features, names[LABELS])[names], expected)
+    torch.testing.assert_close(lda(features, names[LABELS])[names], expected)
 
 
-def test_differentiable(metric):
-    assert torch.autograd.gradcheck(lambda features: metric(features, LABELS), random(9, 6).requires_grad_())
+def test_differentiable(lda):
+    assert torch.autograd.gradcheck(lambda features: lda(features, LABELS), random(9, 6).requires_grad_())
 
 
 @pytest.mark.parametrize("features", [torch.zeros(4, 6), torch.ones(4, 6)], ids=["zeros", "all the same"])
 def test_degenerate_images_give_finite_prototypes(features):
-    metric = RegularisedLDA(6)
-    assert metric(features, torch.tensor([0, 0, 1, 1])).isfinite().all()
+    lda = RegularisedLDA(6)
+    assert lda(features, torch.tensor([0, 0, 1, 1])).isfinite().all()
 
 
-def test_one_image_of_each_class_is_compared_in_the_measured_part(metric):
+def test_one_image_of_each_class_is_compared_in_the_measured_part(lda):
     features, query = random(3, 6), random(4, 6, seed=1)
-    found = PrototypeClassifier.from_support(features, torch.arange(3), prototypes=metric)(query)
-    inverse = torch.linalg.inv(prior(metric, features, torch.arange(3)))
+    found = PrototypeClassifier.from_support(features, torch.arange(3), head=lda)(query)
+    inverse = torch.linalg.inv(prior(lda, features, torch.arange(3)))
     expected = query @ inverse @ features.T / torch.einsum("cd,de,ce->c", features, inverse, features).sqrt()
     torch.testing.assert_close(F.normalize(found, dim=1), F.normalize(expected, dim=1))
 
 
-def test_leave_one_out_against_brute_force(metric):
+def test_leave_one_out_against_brute_force(lda):
     features = random(9, 6)
-    found = leave_one_out_logits(features, LABELS, 5.0, metric)
+    found = leave_one_out_logits(features, LABELS, 5.0, lda)
     for i in range(9):
         kept = torch.arange(9) != i
-        oracle = PrototypeClassifier.from_support(features[kept], LABELS[kept], 5.0, metric)(features[i : i + 1])
+        oracle = PrototypeClassifier.from_support(features[kept], LABELS[kept], 5.0, lda)(features[i : i + 1])
         torch.testing.assert_close(found[i], oracle[0])
 
 
@@ -180,6 +180,6 @@ def test_the_adapter_classifies_in_its_metric(backbone, pixels, tmp_path):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     adapter.save_pretrained(tmp_path)
     again = type(adapter).from_pretrained(tmp_path)
-    assert torch.equal(again.metric.directions, adapter.head.directions)
+    assert torch.equal(again.head.directions, adapter.head.directions)
     torch.testing.assert_close(again.adapt(backbone, support).logits(pixels), logits)
     assert adapter.adapt(backbone, support, early_stopping=True).stopping_point.accuracies

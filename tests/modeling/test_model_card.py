@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.modeling.model_card import MARK, describe_feature, is_generated, task_card
 from hf_hyperflow.modeling.peft_configs import bias_config
 from hf_hyperflow.modeling.saving import CheckpointError
+from hf_hyperflow.modeling.training_section import write_training_section
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +108,13 @@ def test_our_card_is_renewed_and_that_of_a_person_kept(adapter, task, tmp_path):
 def training_record() -> dict:
     accuracies = {"direct": 60.04, "direct_ci95": 1.0, "hyperflow": 62.0, "hyperflow_ci95": 1.1}
     accuracies |= {"difference": 1.96, "difference_ci95": 0.5}
-    flow = {"metric": 61.6, "metric_ci95": 1.0, "flow": 0.4, "flow_ci95": 0.3}
+    flow = {"no_flow": 61.6, "no_flow_ci95": 1.0, "flow": 0.4, "flow_ci95": 0.3}
     totals = {"rows": 1024, "diverged": 0, "seconds": 7200.0, "flops": 4.0e15, "bytes": 300_000_000}
     phase = {"runs": 600, "seconds": 90.0, "flops": 1.5e14, "rows": 0, "episodes": 2400}
     return {
         "arguments": {"dataset": ["owner/birds", "photos"], "holdout": ["scans"], "learning_rate": 0.0005},
         "history": [{"step": 600, "loss": 1.0, "scans": accuracies | flow, "older": accuracies}],
-        "phases": {"task": phase},
+        "phases": {"episodic": phase},
         "trajectories": {"collections": [{"name": "rows", "totals": totals, "hardware": {"device": "a CPU"}}]},
         "hardware": {"device": "a GPU", "processes": 2, "mixed_precision": "bf16"},
         "versions": {"torch": "2.13.0"},
@@ -123,12 +126,12 @@ def test_card_of_a_trained_adapter_tells_data_validation_settings_and_cost(adapt
     adapter.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.datasets == ["owner/birds"], "what is on the Hub"
-    assert "On the domains `owner/birds`, `photos`." in card.text
-    assert "every k-th class of it): `scans`." in card.text
+    assert "Training domains: `owner/birds`, `photos`." in card.text
+    assert "every k-th class of a domain): `scans`." in card.text
     assert "| scans | 60.0 ± 1.0 | 62.0 ± 1.1 | +1.96 ± 0.50 | +0.40 ± 0.30 |" in card.text
     assert "| older | 60.0 ± 1.0 | 62.0 ± 1.1 | +1.96 ± 0.50 | not recorded |" in card.text
     assert "| collecting `rows` (a CPU) | | 1,024 | | 2.0 h | 4e+15 |" in card.text
-    assert "| task | 600 | 0 | 2,400 | 1.5 min | 1.5e+14 |" in card.text
+    assert "| episodic | 600 | 0 | 2,400 | 1.5 min | 1.5e+14 |" in card.text
     assert "The trajectories take 300.0 MB. Trained on a GPU, 2 process(es), bf16 mixed precision." in card.text
     assert "| `learning_rate` | `0.0005` |" in card.text
     assert "Versions: torch 2.13.0." in card.text
@@ -142,3 +145,16 @@ def test_damaged_training_record_is_named(adapter, tmp_path):
     (tmp_path / "training.json").write_text('{"arguments"')
     with pytest.raises(CheckpointError, match=r"training\.json is damaged"):
         HyperFlowAdapter.from_pretrained(tmp_path)
+
+
+RELEASED = Path(__file__).resolve().parents[2] / "model_cards" / "hyperflow-vit-s14-70" / "training.json"
+
+
+def test_the_record_of_a_released_adapter_is_rendered():
+    """It has the names of version 0.1: phases "metric" and "task", arguments `middle` and `made_share`."""
+    section = write_training_section(json.loads(RELEASED.read_text()))
+    assert "| trashnet | 43.8 ± 1.8 | 46.5 ± 1.8 | +2.71 ± 1.26 | not recorded |" in section
+    assert "| metric | 1 | 0 | 256 | 1.5 min | 1.69e+13 |" in section
+    assert "| task | 1,500 | 0 | 6,000 | 47.3 min | 5.46e+14 |" in section
+    assert "| `made_share` | `0.8` |" in section
+    assert "The trajectories take" not in section, "it was trained without"

@@ -2,21 +2,17 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import weakref
 
 import pytest
 import torch
-from peft import BeftConfig, IA3Config, LNTuningConfig, LoraConfig, get_peft_config, get_peft_model
-from torch import nn
+from peft import BeftConfig, IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 
 from hf_hyperflow import IncompatibleBackboneError
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.peft_configs import (
     bias_config,
-    config_to_dict,
     find_linear_paths,
-    find_norm_paths,
     layernorm_config,
     lora_config,
 )
@@ -103,24 +99,6 @@ def test_theta_of_another_shape(backbone):
 # Which tensors
 
 
-def test_biases_of_the_last_blocks_but_for_the_keys(backbone):
-    space = space_of(backbone, KINDS["biases"], last_blocks=1)
-    expected = [f"encoder.layer.3.{p}.beft_bias.default" for p in ("attention.q_proj", "attention.v_proj")]
-    expected += [f"encoder.layer.3.{p}.beft_bias.default" for p in ("attention.o_proj", "mlp.fc1", "mlp.fc2")]
-    assert sorted(space.names) == sorted(expected)
-    assert space.n_tokens == 1 + 1 + 1 + 4 + 1
-
-
-@pytest.mark.parametrize("last_blocks", [1, 2, 4])
-def test_number_of_parameters_of_the_last_blocks(any_backbone, last_blocks):
-    hidden = 128 if any_backbone.config.model_type == "dinov2" else 64
-    biases, norms = 4 * 32 + hidden, 4 * 32
-    assert space_of(any_backbone, KINDS["biases"], last_blocks).n_parameters == last_blocks * biases
-    with_norms = last_blocks * (biases + norms) + 2 * 32  # the final norm, too
-    assert space_of(any_backbone, KINDS["biases and norms"], last_blocks).n_parameters == with_norms
-    assert space_of(any_backbone, KINDS["layernorms"], last_blocks).n_parameters == last_blocks * norms + 2 * 32
-
-
 def test_frozen_lora_a_is_left_out_and_follows_the_seed(backbone):
     make, frozen = KINDS["lora, A frozen"]
     starts = []
@@ -144,23 +122,6 @@ def test_the_global_random_state_is_left_alone(backbone):
     torch.manual_seed(7)
     space_of(backbone, KINDS["lora"]).inject(backbone)
     assert torch.equal(torch.rand(3), expected)
-
-
-@pytest.mark.parametrize("last_blocks", [0, 5])
-def test_more_blocks_than_there_are(backbone, last_blocks):
-    with pytest.raises(IncompatibleBackboneError, match=f"last_blocks={last_blocks}, but the backbone has 4 blocks"):
-        find_linear_paths(backbone, last_blocks)
-    with pytest.raises(IncompatibleBackboneError, match=f"last_blocks={last_blocks}"):
-        find_norm_paths(backbone, last_blocks)
-
-
-def test_config_to_dict_survives_json(backbone, kind):
-    config = kind[0](backbone, 2)
-    again = get_peft_config(json.loads(json.dumps(config_to_dict(config))))
-    assert type(again) is type(config)
-    assert config_to_dict(again) == config_to_dict(config)
-    space, other = (ParameterSpace.from_backbone(backbone, c, frozen=kind[1]) for c in (config, again))
-    assert (space.names, space.shapes) == (other.names, other.shapes)
 
 
 # In and out of a backbone
@@ -358,11 +319,6 @@ def test_ia3_fits_too(backbone, pixels):
     assert torch.equal(injection.start[space.mask], torch.ones(space.n_parameters))
     injection.remove()
     before.assert_unchanged()
-
-
-def test_a_network_without_blocks():
-    with pytest.raises(IncompatibleBackboneError, match="has no list of transformer blocks"):
-        bias_config(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), 1)
 
 
 def test_a_convolutional_network():

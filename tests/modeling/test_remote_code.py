@@ -87,6 +87,7 @@ def folders(tmp_path, backbone, adapter, support):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_adapts_where_the_package_is_not_installed(folders, elsewhere):
     found = elsewhere.run(ADAPT, folders / "backbone", folders / "adapter", folders / "pictures", folders / "out")
     assert found.returncode == 0, found.stderr
@@ -109,6 +110,7 @@ def task_config(folder: Path) -> dict:
     return HyperFlowAdapter.from_pretrained(folder).config.to_dict() | {"_name_or_path": ""}
 
 
+@pytest.mark.slow
 def test_code_is_run_only_if_trusted(folders, elsewhere):
     found = elsewhere.run(LOAD_UNTRUSTED, folders / "adapter")
     assert found.returncode == 1

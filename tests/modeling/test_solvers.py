@@ -131,6 +131,7 @@ def test_unknown_method():
         integrate(lambda z, t: z, torch.ones(1), n_steps=1, method="leapfrog")
 
 
+@pytest.mark.slow
 def test_without_torchdiffeq_the_error_says_what_to_install():
     code = """
 import sys, torch

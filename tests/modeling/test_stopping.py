@@ -46,30 +46,31 @@ def accuracy(split, injection, hidden, labels, theta) -> float:
 @pytest.mark.parametrize("labels", [LABELS, torch.tensor([0, 0, 0, 0, 1, 1, 1, 2])], ids=["all", "one alone"])
 def test_the_earliest_of_the_best(setting, labels):
     split, injection, hidden, thetas = setting
-    choice = choose_stopping_point(split, injection, hidden, labels, TIMES, thetas)
+    point = choose_stopping_point(split, injection, hidden, labels, TIMES, thetas)
     expected = {t: accuracy(split, injection, hidden, labels, th) for t, th in zip(TIMES, thetas, strict=True)}
-    assert choice.accuracies == pytest.approx(expected)
+    assert point.accuracies == pytest.approx(expected)
     best = max(expected.values())
-    assert choice.time == min(t for t in TIMES if expected[t] == pytest.approx(best))
+    assert point.time == min(t for t in TIMES if expected[t] == pytest.approx(best))
     assert len(set(expected.values())) > 1
 
 
 def test_a_tie_goes_to_direct_transfer(setting):
     split, injection, hidden, thetas = setting
-    choice = choose_stopping_point(split, injection, hidden, LABELS, TIMES, [thetas[0]] * 5)
-    assert choice.time == 0.0
-    assert len(choice.accuracies) == 5
+    point = choose_stopping_point(split, injection, hidden, LABELS, TIMES, [thetas[0]] * 5)
+    assert point.time == 0.0
+    assert len(point.accuracies) == 5
 
 
 def test_nothing_to_leave_out(setting):
     split, injection, hidden, thetas = setting
-    choice = choose_stopping_point(split, injection, hidden, torch.arange(8), TIMES, thetas)
-    assert choice.time == 1.0
-    assert choice.accuracies == {}
+    point = choose_stopping_point(split, injection, hidden, torch.arange(8), TIMES, thetas)
+    assert point.time == 1.0
+    assert point.accuracies == {}
 
 
-def test_whose_weights_are_in_the_backbone_is_forgotten(setting):
+def test_the_last_weights_stay_until_others_are_used(setting):
     split, injection, hidden, thetas = setting
-    injection.owner = object()
     choose_stopping_point(split, injection, hidden, LABELS, TIMES, thetas)
-    assert injection.owner is None
+    assert torch.equal(injection.read(), thetas[-1])
+    with injection.using(thetas[1]):
+        assert torch.equal(injection.read(), thetas[1])
