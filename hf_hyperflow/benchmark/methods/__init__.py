@@ -76,28 +76,23 @@ def find_methods(names: str) -> list[Method]:
         ValueError: an unknown or repeated name, or none.
     """
     by_name = {method.name: method for method in (*METHODS, *EASYFSL_METHODS)}
-    chosen: list[str] = []
+    methods: list[Method] = []
     for name in names.replace(" ", "").split(","):
         if name == "easyfsl":
-            chosen += [method.name for method in EASYFSL_METHODS]
+            methods += EASYFSL_METHODS
+        elif name in by_name:
+            methods.append(by_name[name])
         elif name:
-            chosen.append(name)
-    unknown = [name for name in chosen if name not in by_name]
-    repeated = sorted({name for name in chosen if chosen.count(name) > 1})
-    problem = None
-    if unknown:
-        problem = f"unknown methods {unknown}"
-    elif repeated:
-        problem = f"methods {repeated} twice"
-    elif not chosen:
-        problem = "no methods"
-    if problem is not None:
-        raise ValueError(f"{problem} in {names!r}: choose from {', '.join([*by_name, 'easyfsl'])}.")
-    return [by_name[name] for name in chosen]
+            raise ValueError(f"unknown method {name!r} in {names!r}: choose from {', '.join([*by_name, 'easyfsl'])}.")
+    if not methods:
+        raise ValueError(f"no methods in {names!r}: choose from {', '.join([*by_name, 'easyfsl'])}.")
+    if len(set(methods)) < len(methods):
+        raise ValueError(f"{names!r} has a method twice.")
+    return methods
 
 
 def list_labels() -> dict[str, str]:
-    """Labels by name, in the order of tables and figures; a tuned backbone in the adapter's head (`bias-head`) is there."""
+    """Labels by name, in the order of tables and figures, those of tuned features in the adapter's head included."""
     labels = {method.name: method.label for method in METHODS}
     for method in METHODS:
         if isinstance(method, FineTuning):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -11,8 +12,9 @@ from ...modeling.prototypes import Head, PrototypeClassifier, unit_means
 from .target import Images, Support
 
 
+@dataclass(frozen=True)
 class Method(ABC):
-    """A way to make a classifier from a support set. Subclasses are frozen dataclasses of their hyper-parameters.
+    """A way to make a classifier from a support set; a subclass is a frozen dataclass of its hyper-parameters.
 
     Attributes:
         works_in_predict: whether the classifier does its work when it predicts and not when it is fitted.
@@ -33,6 +35,13 @@ class Method(ABC):
     def hyperparameters(self) -> dict[str, int | float]:
         """The settings that its accuracy depends on, for the record; empty for a method without."""
         return {}
+
+    def require_packages(self) -> None:
+        """Import the packages that only this method needs, before any work.
+
+        Raises:
+            ImportError: one is not installed; the message says how to install it.
+        """
 
     @abstractmethod
     def fit(self, support: Support) -> Classifier:

@@ -37,12 +37,10 @@ class EasyFsl(Method):
 
     works_in_predict = True
 
-    def fit(self, support: Support) -> EasyFslClassifier:
-        """See `Method.fit`.
+    def require_packages(self) -> None:
+        import_easyfsl()
 
-        Raises:
-            ImportError: easyfsl is not installed.
-        """
+    def fit(self, support: Support) -> EasyFslClassifier:
         make = getattr(import_easyfsl()[self.module], self.class_name)
         classifier = make(feature_normalization=self.feature_normalization)
         classifier.process_support_set(support.images.final_features.cpu(), support.labels.cpu())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...modeling.injection import Injection
 from ...modeling.stopping import StoppingPoint, choose_stopping_point
 from .adapted import AdaptedBackbone
 from .base import Method, NearestPrototype
@@ -118,7 +119,7 @@ def flow_features(support: Support, theta: torch.Tensor) -> Callable[[Images], t
     """Computes features of images with `theta` in the adapter's parameters."""
     target = support.target
 
-    def get_weights():
+    def get_weights() -> Injection:
         return target.adapter.space.inject(target.backbone)
 
     return AdaptedBackbone(target.split, get_weights, theta).features

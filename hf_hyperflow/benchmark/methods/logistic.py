@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,18 +33,18 @@ class LogisticRegression(Method):
     def hyperparameters(self) -> dict[str, int | float]:
         return {"c": self.c}
 
-    def fit(self, support: Support) -> LogisticClassifier:
-        """See `Method.fit`.
-
-        Raises:
-            ImportError: scikit-learn is not installed.
-        """
+    def require_packages(self) -> None:
         try:
-            from sklearn.linear_model import LogisticRegression as Regression
+            importlib.import_module("sklearn.linear_model")
         except ImportError as error:
             raise ImportError(
-                'logistic regression needs scikit-learn: pip install "hf-hyperflow[benchmark]"'
+                'the method "logistic" needs scikit-learn: pip install "hf-hyperflow[benchmark]"'
             ) from error
+
+    def fit(self, support: Support) -> LogisticClassifier:
+        self.require_packages()
+        from sklearn.linear_model import LogisticRegression as Regression
+
         regression = Regression(C=self.c, max_iter=1000)
         return LogisticClassifier(regression.fit(_to_unit(support.images), support.labels.cpu().numpy()))
 

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 from peft import PeftConfig
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -72,7 +73,7 @@ class Target:
         """The backbone, split before block `start`; its features are those of the last block only."""
         return SplitBackbone(self.backbone, start, self.adapter.config.pooling, self.split.blocks)
 
-    def parameter_space(self, make_config: Callable[[PreTrainedModel, int], PeftConfig]) -> ParameterSpace:
+    def parameter_space(self, make_config: Callable[[nn.Module, int], PeftConfig]) -> ParameterSpace:
         """The tensors of a PEFT adapter in the blocks that the flow adapts.
 
         Args:
