@@ -36,7 +36,7 @@ class Method(ABC):
         """The settings that its accuracy depends on, for the record; empty for a method without."""
         return {}
 
-    def require_packages(self) -> None:
+    def require_packages(self) -> None:  # noqa: B027
         """Import the packages that only this method needs, before any work.
 
         Raises:
