@@ -145,15 +145,16 @@ def draw_flow(results: Results) -> Figure:
     """
     figure, (time_axis, steps_axis) = _make_panels(2, 5, 4)
     records_by_kind = group_by(results.flow, lambda record: record.along)
-    _draw_gain_along(time_axis, records_by_kind["t"])
-    _draw_gain_along(steps_axis, records_by_kind["steps"])
+    along_steps = records_by_kind.get("steps", [])
+    _draw_gain_along(time_axis, records_by_kind.get("t", []))
+    _draw_gain_along(steps_axis, along_steps)
     time_axis.set_xlabel("t along the flow")
     time_axis.axvline(1, color="grey", linewidth=0.8, linestyle=":")
     time_axis.set_ylabel("minus direct transfer, points")
     time_axis.legend(fontsize=8)
     steps_axis.set_xlabel("solver steps to t = 1")
     steps_axis.set_xscale("log", base=2)
-    steps = sorted(group_by(records_by_kind["steps"], lambda record: record.value))
+    steps = sorted(group_by(along_steps, lambda record: record.value))
     steps_axis.set_xticks(steps, [f"{n:g}" for n in steps])
     return figure
 
