@@ -139,9 +139,12 @@ def _make_runs(method: Method, steps: list[int]) -> list[list[Method]]:
     if isinstance(method, LogisticRegression):
         return [[LogisticRegression(c) for c in LOGISTIC_C]]
     assert isinstance(method, FineTuning)
-    runs: list[list[Method]] = []
+    runs = []
     for learning_rate in LEARNING_RATES[method.name]:
-        runs.append([dataclasses.replace(method, steps=n, learning_rate=learning_rate) for n in steps])
+        run: list[Method] = []
+        for n in steps:
+            run.append(dataclasses.replace(method, steps=n, learning_rate=learning_rate))
+        runs.append(run)
     return runs
 
 
@@ -154,20 +157,24 @@ def _is_in_grid(method: Method, grid: list[dict[str, Any]]) -> bool:
 def _run(candidates: list[Method], tasks: Iterable[Task]) -> list[dict[str, Any]]:
     """The grid's entries of some candidates, from one run per task."""
     title = f"{candidates[0].name} {candidates[0].hyperparameters().get('learning_rate', '')}"
-    columns: list[list[float]] = [[] for _ in candidates]
+    rows = []
     for features, episode in tqdm(tasks, desc=title, disable=None, leave=False):
-        for column, accuracy in zip(columns, evaluate_candidates(candidates, features, episode), strict=True):
-            column.append(accuracy)
+        rows.append(evaluate_candidates(candidates, features, episode))
     entries = []
-    for candidate, accuracies in zip(candidates, columns, strict=True):
-        mean, half_width = mean_ci95(accuracies)
-        entry: dict[str, Any] = {"method": candidate.name}
-        entry.update(candidate.hyperparameters())
-        entry["accuracy"] = round(mean, 3)
-        entry["ci95"] = round(half_width, 3) if len(accuracies) > 1 else None
-        entry["n_episodes"] = len(accuracies)
-        entries.append(entry)
+    for candidate, accuracies in zip(candidates, zip(*rows, strict=True), strict=True):
+        entries.append(_describe_point(candidate, accuracies))
     return entries
+
+
+def _describe_point(candidate: Method, accuracies: Sequence[float]) -> dict[str, Any]:
+    """The grid's entry of a candidate."""
+    mean, half_width = mean_ci95(accuracies)
+    entry: dict[str, Any] = {"method": candidate.name}
+    entry.update(candidate.hyperparameters())
+    entry["accuracy"] = round(mean, 3)
+    entry["ci95"] = round(half_width, 3) if len(accuracies) > 1 else None
+    entry["n_episodes"] = len(accuracies)
+    return entry
 
 
 def evaluate_candidates(candidates: list[Method], features: DomainFeatures, episode: Episode) -> list[float]:
@@ -190,11 +197,13 @@ def _read_grid(path: Path, description: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     try:
         content = json.loads(path.read_text())
-        there, grid = content["settings"], content["grid"]
+        description_in_file, grid = content["settings"], content["grid"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no grid ({error}): remove it or choose another file.") from error
-    if there != description:
-        raise ValueError(f"{path} holds a grid of {there}, not of {description}: remove it or choose another file.")
+    if description_in_file != description:
+        raise ValueError(
+            f"{path} holds a grid of {description_in_file}, not of {description}: remove it or choose another file."
+        )
     return grid
 
 

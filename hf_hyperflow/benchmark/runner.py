@@ -85,7 +85,7 @@ def run(arguments: BenchmarkArguments) -> dict[str, Any] | None:
 
 @dataclass
 class Benchmark:
-    """A benchmark that is ready to run.
+    """A benchmark that is ready to run. Every process has one; only the first writes, see `run`.
 
     Attributes:
         methods: as chosen, with their hyper-parameters.
@@ -104,7 +104,7 @@ class Benchmark:
 
     @classmethod
     def prepare(cls, arguments: BenchmarkArguments, accelerator: Accelerator) -> Benchmark:
-        """Load everything that is needed; what is missing is told now, not after hours."""
+        """Load everything that is needed, so that what is missing is found now and not after hours."""
         methods = with_hyperparameters(find_methods(arguments.methods), read_hyperparameters(arguments.hyperparameters))
         for method in methods:
             method.require_packages()
@@ -121,15 +121,17 @@ class Benchmark:
 
     def run_episodes(self) -> None:
         """Run what the log lacks."""
+        n_episodes = count_episodes(self.arguments, self.methods, self.target.device)
         for domain in self.domains:
             features = DomainFeatures(self.target, domain)
             for n_shot in list_shots(self.arguments):
-                if self._has_episode(domain, n_shot):
-                    for method, n_episodes in count_episodes(self.arguments, self.methods, self.target.device).items():
-                        self._run_method(method, n_episodes, features, n_shot)
+                if not self._has_episode(domain, n_shot):
+                    continue
+                for method in n_episodes:
+                    self._run_method(method, n_episodes[method], features, n_shot)
 
     def _has_episode(self, domain: Domain, n_shot: int | None) -> bool:
-        """Whether a domain has the images of an episode. What is left out or reduced is said."""
+        """Whether a domain has the images of an episode. Tells the user what is left out or reduced."""
         arguments = self.arguments
         try:
             episode = draw_episode(arguments, domain, n_shot, 0)
@@ -200,7 +202,7 @@ class Benchmark:
         return content
 
     def _describe_arguments(self) -> dict[str, Any]:
-        """The run for the record. Paths mean nothing elsewhere: of files and folders the names are kept."""
+        """The run for the record. Files and folders have their names only, because paths mean nothing elsewhere."""
         arguments, device = self.arguments, self.target.device.type
         description = asdict(arguments)
         del description["output_dir"]
@@ -227,7 +229,7 @@ class Benchmark:
         return file.costs
 
     def _list_cost_keys(self) -> list[CostKey]:
-        """What costs there are to know for the methods in the log, each once."""
+        """The costs to know for the methods in the log, each once."""
         table = EpisodeTable(self.log.rows)
         keys: dict[CostKey, None] = {}
         for domain, n_shot in table.groups():
@@ -274,7 +276,7 @@ def describe_settings(
 
 
 def compute_digest(domain: Domain) -> str:
-    """Tells the images and labels of a domain from others."""
+    """A digest of the images and labels of a domain, to tell them from others."""
     digest = hashlib.sha256(domain.images.numpy().tobytes())
     digest.update(domain.labels.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -78,7 +78,9 @@ class FineTuning(Method):
         config = FineTuningConfig(steps=self.steps, learning_rate=self.learning_rate, seed=support.seed)
         images, labels = support.images.raw, support.labels
         with weights.tuning() as parameters:
-            fine_tune(split, parameters, images, labels, target.processor, config, run_steps=max(steps), after_step=keep)
+            fine_tune(
+                split, parameters, images, labels, target.processor, config, run_steps=max(steps), after_step=keep
+            )
         classifiers = []
         for step in steps:
             tuned = AdaptedBackbone(split, lambda: self.get_weights(target), thetas[step])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from hf_hyperflow.benchmark.methods import (
     find_methods,
     list_labels,
 )
+from tests.helpers.benchmark_runs import ENVIRONMENT
 from tests.helpers.tiny import Snapshot
 
 
@@ -79,6 +82,20 @@ def test_lists_of_methods():
     for names, words in (("magic", "unknown method 'magic'"), ("direct,direct", "twice"), (" ,", "no methods")):
         with pytest.raises(ValueError, match=words):
             find_methods(names)
+
+
+@pytest.mark.slow
+def test_methods_and_evaluation_are_imported_without_extras():
+    """Who adapts and compares in Python needs none of the packages of the benchmark's command line."""
+    code = (
+        "import sys\n"
+        "for name in ('sklearn', 'matplotlib', 'easyfsl', 'evaluate'): sys.modules[name] = None\n"
+        "import hf_hyperflow, hf_hyperflow.benchmark.evaluation\n"
+        "from hf_hyperflow.benchmark.methods import METHODS\n"
+        "print(len(METHODS))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert done.stdout.strip() == str(len(METHODS))
 
 
 def test_a_target_without_image_processor(target, colours, episode):
