@@ -1,7 +1,8 @@
-"""What a piece of work costs: wall-clock, peak memory and floating-point operations."""
+"""Measures what any piece of work costs: wall-clock, peak memory and floating-point operations."""
 
 from __future__ import annotations
 
+import platform
 import resource
 import sys
 import time
@@ -41,12 +42,19 @@ class Cost:
 
     Attributes:
         seconds: wall-clock.
-        peak_memory_mb: most memory in use during the run beyond what was in use when it began, in MiB: of the
-            process on a CPU, of the allocator on CUDA.
+        peak_memory_mb: most memory in use during the run beyond what was in use when it began, in MiB. On a CPU it
+            is the memory of the process, on CUDA that of the allocator.
     """
 
     seconds: float
     peak_memory_mb: float
+
+
+def device_name(device: str) -> str:
+    """The device "cpu" or "cuda" in words, with the number of threads of a CPU."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def run_in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
@@ -56,27 +64,29 @@ def run_in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
 
 
 def measure_cost(function: Callable[[], T], device: torch.device | str = "cpu") -> tuple[T, Cost]:
-    """Run a function and measure it. On a CPU, call it in a fresh process: memory that was freed before and kept by
-    the allocator would hide what the function takes.
+    """Run a function and measure it.
+
+    On a CPU, call this in a fresh process: memory that was freed before and is kept by the allocator would hide what
+    the function takes.
     """
-    on_cuda = torch.device(device).type == "cuda"
-    if on_cuda:
+    is_cuda = torch.device(device).type == "cuda"
+    if is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        before = _forget_peak()
+        before = _reset_peak()
     started = time.perf_counter()
     result = function()
-    if on_cuda:
+    if is_cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    peak = torch.cuda.max_memory_allocated() if on_cuda else _peak()
+    peak = torch.cuda.max_memory_allocated() if is_cuda else _read_peak()
     return result, Cost(seconds, max(0, peak - before) / 2**20)
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts the operations of matrix products, convolutions and attention within (a multiply-add counts two)."""
+    """Counts the operations of matrix products, convolutions and attention within; a multiply-add counts as two."""
     return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
 
 
@@ -87,21 +97,27 @@ def count_flops(function: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def _forget_peak() -> int:
+def _reset_peak() -> int:
     """Reset the process's peak memory where the system can (Linux), and return what is resident now, in bytes."""
     if sys.platform != "linux":
-        return _peak()
+        return _read_peak()
     Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmRSS")
+    return _read_status("VmRSS")
 
 
-def _peak() -> int:
+def _read_peak() -> int:
+    """The process's peak memory in bytes."""
     if sys.platform == "linux":
-        return _status_bytes("VmHWM")
+        return _read_status("VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    if sys.platform == "darwin":
+        return peak
+    return 1024 * peak
 
 
-def _status_bytes(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return 1024 * int(line.split()[1])
+def _read_status(key: str) -> int:
+    """An entry of the process's status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {key}.")

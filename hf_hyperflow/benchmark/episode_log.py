@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,64 +33,81 @@ SCHEMA = pa.schema(
 _SETTINGS, _DIGEST = b"hf_hyperflow", b"hf_hyperflow_sha256"
 
 
+@dataclass(frozen=True)
+class EpisodeResult:
+    """A row of the log: the accuracy in % of a method on an episode. Its fields are the columns of `SCHEMA`.
+
+    Attributes:
+        n_shot: None in Meta-Dataset's protocol.
+        index: the number of the episode.
+    """
+
+    domain: str
+    n_shot: int | None
+    method: str
+    index: int
+    n_way: int
+    n_support: int
+    n_query: int
+    accuracy: float
+
+
 class EpisodeLog:
-    """The episodes of a benchmark, on disk after every `append`, whole or as before.
+    """The episodes of a benchmark. After every `append`, the file has all rows; if it fails, those from before.
 
     Args:
         folder: where `episodes.parquet` is or will be.
         settings: what the accuracies depend on beside the columns, ready for JSON; kept in the file.
 
     Attributes:
-        rows: one dict per row, with the columns of `SCHEMA`.
+        rows: all rows, in the order of the file.
 
     Raises:
-        CheckpointError: the file is there and damaged, or of other settings; it is named, with what differs.
+        CheckpointError: the file is damaged, or of other settings; the message names it, and what differs.
     """
 
-    def __init__(self, folder: str | Path, settings: dict[str, object]):
+    def __init__(self, folder: str | Path, settings: dict[str, Any]):
         self.path = Path(folder) / EPISODES
         self.settings = json.loads(json.dumps(settings))
-        self.rows: list[dict] = []
+        self.rows: list[EpisodeResult] = []
         if not self.path.exists():
             return
-        known, rows = _read(self.path)
-        different = [
-            f"{key} was {known[key]} and is {value}"
-            for key, value in self.settings.items()
-            if key in known and known[key] != value
-        ]
-        if different:
+        settings_before, self.rows = _read(self.path)
+        differences = []
+        for key, value in self.settings.items():
+            if key in settings_before and settings_before[key] != value:
+                differences.append(f"{key} was {settings_before[key]} and is {value}")
+        if differences:
             raise CheckpointError(
-                f"{self.path} is of another benchmark: {'; '.join(different)}. Choose another folder for the results."
+                f"{self.path} is of another benchmark: {'; '.join(differences)}. Choose another folder for the results."
             )
-        self.settings = known | self.settings
-        self.rows = rows
+        self.settings = settings_before | self.settings
 
     def done(self, domain: str, n_shot: int | None, method: str) -> set[int]:
-        """Indices of the episodes that are there."""
+        """The numbers of the episodes that are there."""
         key = (domain, n_shot, method)
-        return {row["index"] for row in self.rows if (row["domain"], row["n_shot"], row["method"]) == key}
+        return {row.index for row in self.rows if (row.domain, row.n_shot, row.method) == key}
 
-    def append(self, rows: list[dict]) -> None:
+    def append(self, rows: Iterable[EpisodeResult]) -> None:
         """Add rows, in memory and on disk. The order of rows in the file does not depend on when they came.
 
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        rows = [{name: row[name] for name in SCHEMA.names} for row in rows]  # in the order in which they are read again
-        self.rows = sorted([*self.rows, *rows], key=lambda r: (r["domain"], r["n_shot"] or 0, r["method"], r["index"]))
+        self.rows = sorted([*self.rows, *rows], key=lambda row: (row.domain, row.n_shot or 0, row.method, row.index))
+        records = [asdict(row) for row in self.rows]
         settings = json.dumps(self.settings)
-        metadata = {_SETTINGS: settings, _DIGEST: _digest(settings, self.rows)}
-        table = pa.Table.from_pylist(self.rows, SCHEMA.with_metadata(metadata))
+        metadata = {_SETTINGS: settings, _DIGEST: _compute_digest(settings, records)}
+        table = pa.Table.from_pylist(records, SCHEMA.with_metadata(metadata))
         with atomic_file(self.path) as draft:
             pq.write_table(table, draft)
 
 
-def _digest(settings: str, rows: list[dict]) -> str:
-    return hashlib.sha256((settings + json.dumps(rows)).encode()).hexdigest()
+def _compute_digest(settings: str, records: list[dict]) -> str:
+    return hashlib.sha256((settings + json.dumps(records)).encode()).hexdigest()
 
 
-def _read(path: Path) -> tuple[dict, list[dict]]:
+def _read(path: Path) -> tuple[dict[str, Any], list[EpisodeResult]]:
     """Settings and rows, after a check that they are what was written."""
     try:
         table = read_parquet(path)
@@ -96,10 +116,10 @@ def _read(path: Path) -> tuple[dict, list[dict]]:
             raise CheckpointError(f"{path} is not the record of a benchmark. Choose another folder for the results.")
         if not table.schema.remove_metadata().equals(SCHEMA):
             raise ValueError(f"its columns are {table.schema.names}")
-        settings, rows = metadata[_SETTINGS].decode(), table.to_pylist()
-        if metadata[_DIGEST].decode() != _digest(settings, rows):
+        settings, records = metadata[_SETTINGS].decode(), table.to_pylist()
+        if metadata[_DIGEST].decode() != _compute_digest(settings, records):
             raise ValueError("its SHA-256 is not the one noted in it")
-        return json.loads(settings), rows
+        return json.loads(settings), [EpisodeResult(**record) for record in records]
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -13,7 +13,7 @@ _DESCRIPTION = "Mean accuracy over few-shot episodes with its 95 % interval, and
 _INPUTS = """
 Args:
     predictions: the predicted labels of each episode's queries, a list of lists; episodes may differ in length.
-    references: the true labels, likewise.
+    references: the true labels, in lists of the same lengths.
     baseline: the labels that another method predicted for the same queries (optional).
 Returns:
     accuracy: mean over episodes, in %.
@@ -58,32 +58,32 @@ class FewShotAccuracy(evaluate.Metric):
     def _compute(
         self, predictions: list[list[int]], references: list[list[int]], baseline: list[list[int]] | None = None
     ) -> dict[str, float]:
-        """See the inputs' description.
+        """See `_INPUTS`.
 
         Raises:
-            ValueError: an episode without queries or with another number of predictions than of references, or a
-                baseline of another number of episodes; the episode is named.
+            ValueError: an episode has no queries or another number of predictions than of references, or the baseline
+                has another number of episodes; the episode is named.
         """
-        found = _accuracies(predictions, references, "predictions")
-        mean, half = mean_ci95(found)
-        result = {"accuracy": mean, "ci95": half, "n_episodes": len(found)}
+        accuracies = _compute_accuracies(predictions, references, "predictions")
+        accuracy, half_width = mean_ci95(accuracies)
+        result = {"accuracy": accuracy, "ci95": half_width, "n_episodes": len(accuracies)}
         if baseline is None:
             return result
         if len(baseline) != len(references):
             raise ValueError(f"the baseline has {len(baseline)} episodes, the references have {len(references)}.")
-        others = _accuracies(baseline, references, "baseline")
-        difference, difference_half = mean_ci95(found - others)
-        return result | {
-            "baseline_accuracy": float(others.mean()),
-            "difference": difference,
-            "difference_ci95": difference_half,
-        }
+        baseline_accuracies = _compute_accuracies(baseline, references, "baseline")
+        difference, half_width = mean_ci95(accuracies - baseline_accuracies)
+        result["baseline_accuracy"] = float(baseline_accuracies.mean())
+        result["difference"] = difference
+        result["difference_ci95"] = half_width
+        return result
 
 
-def _accuracies(predictions: list[list[int]], references: list[list[int]], name: str) -> np.ndarray:
+def _compute_accuracies(predictions: list[list[int]], references: list[list[int]], name: str) -> np.ndarray:
     """Accuracy in % of each episode."""
+    accuracies = []
     for i, (predicted, true) in enumerate(zip(predictions, references, strict=True)):
         if len(predicted) != len(true) or len(true) == 0:
             raise ValueError(f"episode {i} has {len(predicted)} {name} and {len(true)} references.")
-    pairs = zip(predictions, references, strict=True)
-    return np.array([100 * np.mean(np.asarray(p) == np.asarray(r)) for p, r in pairs])
+        accuracies.append(100 * np.mean(np.asarray(predicted) == np.asarray(true)))
+    return np.array(accuracies)

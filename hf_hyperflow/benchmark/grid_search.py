@@ -1,22 +1,25 @@
-"""Choose the settings of the baselines by grid, on episodes of training domains."""
+"""Chooses the hyper-parameters of the baselines on episodes of training domains."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from ..data.domains import Domain
 from ..data.episodes import Episode, cdfsl_episode
-from ..finetuning.finetune import FineTuningConfig
 from ..modeling.backbones import eval_mode
 from ..modeling.fingerprint import compute_fingerprint
 from ..modeling.saving import write_json
-from .evaluation import DomainFeatures, mean_ci95, prototype_accuracy
-from .methods import GRADIENT_METHODS, Target, fine_tuned_features, head_classifier, label_accuracy
+from .domain_features import DomainFeatures
+from .evaluation import label_accuracy, mean_ci95
+from .hyperparameters import Hyperparameters
+from .methods import METHODS, Classifier, FineTuning, LogisticRegression, Method, Target
 
 STEPS = (5, 10, 20, 50, 100)
 LEARNING_RATES = {
@@ -25,120 +28,185 @@ LEARNING_RATES = {
     "layernorm": (3e-4, 1e-3, 3e-3, 1e-2),
     "full": (3e-6, 1e-5, 3e-5, 1e-4),
 }
-#: Methods that have settings to choose.
-TUNED = ("head", *GRADIENT_METHODS)
-HEAD_C = (0.1, 1.0, 10.0, 100.0, 1000.0)
+LOGISTIC_C = (0.1, 1.0, 10.0, 100.0, 1000.0)
+
+#: The methods that have hyper-parameters to choose, by name.
+TUNABLE: dict[str, Method] = {method.name: method for method in METHODS if method.hyperparameters()}
+
+Task = tuple[DomainFeatures, Episode]
+
+
+@dataclass(frozen=True)
+class GridSettings:
+    """The episodes of a grid search.
+
+    Attributes:
+        n_episodes: of each domain and number of shots.
+        n_shot: numbers of support images of a class.
+    """
+
+    n_episodes: int = 20
+    n_shot: tuple[int, ...] = (5,)
+    n_way: int = 5
+    n_query: int = 15
+    seed: int = 0
 
 
 def grid_search(
     path: str | Path,
     target: Target,
     domains: list[Domain],
+    settings: GridSettings,
     *,
-    methods: Sequence[str] = TUNED,
+    methods: Sequence[str] = tuple(TUNABLE),
     max_steps: int = STEPS[-1],
-    n_episodes: int = 20,
-    n_shot: list[int],
-    n_way: int = 5,
-    n_query: int = 15,
-    seed: int = 0,
-) -> dict[str, dict[str, float]]:
-    """Run every method over its grid and write the grid and the best settings to a JSON file.
+) -> Hyperparameters:
+    """Run every method over its grid; write the grid and the best hyper-parameters to a JSON file.
 
-    All settings of all methods meet the same CD-FSL episodes; the best mean over domains, numbers of shots and
-    episodes wins, ties go to the earlier in the grid (fewer steps). The file is written after every run of a learning
-    rate, and a run that is in it already is not done again.
+    All points of all grids meet the same CD-FSL episodes. The best mean over domains, numbers of shots and episodes
+    wins; of equals the earlier in the grid (fewer steps). The file is written after every run of a learning rate, and
+    a run that is in it already is not done again.
 
     Args:
         path: the JSON file; `read_hyperparameters` reads it.
         domains: training domains, never those that are reported.
-        max_steps: gradient steps that there is time for; the grid ends there, and of what is in the file already no
-            setting of more steps is chosen.
-        n_episodes: of each domain and number of shots.
+        methods: names of some of `TUNABLE`.
+        max_steps: gradient steps that there is time for. The grid ends there, and of what is in the file already, no
+            point of more steps is chosen.
 
     Returns:
-        The best settings of each method.
+        The best hyper-parameters of each method.
 
     Raises:
-        ValueError: a method has nothing to choose; the file there is of another grid or no JSON; or a domain has too
-            few images for an episode.
+        ValueError: a method has nothing to choose; the file is of another grid or no JSON; or a domain has too few
+            images for an episode.
     """
-    unknown = [method for method in methods if method not in TUNED]
+    unknown = [method for method in methods if method not in TUNABLE]
     if unknown:
-        raise ValueError(f"there is nothing to choose for {unknown}: give some of {', '.join(TUNED)}.")
-    path = Path(path)
-    settings = {"domains": [d.name for d in domains], "n_episodes": n_episodes, "n_shot": list(n_shot)}
-    settings |= {"n_way": n_way, "n_query": n_query, "seed": seed}
-    settings |= {"backbone": compute_fingerprint(target.plain()), "last_blocks": target.adapter.config.last_blocks}
-    grid = _known(path, settings)
-    steps = [n for n in STEPS if n <= max_steps]
-    if not steps:
+        raise ValueError(f"there is nothing to choose for {unknown}: give some of {', '.join(TUNABLE)}.")
+    if max_steps < STEPS[0]:
         raise ValueError(f"max_steps must be at least {STEPS[0]}, not {max_steps}.")
-    tasks = [
-        (features, cdfsl_episode(features.domain, index, n_way=n_way, n_shot=shots, n_query=n_query, seed=seed))
-        for features in [DomainFeatures(target.split, d, target.adapter.processor) for d in domains]
-        for shots in n_shot
-        for index in range(n_episodes)
-    ]
-    for method in methods:
-        for learning_rate in LEARNING_RATES.get(method, (None,)):
-            if any(e["method"] == method and e.get("learning_rate") == learning_rate for e in grid):
+    steps = [n for n in STEPS if n <= max_steps]
+    description = _describe(settings, target, domains)
+    grid = _read_grid(Path(path), description)
+    tasks = _draw_tasks(target, domains, settings)
+    for name in methods:
+        for candidates in _make_runs(TUNABLE[name], steps):
+            if _is_in_grid(candidates[0], grid):
                 continue
-            bar = tqdm(tasks, desc=f"{method} {learning_rate or ''}", disable=None, leave=False)
-            points = _points(method, learning_rate, steps)
-            found = [_along_grid(method, points, target, *task) for task in bar]
-            for point, values in zip(points, zip(*found, strict=True), strict=True):
-                mean, half = mean_ci95(values)
-                measured = {"accuracy": round(mean, 3), "ci95": round(half, 3) if len(values) > 1 else None}
-                grid.append({"method": method} | point | measured | {"n_episodes": len(values)})
-            write_json(path, {"settings": settings, "grid": grid, "recipes": _best(grid, max_steps)})
-    write_json(path, {"settings": settings, "grid": grid, "recipes": _best(grid, max_steps)})
-    return _best(grid, max_steps)
+            grid += _run(candidates, tasks)
+            _write(path, description, grid, max_steps)
+    _write(path, description, grid, max_steps)
+    return choose_best(grid, max_steps)
 
 
-def _best(grid: list[dict], max_steps: int) -> dict[str, dict[str, float]]:
-    """The best settings, of no more steps, of every method whose grid is complete."""
-    recipes = {}
-    for method in TUNED:
-        entries = [e for e in grid if e["method"] == method and e.get("steps", 0) <= max_steps]
-        rates = LEARNING_RATES.get(method, (None,))
-        if {e.get("learning_rate") for e in entries} == set(rates):
-            best = max(entries, key=lambda e: e["accuracy"])
-            recipes[method] = {key: best[key] for key in ("c", "learning_rate", "steps") if key in best}
-    return recipes
+def choose_best(grid: list[dict[str, Any]], max_steps: int) -> Hyperparameters:
+    """The best point, of no more steps, of every method whose grid is complete."""
+    best = {}
+    for name, method in TUNABLE.items():
+        entries = [e for e in grid if e["method"] == name and e.get("steps", 0) <= max_steps]
+        rates_run = {e.get("learning_rate") for e in entries}
+        if entries and rates_run == set(LEARNING_RATES.get(name, (None,))):
+            entry = max(entries, key=lambda e: e["accuracy"])
+            best[name] = {key: entry[key] for key in method.hyperparameters()}
+    return best
 
 
-def _points(method: str, learning_rate: float | None, steps: list[int]) -> list[dict[str, float]]:
-    """The points of the grid that one run gives."""
-    if method == "head":
-        return [{"c": c} for c in HEAD_C]
-    return [{"learning_rate": learning_rate, "steps": n} for n in steps]
+def _describe(settings: GridSettings, target: Target, domains: list[Domain]) -> dict[str, Any]:
+    """What the accuracies of a grid depend on."""
+    target.unload()
+    description: dict[str, Any] = {"domains": [domain.name for domain in domains]}
+    description.update(asdict(settings))
+    description["n_shot"] = list(settings.n_shot)
+    description["backbone"] = compute_fingerprint(target.backbone)
+    description["last_blocks"] = target.adapter.config.last_blocks
+    return description
 
 
-def _along_grid(
-    method: str, points: list[dict[str, float]], target: Target, features: DomainFeatures, episode: Episode
-) -> list[float]:
-    """Accuracies in % at the points of one run."""
-    if method != "head":
-        recipe, steps = FineTuningConfig(learning_rate=points[0]["learning_rate"]), [point["steps"] for point in points]
-        found = fine_tuned_features(method, target, features, episode, recipe, steps)
-        return [prototype_accuracy(each, episode) for each in found]
-    with torch.no_grad(), eval_mode(target.plain()):
-        found = features.plain(torch.cat([episode.support, episode.query]))
-    support, query = found[: len(episode.support)], found[len(episode.support) :]
-    heads = [head_classifier(support, episode.support_labels, point["c"]) for point in points]
-    return [label_accuracy(head(query), episode) for head in heads]
+def _draw_tasks(target: Target, domains: list[Domain], settings: GridSettings) -> list[Task]:
+    tasks = []
+    ways = {"n_way": settings.n_way, "n_query": settings.n_query, "seed": settings.seed}
+    for domain in domains:
+        features = DomainFeatures(target, domain)
+        for n_shot in settings.n_shot:
+            for index in range(settings.n_episodes):
+                tasks.append((features, cdfsl_episode(domain, index, n_shot=n_shot, **ways)))
+    return tasks
 
 
-def _known(path: Path, settings: dict) -> list[dict]:
+def _make_runs(method: Method, steps: list[int]) -> list[list[Method]]:
+    """A method's grid: lists of candidates that one run per task gives."""
+    if isinstance(method, LogisticRegression):
+        return [[LogisticRegression(c) for c in LOGISTIC_C]]
+    assert isinstance(method, FineTuning)
+    runs = []
+    for learning_rate in LEARNING_RATES[method.name]:
+        run: list[Method] = []
+        for n in steps:
+            run.append(dataclasses.replace(method, steps=n, learning_rate=learning_rate))
+        runs.append(run)
+    return runs
+
+
+def _is_in_grid(method: Method, grid: list[dict[str, Any]]) -> bool:
+    """Whether a run with the learning rate of `method` is there, of however many steps."""
+    rate = method.hyperparameters().get("learning_rate")
+    return any(e["method"] == method.name and e.get("learning_rate") == rate for e in grid)
+
+
+def _run(candidates: list[Method], tasks: Iterable[Task]) -> list[dict[str, Any]]:
+    """The grid's entries of some candidates, from one run per task."""
+    title = f"{candidates[0].name} {candidates[0].hyperparameters().get('learning_rate', '')}"
+    rows = []
+    for features, episode in tqdm(tasks, desc=title, disable=None, leave=False):
+        rows.append(evaluate_candidates(candidates, features, episode))
+    entries = []
+    for candidate, accuracies in zip(candidates, zip(*rows, strict=True), strict=True):
+        entries.append(_describe_point(candidate, accuracies))
+    return entries
+
+
+def _describe_point(candidate: Method, accuracies: Sequence[float]) -> dict[str, Any]:
+    """The grid's entry of a candidate."""
+    mean, half_width = mean_ci95(accuracies)
+    entry: dict[str, Any] = {"method": candidate.name}
+    entry.update(candidate.hyperparameters())
+    entry["accuracy"] = round(mean, 3)
+    entry["ci95"] = round(half_width, 3) if len(accuracies) > 1 else None
+    entry["n_episodes"] = len(accuracies)
+    return entry
+
+
+def evaluate_candidates(candidates: list[Method], features: DomainFeatures, episode: Episode) -> list[float]:
+    """Accuracies in % on an episode; of candidates that differ in their steps alone by one run of fine-tuning."""
+    support, queries, target = features.support(episode), features.queries(episode), features.target
+    longest = candidates[-1]
+    classifiers: Sequence[Classifier]
+    with eval_mode(target.backbone), eval_mode(target.adapter):
+        if isinstance(longest, FineTuning):
+            steps = [c.steps for c in candidates if isinstance(c, FineTuning)]
+            classifiers = longest.fit_after(support, steps)
+        else:
+            classifiers = [candidate.fit(support) for candidate in candidates]
+        return [label_accuracy(c.predict(queries), episode.query_labels) for c in classifiers]
+
+
+def _read_grid(path: Path, description: dict[str, Any]) -> list[dict[str, Any]]:
     """The part of the grid that is in the file."""
     if not path.is_file():
         return []
     try:
         content = json.loads(path.read_text())
-        known, grid = content["settings"], content["grid"]
+        description_in_file, grid = content["settings"], content["grid"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no grid ({error}): remove it or choose another file.") from error
-    if known != settings:
-        raise ValueError(f"{path} holds a grid of {known}, not of {settings}: remove it or choose another file.")
+    if description_in_file != description:
+        raise ValueError(
+            f"{path} holds a grid of {description_in_file}, not of {description}: remove it or choose another file."
+        )
     return grid
+
+
+def _write(path: str | Path, description: dict[str, Any], grid: list[dict[str, Any]], max_steps: int) -> None:
+    best = choose_best(grid, max_steps)
+    write_json(path, {"settings": description, "grid": grid, "hyperparameters": best})

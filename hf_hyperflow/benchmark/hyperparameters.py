@@ -1,68 +1,53 @@
-"""Settings of the baselines, chosen by grid on episodes of training domains; never on the domains that are reported."""
+"""Hyper-parameters of the baselines, chosen on episodes of training domains and never on those that are reported."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 
-from ..finetuning.finetune import FineTuningConfig
+from .methods import METHODS, Method
 
-
-@dataclass(frozen=True)
-class Hyperparameters:
-    """Settings of the methods that have any.
-
-    Attributes:
-        steps: gradient steps of each gradient method.
-        learning_rates: of Adam, of each gradient method.
-        head_c: `C` of the logistic regression.
-    """
-
-    steps: dict[str, int] = field(default_factory=lambda: {"bias": 50, "lora": 50, "layernorm": 50, "full": 50})
-    learning_rates: dict[str, float] = field(
-        default_factory=lambda: {"bias": 1e-3, "lora": 1e-3, "layernorm": 1e-3, "full": 3e-5}
-    )
-    head_c: float = 10.0
-
-    def fine_tuning(self, method: str) -> FineTuningConfig:
-        """The recipe of a gradient method."""
-        return FineTuningConfig(steps=self.steps[method], learning_rate=self.learning_rates[method])
-
-    def of(self, method: str) -> dict[str, float]:
-        """A method's settings, for the record; empty for one without."""
-        if method == "head":
-            return {"c": self.head_c}
-        if method in self.steps:
-            return {"steps": self.steps[method], "learning_rate": self.learning_rates[method]}
-        return {}
+#: Hyper-parameters by name, of methods by name.
+Hyperparameters = dict[str, dict[str, int | float]]
 
 
 def read_hyperparameters(path: str | Path | None) -> Hyperparameters:
-    """The result of `grid_search` in a JSON file; methods that are not in it, or all without a file, keep their
-    defaults.
+    """The result of a grid search in a JSON file; of no file, that of none.
 
     Raises:
-        ValueError: the file is no such JSON, or names methods or settings that there are not; it is named.
+        ValueError: the file is no such JSON, or names methods or hyper-parameters that there are not; it is named.
         FileNotFoundError: the file is not there.
     """
-    recipes = Hyperparameters()
     if path is None:
-        return recipes
+        return {}
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: make it with training/grid_search.py, or leave it out.")
+        raise FileNotFoundError(f"{path} is not there: make it with a grid search, or leave it out.")
     try:
-        found = json.loads(path.read_text())["recipes"]
-        for method, settings in found.items():
-            expected = recipes.of(method)
-            if set(settings) != set(expected) or not all(value > 0 for value in settings.values()):
-                raise ValueError(f"{method} has {settings}, expected positive numbers for {sorted(expected)}")
+        chosen = json.loads(path.read_text())["hyperparameters"]
+        for name, values in chosen.items():
+            _check(name, values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not the result of training/grid_search.py: {error}") from error
-    tuned = {method: settings for method, settings in found.items() if method != "head"}
-    return Hyperparameters(
-        steps=recipes.steps | {m: int(settings["steps"]) for m, settings in tuned.items()},
-        learning_rates=recipes.learning_rates | {m: float(settings["learning_rate"]) for m, settings in tuned.items()},
-        head_c=float(found["head"]["c"]) if "head" in found else recipes.head_c,
-    )
+        raise ValueError(f"{path} is not the result of a grid search: {error}") from error
+    return chosen
+
+
+def _check(name: str, values: dict[str, int | float]) -> None:
+    expected: dict[str, int | float] = {}
+    for method in METHODS:
+        if method.name == name:
+            expected = method.hyperparameters()
+    is_complete = bool(expected) and values.keys() == expected.keys()
+    if not is_complete or not all(value > 0 for value in values.values()):
+        raise ValueError(f"{name} has {values}, expected positive numbers for {sorted(expected)}")
+
+
+def with_hyperparameters(methods: Iterable[Method], hyperparameters: Hyperparameters) -> list[Method]:
+    """The methods, with other hyper-parameters where there are some."""
+    changed = []
+    for method in methods:
+        values = hyperparameters.get(method.name, {})
+        changed.append(dataclasses.replace(method, **values))
+    return changed

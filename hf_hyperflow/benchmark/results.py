@@ -3,169 +3,379 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from .easyfsl_methods import EASYFSL_METHODS
+from .episode_log import EpisodeResult
 from .evaluation import mean_ci95
-from .methods import IN_METRIC, METHODS
+from .methods import FLOW_POINTS, METHODS, FineTuning, HyperFlow, list_labels
+from .task_cost import CostKey, TaskCost
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 #: Accuracies in % by episode index, of one method on one domain with one number of shots.
 Accuracies = dict[int, float]
-Costs = dict[tuple[str, int, int], dict[str, float]]
 
-ORDER = (*METHODS, *IN_METRIC.values(), *EASYFSL_METHODS)
-FINE_TUNED = {name: method for method, name in IN_METRIC.items()}
-REFERENCE = "direct"
+#: The method that all others are compared with, and the one that is compared with all others.
+REFERENCE, HYPERFLOW = "direct", "hyperflow"
+
+#: The method that was run, by the name that its tuned features have in the adapter's head.
+TUNED_METHODS = {method.head_name: method.name for method in METHODS if isinstance(method, FineTuning)}
 
 
-def summarise(rows: list[dict], costs: Costs) -> dict[str, list[dict]]:
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over episodes with the half-width of its 95 % interval; None for what there is not."""
+
+    mean: float | None
+    ci95: float | None
+    n_episodes: int | None
+
+
+NO_ESTIMATE = Estimate(None, None, None)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A method on a domain with a number of shots (None: variable). Accuracies are in %, differences in points.
+
+    Attributes:
+        n_way: the mean where episodes differ.
+        diff_vs_direct, diff_ci95: minus direct transfer, paired on the `diff_n_episodes` episodes of both.
+        seconds_per_task, peak_memory_mb, flops_per_task: see `TaskCost`; None where not measured.
+    """
+
+    method: str
+    domain: str
+    n_way: float
+    n_shot: int | None
+    n_episodes: int
+    accuracy: float
+    ci95: float | None
+    diff_vs_direct: float | None
+    diff_ci95: float | None
+    diff_n_episodes: int | None
+    seconds_per_task: float | None
+    peak_memory_mb: float | None
+    flops_per_task: int | None
+
+
+@dataclass(frozen=True)
+class MeanRecord:
+    """A method with a number of shots, every domain counting the same; numbers of episodes are sums."""
+
+    method: str
+    n_shot: int | None
+    n_domains: int
+    n_episodes: int
+    accuracy: float
+    ci95: float | None
+    diff_vs_direct: float | None
+    diff_ci95: float | None
+    diff_n_episodes: int | None
+
+
+@dataclass(frozen=True)
+class AgainstRecord:
+    """HyperFlow minus a method on a domain, paired on the `n_episodes` episodes of both."""
+
+    method: str
+    domain: str
+    n_shot: int | None
+    n_episodes: int
+    diff: float | None
+    diff_ci95: float | None
+
+
+@dataclass(frozen=True)
+class MeanAgainstRecord:
+    """HyperFlow minus a method, every domain counting the same; `domain` is None."""
+
+    method: str
+    domain: None
+    n_shot: int | None
+    n_domains: int
+    n_episodes: int
+    diff: float
+    diff_ci95: float | None
+
+
+@dataclass(frozen=True)
+class FlowRecord:
+    """A point of the flow on a domain.
+
+    Attributes:
+        along: "t", where `value` is the end of the flow, or "steps", where it is the number of steps to t = 1.
+        diff_vs_hyperflow, diff_vs_hyperflow_ci95: minus HyperFlow as it is, on the episodes of both.
+    """
+
+    domain: str
+    n_shot: int | None
+    along: str
+    value: float
+    n_episodes: int
+    accuracy: float
+    ci95: float | None
+    diff_vs_direct: float | None
+    diff_ci95: float | None
+    diff_n_episodes: int | None
+    diff_vs_hyperflow: float | None
+    diff_vs_hyperflow_ci95: float | None
+
+
+@dataclass(frozen=True)
+class Results:
     """The results of a benchmark.
 
-    Args:
-        rows: of `EpisodeLog`.
-        costs: of `task_cost` by method, ways and number of support images (`cost_key`); None where not measured.
-
-    Returns:
-        records: one per method, domain and number of shots. `diff_vs_direct` and its interval are paired on the
-            `diff_n_episodes` episodes that both methods have.
-        means: one per method and number of shots, every domain counting the same; `n_episodes` and
-            `diff_n_episodes` are sums over the domains.
-        hyperflow_against: HyperFlow minus every other method, paired on the `n_episodes` episodes that both have, by
-            domain and (`domain` null) as the mean over domains.
-        flow: accuracy at points along the flow (`t`) and at t = 1 with other numbers of solver steps (`steps`),
-            against direct transfer and (`diff_vs_hyperflow`, null where it was not run) HyperFlow as it is, on the
-            same episodes.
+    Attributes:
+        records: one per method, domain and number of shots.
+        means: one per method and number of shots.
+        hyperflow_against: HyperFlow against every other method, by domain and as the mean over domains.
+        flow: one per point of the flow, domain and number of shots.
     """
-    table = _table(rows)
-    groups = sorted({(domain, shots) for domain, shots, _ in table}, key=lambda g: (g[1] or 0, g[0]))
-    methods = [m for m in ORDER if any(key[2] == m for key in table)]
-    records, against = [], []
-    for domain, shots in groups:
-        here = [r for r in rows if (r["domain"], r["n_shot"]) == (domain, shots)]
-        for method in methods:
-            found = table.get((domain, shots, method))
-            if found is None:
+
+    records: list[Record]
+    means: list[MeanRecord]
+    hyperflow_against: list[AgainstRecord | MeanAgainstRecord]
+    flow: list[FlowRecord]
+
+    def to_json(self) -> dict[str, list[dict]]:
+        return asdict(self)
+
+
+def group_by(records: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Records by their key, in the order in which the keys come first."""
+    groups: dict[K, list[T]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return groups
+
+
+class EpisodeTable:
+    """The rows of a benchmark by domain, number of shots and method."""
+
+    def __init__(self, rows: Iterable[EpisodeResult]):
+        self._rows = group_by(rows, lambda row: (row.domain, row.n_shot, row.method))
+
+    def rows(self, domain: str, n_shot: int | None, method: str) -> list[EpisodeResult]:
+        return self._rows.get((domain, n_shot, method), [])
+
+    def accuracies(self, domain: str, n_shot: int | None, method: str) -> Accuracies:
+        return {row.index: row.accuracy for row in self.rows(domain, n_shot, method)}
+
+    def groups(self) -> list[tuple[str, int | None]]:
+        """Domain and number of shots of all that was run: fewest shots first, then by the domain's name."""
+        groups = {(domain, n_shot) for domain, n_shot, _ in self._rows}
+        return sorted(groups, key=lambda group: (group[1] or 0, group[0]))
+
+
+def summarise(rows: Sequence[EpisodeResult], costs: Mapping[CostKey, TaskCost]) -> Results:
+    """The results of the rows of an `EpisodeLog`, with the costs that are known by `cost_key`."""
+    table = EpisodeTable(rows)
+    records: list[Record] = []
+    against: list[AgainstRecord] = []
+    for domain, n_shot in table.groups():
+        hyperflow = table.accuracies(domain, n_shot, HYPERFLOW)
+        for method in list_labels():
+            method_rows = table.rows(domain, n_shot, method)
+            if not method_rows:
                 continue
-            mine = [r for r in here if r["method"] == method]
-            record = {"method": method, "domain": domain, "n_way": _common(r["n_way"] for r in mine), "n_shot": shots}
-            record |= _mean(found)
-            record |= _against_direct(found, table.get((domain, shots, REFERENCE)), method)
-            record |= costs.get(cost_key(mine), dict.fromkeys(COST_FIELDS))
-            records.append(record)
-            if method != "hyperflow" and (domain, shots, "hyperflow") in table:
-                difference = _paired(table[domain, shots, "hyperflow"], found)
-                against.append({"method": method, "domain": domain, "n_shot": shots} | difference)
-    return {
-        "records": records,
-        "means": _means(records),
-        "hyperflow_against": against + _means_against(against),
-        "flow": _flow_records(table),
-    }
+            records.append(_summarise_method(table, method_rows, costs.get(cost_key(method_rows))))
+            if hyperflow and method != HYPERFLOW:
+                difference = _compare(hyperflow, table.accuracies(domain, n_shot, method))
+                against.append(_build_against(domain, n_shot, method, difference))
+    return Results(
+        records=records,
+        means=_average(records),
+        hyperflow_against=[*against, *_average_against(against)],
+        flow=_summarise_flow(table),
+    )
 
 
-COST_FIELDS = ("seconds_per_task", "peak_memory_mb", "flops_per_task")
+def _build_against(domain: str, n_shot: int | None, method: str, difference: Estimate) -> AgainstRecord:
+    return AgainstRecord(
+        method=method,
+        domain=domain,
+        n_shot=n_shot,
+        n_episodes=difference.n_episodes or 0,
+        diff=difference.mean,
+        diff_ci95=difference.ci95,
+    )
 
 
-def cost_key(rows: list[dict]) -> tuple[str, int, int]:
-    """Method, ways and number of support images that a task of these rows has; the medians where they differ.
+def cost_key(rows: Sequence[EpisodeResult]) -> CostKey:
+    """What the cost of a method's episodes depends on; medians where the episodes differ.
 
-    What a gradient method costs does not depend on the metric that its features are classified in.
+    The cost of fine-tuning does not depend on the head that its features are classified in.
     """
-    n_way, n_support = (statistics.median_low(r[key] for r in rows) for key in ("n_way", "n_support"))
-    return FINE_TUNED.get(rows[0]["method"], rows[0]["method"]), n_way, n_support
+    method = rows[0].method
+    n_way = statistics.median_low(row.n_way for row in rows)
+    n_support = statistics.median_low(row.n_support for row in rows)
+    return CostKey(TUNED_METHODS.get(method, method), n_way, n_support)
 
 
-def _table(rows: list[dict]) -> dict[tuple[str, int | None, str], Accuracies]:
-    table: dict[tuple[str, int | None, str], Accuracies] = {}
-    for row in rows:
-        table.setdefault((row["domain"], row["n_shot"], row["method"]), {})[row["index"]] = row["accuracy"]
-    return table
+def over_domains(values: Sequence[float], half_widths: Sequence[float | None]) -> tuple[float, float | None]:
+    """Mean over domains and its half-width, None if one has none.
+
+    Domains are taken as given and episodes as drawn, so that variances add up.
+    """
+    mean = round(float(np.mean(values)), 4)
+    squares = 0.0
+    for half_width in half_widths:
+        if half_width is None:
+            return mean, None
+        squares += half_width**2
+    return mean, round(float(np.sqrt(squares)) / len(half_widths), 4)
 
 
-def _common(values: Iterable[int]) -> float:
+def average_estimates(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of the domains' estimates, of all their episodes; no estimate if a domain has none."""
+    means, half_widths, n_episodes = [], [], 0
+    for estimate in estimates:
+        if estimate.mean is None:
+            return NO_ESTIMATE
+        means.append(estimate.mean)
+        half_widths.append(estimate.ci95)
+        n_episodes += estimate.n_episodes or 0
+    return Estimate(*over_domains(means, half_widths), n_episodes)
+
+
+def _summarise_method(table: EpisodeTable, rows: list[EpisodeResult], cost: TaskCost | None) -> Record:
+    """The record of a method's rows of one domain and number of shots."""
+    domain, n_shot, method = rows[0].domain, rows[0].n_shot, rows[0].method
+    accuracy = _estimate([row.accuracy for row in rows])
+    difference = _compare_with_direct(table, domain, n_shot, method)
+    assert accuracy.mean is not None
+    return Record(
+        method=method,
+        domain=domain,
+        n_way=_common_value([row.n_way for row in rows]),
+        n_shot=n_shot,
+        n_episodes=len(rows),
+        accuracy=accuracy.mean,
+        ci95=accuracy.ci95,
+        diff_vs_direct=difference.mean,
+        diff_ci95=difference.ci95,
+        diff_n_episodes=difference.n_episodes,
+        seconds_per_task=None if cost is None else cost.seconds_per_task,
+        peak_memory_mb=None if cost is None else cost.peak_memory_mb,
+        flops_per_task=None if cost is None else cost.flops_per_task,
+    )
+
+
+def _common_value(values: list[int]) -> float:
     """The one value, or the mean of several."""
-    values = list(values)
-    return values[0] if len(set(values)) == 1 else round(statistics.mean(values), 2)
+    if len(set(values)) == 1:
+        return values[0]
+    return round(statistics.mean(values), 2)
 
 
-def _rounded(value: float) -> float | None:
-    """For JSON, which has no NaN: the interval of a single episode."""
-    return None if np.isnan(value) else round(value, 4)
+def _estimate(values: list[float]) -> Estimate:
+    if not values:
+        return Estimate(None, None, 0)
+    mean, half_width = mean_ci95(values)
+    ci95 = None if np.isnan(half_width) else round(half_width, 4)  # JSON has no NaN
+    return Estimate(round(mean, 4), ci95, len(values))
 
 
-def _mean(found: Accuracies) -> dict[str, float | None]:
-    mean, half = mean_ci95(list(found.values()))
-    return {"n_episodes": len(found), "accuracy": _rounded(mean), "ci95": _rounded(half)}
+def _compare(accuracies: Accuracies, others: Accuracies) -> Estimate:
+    """The mean difference on the episodes of both."""
+    indices = sorted(accuracies.keys() & others.keys())
+    return _estimate([accuracies[index] - others[index] for index in indices])
 
 
-def _paired(a: Accuracies, b: Accuracies) -> dict[str, float | None]:
-    """Mean of a - b on the episodes of both."""
-    both = sorted(a.keys() & b.keys())
-    if not both:
-        return {"n_episodes": 0, "diff": None, "diff_ci95": None}
-    mean, half = mean_ci95([a[i] - b[i] for i in both])
-    return {"n_episodes": len(both), "diff": _rounded(mean), "diff_ci95": _rounded(half)}
+def _compare_with_direct(table: EpisodeTable, domain: str, n_shot: int | None, method: str) -> Estimate:
+    direct = table.accuracies(domain, n_shot, REFERENCE)
+    if not direct or method == REFERENCE:
+        return NO_ESTIMATE
+    return _compare(table.accuracies(domain, n_shot, method), direct)
 
 
-def _against_direct(found: Accuracies, direct: Accuracies | None, method: str) -> dict[str, float | None]:
-    if direct is None or method == REFERENCE:
-        return {"diff_vs_direct": None, "diff_ci95": None, "diff_n_episodes": None}
-    paired = _paired(found, direct)
-    return {
-        "diff_vs_direct": paired["diff"],
-        "diff_ci95": paired["diff_ci95"],
-        "diff_n_episodes": paired["n_episodes"],
-    }
-
-
-def over_domains(values: list[float], halves: list[float | None]) -> tuple[float, float | None]:
-    """Mean over domains and its half-width, None if one has none: domains as given, episodes as drawn, so variances
-    add up.
-    """
-    mean = float(np.mean(values))
-    if None in halves:
-        return round(mean, 4), None
-    return round(mean, 4), round(float(np.sqrt(np.square(halves).sum()) / len(halves)), 4)
-
-
-def _means(records: list[dict]) -> list[dict]:
+def _average(records: list[Record]) -> list[MeanRecord]:
+    """The mean over domains for every number of shots and method."""
     means = []
-    for shots, method in dict.fromkeys((r["n_shot"], r["method"]) for r in records):
-        mine = [r for r in records if (r["n_shot"], r["method"]) == (shots, method)]
-        accuracy, ci95 = over_domains([r["accuracy"] for r in mine], [r["ci95"] for r in mine])
-        mean = {"method": method, "n_shot": shots, "n_domains": len(mine)}
-        mean |= {"n_episodes": sum(r["n_episodes"] for r in mine), "accuracy": accuracy, "ci95": ci95}
-        mean |= {"diff_vs_direct": None, "diff_ci95": None, "diff_n_episodes": None}
-        if all(r["diff_vs_direct"] is not None for r in mine):
-            gain, half = over_domains([r["diff_vs_direct"] for r in mine], [r["diff_ci95"] for r in mine])
-            episodes = sum(r["diff_n_episodes"] for r in mine)
-            mean |= {"diff_vs_direct": gain, "diff_ci95": half, "diff_n_episodes": episodes}
+    for (n_shot, method), group in group_by(records, lambda record: (record.n_shot, record.method)).items():
+        accuracies, differences = [], []
+        for record in group:
+            accuracies.append(Estimate(record.accuracy, record.ci95, record.n_episodes))
+            differences.append(Estimate(record.diff_vs_direct, record.diff_ci95, record.diff_n_episodes))
+        accuracy, difference = average_estimates(accuracies), average_estimates(differences)
+        assert accuracy.mean is not None
+        mean = MeanRecord(
+            method=method,
+            n_shot=n_shot,
+            n_domains=len(group),
+            n_episodes=accuracy.n_episodes or 0,
+            accuracy=accuracy.mean,
+            ci95=accuracy.ci95,
+            diff_vs_direct=difference.mean,
+            diff_ci95=difference.ci95,
+            diff_n_episodes=difference.n_episodes,
+        )
         means.append(mean)
     return means
 
 
-def _means_against(against: list[dict]) -> list[dict]:
+def _average_against(records: list[AgainstRecord]) -> list[MeanAgainstRecord]:
+    """The mean over the domains that have common episodes."""
+    comparable = [record for record in records if record.diff is not None]
     means = []
-    for shots, method in dict.fromkeys((r["n_shot"], r["method"]) for r in against):
-        mine = [r for r in against if (r["n_shot"], r["method"]) == (shots, method) and r["diff"] is not None]
-        if mine:
-            gain, half = over_domains([r["diff"] for r in mine], [r["diff_ci95"] for r in mine])
-            episodes = sum(r["n_episodes"] for r in mine)
-            mean = {"method": method, "domain": None, "n_shot": shots, "n_domains": len(mine), "n_episodes": episodes}
-            means.append(mean | {"diff": gain, "diff_ci95": half})
+    for (n_shot, method), group in group_by(comparable, lambda record: (record.n_shot, record.method)).items():
+        difference = average_estimates([Estimate(r.diff, r.diff_ci95, r.n_episodes) for r in group])
+        assert difference.mean is not None
+        mean = MeanAgainstRecord(
+            method=method,
+            domain=None,
+            n_shot=n_shot,
+            n_domains=len(group),
+            n_episodes=difference.n_episodes or 0,
+            diff=difference.mean,
+            diff_ci95=difference.ci95,
+        )
+        means.append(mean)
     return means
 
 
-def _flow_records(table: dict[tuple[str, int | None, str], Accuracies]) -> list[dict]:
+def _summarise_flow(table: EpisodeTable) -> list[FlowRecord]:
+    """The points of the flow on domains where direct transfer was run, too."""
     records = []
-    for (domain, shots, name), found in table.items():
-        if name.startswith("hyperflow ") and (domain, shots, REFERENCE) in table:
-            along, value = name.removeprefix("hyperflow ").split("=")
-            direct = {i: a for i, a in table[domain, shots, REFERENCE].items() if i in found}
-            record = {"domain": domain, "n_shot": shots, "along": along, "value": float(value)} | _mean(found)
-            record |= _against_direct(found, direct, name)
-            more = _paired(found, table.get((domain, shots, "hyperflow"), {}))
-            records.append(record | {"diff_vs_hyperflow": more["diff"], "diff_vs_hyperflow_ci95": more["diff_ci95"]})
-    return sorted(records, key=lambda r: (r["along"], r["n_shot"] or 0, r["domain"], r["value"]))
+    for domain, n_shot in table.groups():
+        for point in FLOW_POINTS:
+            if table.rows(domain, n_shot, point.name) and table.rows(domain, n_shot, REFERENCE):
+                records.append(_summarise_point(table, domain, n_shot, point))
+    return sorted(records, key=lambda r: (r.along, r.n_shot or 0, r.domain, r.value))
+
+
+def _summarise_point(table: EpisodeTable, domain: str, n_shot: int | None, point: HyperFlow) -> FlowRecord:
+    accuracies = table.accuracies(domain, n_shot, point.name)
+    accuracy = _estimate(list(accuracies.values()))
+    difference = _compare_with_direct(table, domain, n_shot, point.name)
+    from_hyperflow = _compare(accuracies, table.accuracies(domain, n_shot, HYPERFLOW))
+    along, value = _locate(point)
+    assert accuracy.mean is not None
+    return FlowRecord(
+        domain=domain,
+        n_shot=n_shot,
+        along=along,
+        value=value,
+        n_episodes=len(accuracies),
+        accuracy=accuracy.mean,
+        ci95=accuracy.ci95,
+        diff_vs_direct=difference.mean,
+        diff_ci95=difference.ci95,
+        diff_n_episodes=difference.n_episodes,
+        diff_vs_hyperflow=from_hyperflow.mean,
+        diff_vs_hyperflow_ci95=from_hyperflow.ci95,
+    )
+
+
+def _locate(point: HyperFlow) -> tuple[str, float]:
+    """What a point of the flow differs in from HyperFlow as it is, and its value."""
+    if point.end_time is not None:
+        return "t", point.end_time
+    assert point.n_steps is not None
+    return "steps", float(point.n_steps)

@@ -1,304 +1,338 @@
 """`hyperflow benchmark`: all methods on the same few-shot episodes, with what they cost.
 
-    hyperflow benchmark --adapter DIR --dataset FILE_OR_HUB_ID [...] --n_shot 1 5 20 --output DIR
+    hyperflow benchmark --adapter DIR --dataset FILE_OR_HUB_ID [...] --n_shot 1 5 20 --output_dir DIR
 
-Episode i of a domain is a function of (seed, domain, i), and so is what a method reaches on it: processes share the
-episodes, an interrupted run goes on where it was, and more episodes, shots, domains or methods can be added to a
-folder by running the command again.
+Episode i of a domain is a function of (seed, domain, i), and so is what a method reaches on it. Processes can therefore
+share the episodes, and an interrupted run goes on where it was. More episodes, shots, domains or methods are added to
+a folder by running the command again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
-from transformers import AutoModel, HfArgumentParser
+from transformers import AutoModel
+from transformers.hf_argparser import DataClassType, HfArgumentParser
 
 from ..data.domains import Domain, load_domain
 from ..data.episodes import Episode, cdfsl_episode, meta_dataset_episode
 from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.fingerprint import compute_fingerprint
-from ..modeling.saving import CheckpointError, atomic_folder, exclusive, write_json
-from .easyfsl_methods import EASYFSL_METHODS, import_easyfsl
-from .episode_log import EPISODES, EpisodeLog
-from .evaluation import DomainFeatures
+from ..modeling.saving import atomic_folder, exclusive, write_json
+from .arguments import BenchmarkArguments
+from .cost import device_name
+from .domain_features import DomainFeatures
+from .episode_log import EPISODES, EpisodeLog, EpisodeResult
+from .evaluation import evaluate_method
 from .figures import draw_figures
-from .hyperparameters import Hyperparameters, read_hyperparameters
-from .methods import GRADIENT_METHODS, IN_METRIC, METHODS, Target, accuracies, method_list
-from .results import Costs, cost_key, summarise
-from .task_cost import CostSetting, device_name, task_cost
+from .hyperparameters import read_hyperparameters, with_hyperparameters
+from .methods import FLOW_POINTS, FineTuning, Method, Target, find_methods, list_labels
+from .results import HYPERFLOW, REFERENCE, TUNED_METHODS, EpisodeTable, Results, cost_key, summarise
+from .task_cost import CostFile, CostKey, CostSetting, TaskCost, task_cost
 
 RESULTS, COSTS = "results.json", "costs.json"
-#: How settings of a method are called in the log.
-RECIPE = "recipe of "
 
-#: Episodes of the gradient methods where there is no GPU, if `max_episodes_gradient` does not say.
+#: What the log calls the hyper-parameters of a method.
+HYPERPARAMETERS = "hyperparameters of "
+
+#: Episodes of fine-tuning where there is no GPU, if `max_episodes_gradient` does not say.
 GRADIENT_EPISODES_ON_CPU = 60
 
-
-@dataclass
-class BenchmarkArguments:
-    """What is compared on what; see `run`."""
-
-    adapter: str = field(metadata={"help": "the HyperFlow adapter: folder or Hub id"})
-    dataset: list[str] = field(metadata={"help": "domains to report: Parquet files, image folders, Hub ids"})
-    output_dir: str = field(metadata={"aliases": ["--output"], "help": "folder for the results"})
-    backbone: str | None = field(
-        default=None, metadata={"help": "the target: folder or Hub id; default: the one that the adapter names"}
-    )
-    protocol: str = field(default="cdfsl", metadata={"help": "cdfsl (fixed ways and shots) or meta-dataset (variable)"})
-    n_way: int = field(default=5, metadata={"help": "classes of an episode, or all where there are fewer (cdfsl)"})
-    n_shot: list[int] = field(
-        default_factory=lambda: [1, 5, 20], metadata={"help": "support images of a class, one or more (cdfsl)"}
-    )
-    n_query: int = field(default=15, metadata={"help": "query images of a class (cdfsl)"})
-    n_episodes: int = field(default=600, metadata={"help": "episodes of each domain and number of shots"})
-    methods: str = field(
-        default=",".join(METHODS),
-        metadata={"help": "separated by commas; easyfsl stands for that package's classifiers"},
-    )
-    max_episodes_gradient: int | None = field(
-        default=None,
-        metadata={"help": "the gradient methods run on the first so many episodes; default: 60 on a CPU, all on a GPU"},
-    )
-    flow_episodes: int = field(
-        default=60, metadata={"help": "the figures along the flow are drawn from the first so many episodes; 0: none"}
-    )
-    recipes: str | None = field(
-        default=None, metadata={"help": "JSON of training/grid_search.py: settings of the baselines"}
-    )
-    bf16: bool = field(default=False, metadata={"help": "run the models under bfloat16 autocast"})
-    cpu: bool = field(default=False, metadata={"help": "stay on the CPU also where there is a GPU"})
-    seed: int = field(default=0, metadata={"help": "of the episodes"})
-
-    def __post_init__(self) -> None:
-        if self.protocol not in ("cdfsl", "meta-dataset"):
-            raise ValueError(f"unknown protocol {self.protocol!r}: use cdfsl or meta-dataset.")
-        numbers = {"n_episodes": self.n_episodes, "n_query": self.n_query, "n_shot": min(self.n_shot, default=0)}
-        for name, value in numbers.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}.")
-        if self.n_way < 2:
-            raise ValueError(f"n_way must be at least 2, not {self.n_way}.")
-        if self.flow_episodes < 0:
-            raise ValueError(f"flow_episodes must not be negative, but is {self.flow_episodes}.")
-        if self.max_episodes_gradient is not None and self.max_episodes_gradient < 1:
-            raise ValueError(f"max_episodes_gradient must be at least 1, not {self.max_episodes_gradient}.")
-        method_list(self.methods)
-        names = [Path(source).stem for source in self.dataset]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two datasets have the same name among {names}: a domain is known by its name.")
+#: Episodes that a process runs between two writings of the log.
+EPISODES_PER_WRITE, GRADIENT_EPISODES_PER_WRITE = 50, 1
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line, from `argv` or that of the process."""
-    (arguments,) = HfArgumentParser(BenchmarkArguments, prog="hyperflow benchmark").parse_args_into_dataclasses(argv)
+    parser = HfArgumentParser(DataClassType(BenchmarkArguments), prog="hyperflow benchmark")
+    (arguments,) = parser.parse_args_into_dataclasses(argv)
     run(arguments)
 
 
-def run(arguments: BenchmarkArguments) -> dict | None:
+def run(arguments: BenchmarkArguments) -> dict[str, Any] | None:
     """Run the episodes that are missing in `output_dir`, measure costs, and write results and figures.
 
     `episodes.parquet` holds every episode, `costs.json` the measured costs, `results.json` the results of everything
-    in the folder (see `summarise`); all are written whole or not at all. With several processes, each runs its share
-    of the episodes and the first one writes.
+    in the folder (see `Results`). All are written whole or not at all. With several processes, each runs its share of
+    the episodes and the first one writes.
 
     Returns:
-        The results in the first process, None in others.
+        The content of `results.json` in the first process, None in others.
 
     Raises:
         CheckpointError: the folder cannot be written, is in use, or its files are damaged or of another benchmark.
-        ValueError, FileNotFoundError: a dataset or file of recipes that cannot be used; it is named.
-        ImportError: methods of easyfsl without that package.
+        ValueError, FileNotFoundError: a dataset or file of hyper-parameters that cannot be used; it is named.
+        ImportError: a package that a method needs is not installed.
     """
     accelerator = Accelerator(cpu=arguments.cpu)
     with exclusive(arguments.output_dir) if accelerator.is_main_process else nullcontext():
-        results = _run(arguments, accelerator)
+        benchmark = Benchmark.prepare(arguments, accelerator)
+        benchmark.run_episodes()
+        results = benchmark.report() if accelerator.is_main_process else None
     accelerator.end_training()  # a process that ends with its group open can be aborted by the group's threads
     return results
 
 
-def _run(arguments: BenchmarkArguments, accelerator: Accelerator) -> dict | None:
-    recipes = read_hyperparameters(arguments.recipes)
-    if set(EASYFSL_METHODS) & set(method_list(arguments.methods)):
-        import_easyfsl()  # a missing package is told now, not after hours
-    adapter = HyperFlowAdapter.from_pretrained(arguments.adapter).eval()
-    backbone_name = arguments.backbone or adapter.config.backbone["name_or_path"]
-    if not backbone_name:
-        raise ValueError(f"{arguments.adapter} does not name its backbone: give it with --backbone.")
-    backbone = AutoModel.from_pretrained(backbone_name).float().eval()
-    settings = _settings(arguments, adapter, backbone, recipes)
-    target = Target(backbone.to(accelerator.device), adapter.to(accelerator.device), recipes)
-    domains = [load_domain(source, adapter.processor) for source in arguments.dataset]
-    settings |= {f"domain {domain.name}": _fingerprint(domain) for domain in domains}
-    log = EpisodeLog(arguments.output_dir, settings)
-    left_out = []
-    for domain in domains:
-        features = DomainFeatures(target.split, domain, adapter.processor)
-        for n_shot in arguments.n_shot if arguments.protocol == "cdfsl" else [None]:
-            try:
-                first = _episode(arguments, domain, n_shot, 0)
-            except ValueError as error:
-                what = "an episode" if n_shot is None else f"{n_shot} shots"
-                accelerator.print(f"{domain.name} has too few images for {what}: left out ({error})")
-                left_out.append({"domain": domain.name, "n_shot": n_shot, "reason": str(error)})
-                continue
-            if arguments.protocol == "cdfsl" and first.n_way < arguments.n_way:
-                accelerator.print(f"{domain.name} has {first.n_way} classes to use: run {first.n_way}-way")
-            _run_episodes(arguments, accelerator, target, features, n_shot, log)
-    if not accelerator.is_main_process:
-        return None
-    return _report(arguments, backbone_name, recipes, domains, log, left_out, accelerator)
+@dataclass
+class Benchmark:
+    """A benchmark that is ready to run. Every process has one; only the first writes, see `run`.
+
+    Attributes:
+        methods: as chosen, with their hyper-parameters.
+        backbone_name: folder or Hub id.
+        left_out: domains and numbers of shots that have too few images, with the reason.
+    """
+
+    arguments: BenchmarkArguments
+    accelerator: Accelerator
+    methods: list[Method]
+    backbone_name: str
+    target: Target
+    domains: list[Domain]
+    log: EpisodeLog
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def prepare(cls, arguments: BenchmarkArguments, accelerator: Accelerator) -> Benchmark:
+        """Load everything that is needed, so that what is missing is found now and not after hours."""
+        methods = with_hyperparameters(find_methods(arguments.methods), read_hyperparameters(arguments.hyperparameters))
+        for method in methods:
+            method.require_packages()
+        adapter = HyperFlowAdapter.from_pretrained(arguments.adapter).eval()
+        backbone_name = arguments.backbone or adapter.config.backbone["name_or_path"]
+        if not backbone_name:
+            raise ValueError(f"{arguments.adapter} does not name its backbone: give it with --backbone.")
+        backbone = AutoModel.from_pretrained(backbone_name).float().eval()
+        target = Target(backbone.to(accelerator.device), adapter.to(accelerator.device))
+        domains = [load_domain(source, target.processor) for source in arguments.dataset]
+        settings = describe_settings(arguments, methods, target, domains)
+        log = EpisodeLog(arguments.output_dir, settings)
+        return cls(arguments, accelerator, methods, backbone_name, target, domains, log)
+
+    def run_episodes(self) -> None:
+        """Run what the log lacks."""
+        n_episodes = count_episodes(self.arguments, self.methods, self.target.device)
+        for domain in self.domains:
+            features = DomainFeatures(self.target, domain)
+            for n_shot in list_shots(self.arguments):
+                if not self._has_episode(domain, n_shot):
+                    continue
+                for method in n_episodes:
+                    self._run_method(method, n_episodes[method], features, n_shot)
+
+    def _has_episode(self, domain: Domain, n_shot: int | None) -> bool:
+        """Whether a domain has the images of an episode. Tells the user what is left out or reduced."""
+        arguments = self.arguments
+        try:
+            episode = draw_episode(arguments, domain, n_shot, 0)
+        except ValueError as error:
+            size = "an episode" if n_shot is None else f"{n_shot} shots"
+            self.accelerator.print(f"{domain.name} has too few images for {size}: left out ({error})")
+            self.left_out.append({"domain": domain.name, "n_shot": n_shot, "reason": str(error)})
+            return False
+        if arguments.protocol == "cdfsl" and episode.n_way < arguments.n_way:
+            self.accelerator.print(f"{domain.name} has {episode.n_way} classes to use: run {episode.n_way}-way")
+        return True
+
+    def _run_method(self, method: Method, n_episodes: int, features: DomainFeatures, n_shot: int | None) -> None:
+        """Run what is missing of a method on one domain with one number of shots."""
+        domain, accelerator = features.domain, self.accelerator
+        done = self.log.done(domain.name, n_shot, method.name) if accelerator.is_main_process else set()
+        (done,) = broadcast_object_list([done])
+        missing = [index for index in range(n_episodes) if index not in done]
+        is_gradient = isinstance(method, FineTuning)
+        per_write = GRADIENT_EPISODES_PER_WRITE if is_gradient else EPISODES_PER_WRITE
+        title = f"{domain.name}, {n_shot or 'any'}-shot, {method.name}"
+
+        def run_episode(index: int) -> list[EpisodeResult]:
+            return self._run_episode(method, features, n_shot, index)
+
+        for rows in share_episodes(run_episode, missing, per_write, accelerator, title):
+            if accelerator.is_main_process:
+                self.log.append(rows)
+
+    def _run_episode(
+        self, method: Method, features: DomainFeatures, n_shot: int | None, index: int
+    ) -> list[EpisodeResult]:
+        """The rows of one episode."""
+        episode = draw_episode(self.arguments, features.domain, n_shot, index)
+        with torch.autocast(self.target.device.type, torch.bfloat16, enabled=self.arguments.bf16):
+            accuracies = evaluate_method(method, features, episode)
+        rows = []
+        for name, accuracy in accuracies.items():
+            row = EpisodeResult(
+                domain=episode.domain,
+                n_shot=n_shot,
+                method=name,
+                index=index,
+                n_way=episode.n_way,
+                n_support=len(episode.support),
+                n_query=len(episode.query),
+                accuracy=accuracy,
+            )
+            rows.append(row)
+        return rows
+
+    def report(self) -> dict[str, Any]:
+        """Measure what is missing of the costs; write results and figures of everything in the log.
+
+        Raises:
+            ValueError: the log is empty.
+        """
+        if not self.log.rows:
+            raise ValueError(f"no domain has enough images for an episode: {self.left_out}")
+        output = Path(self.arguments.output_dir)
+        results = summarise(self.log.rows, self._measure_costs(output / COSTS))
+        content = {"arguments": self._describe_arguments(), "left_out": self.left_out}
+        content.update(results.to_json())
+        write_json(output / RESULTS, content)
+        with atomic_folder(output) as draft:
+            draw_figures(results, draft)
+        self._print_results(results)
+        return content
+
+    def _describe_arguments(self) -> dict[str, Any]:
+        """The run for the record. Files and folders have their names only, because paths mean nothing elsewhere."""
+        arguments, device = self.arguments, self.target.device.type
+        description = asdict(arguments)
+        del description["output_dir"]
+        description["dataset"] = [domain.name for domain in self.domains]
+        description["adapter"] = Path(arguments.adapter).name
+        description["backbone"] = Path(self.backbone_name).name
+        description["hyperparameters"] = {}
+        for key, value in self.log.settings.items():
+            if key.startswith(HYPERPARAMETERS):
+                description["hyperparameters"][key.removeprefix(HYPERPARAMETERS)] = value
+        description["device"] = device_name(device)
+        description["torch"] = torch.__version__
+        return description
+
+    def _measure_costs(self, path: Path) -> dict[CostKey, TaskCost]:
+        """Costs of all methods in the log; those measured on this device before are in the file."""
+        device = self.target.device.type
+        height, width = self.domains[0].images.shape[-2:]
+        setting = CostSetting(self.backbone_name, self.arguments.adapter, device, self.arguments.bf16, (height, width))
+        file = CostFile(path, device)
+        missing = [key for key in self._list_cost_keys() if key not in file.costs]
+        for key in tqdm(missing, desc="costs", disable=None, leave=False):
+            file.add(key, task_cost(self._find_method(key.method), setting, key.n_way, key.n_support))
+        return file.costs
+
+    def _list_cost_keys(self) -> list[CostKey]:
+        """The costs to know for the methods in the log, each once."""
+        table = EpisodeTable(self.log.rows)
+        keys: dict[CostKey, None] = {}
+        for domain, n_shot in table.groups():
+            for name in list_labels():
+                rows = table.rows(domain, n_shot, name)
+                if rows and name not in TUNED_METHODS:
+                    keys[cost_key(rows)] = None
+        return list(keys)
+
+    def _find_method(self, name: str) -> Method:
+        """A method of the log, with the hyper-parameters that it was run with."""
+        hyperparameters = {}
+        values = self.log.settings.get(f"{HYPERPARAMETERS}{name}")
+        if values:
+            hyperparameters[name] = values
+        (method,) = with_hyperparameters(find_methods(name), hyperparameters)
+        return method
+
+    def _print_results(self, results: Results) -> None:
+        for record in results.records:
+            print(json.dumps(asdict(record)))
+        for mean in results.means:
+            print(f"mean over {mean.n_domains} domains: {json.dumps(asdict(mean))}")
+        for name in (RESULTS, EPISODES):
+            print(f"wrote {Path(self.arguments.output_dir) / name}")
 
 
-def _settings(
-    arguments: BenchmarkArguments, adapter: HyperFlowAdapter, backbone: torch.nn.Module, recipes: Hyperparameters
-) -> dict[str, object]:
+def describe_settings(
+    arguments: BenchmarkArguments, methods: Sequence[Method], target: Target, domains: Sequence[Domain]
+) -> dict[str, Any]:
     """What an accuracy depends on beside method, domain, shots and index."""
-    settings = {key: vars(arguments)[key] for key in ("protocol", "seed", "bf16")}
+    settings: dict[str, Any] = {"protocol": arguments.protocol, "seed": arguments.seed, "bf16": arguments.bf16}
     if arguments.protocol == "cdfsl":
-        settings |= {"n_way": arguments.n_way, "n_query": arguments.n_query}
-    settings |= {"adapter": adapter.config.weights_sha256, "backbone": compute_fingerprint(backbone)}
-    return settings | {f"{RECIPE}{m}": recipes.of(m) for m in method_list(arguments.methods) if recipes.of(m)}
+        settings["n_way"] = arguments.n_way
+        settings["n_query"] = arguments.n_query
+    settings["adapter"] = target.adapter.config.weights_sha256
+    settings["backbone"] = compute_fingerprint(target.backbone)
+    for method in methods:
+        if method.hyperparameters():
+            settings[f"{HYPERPARAMETERS}{method.name}"] = method.hyperparameters()
+    for domain in domains:
+        settings[f"domain {domain.name}"] = compute_digest(domain)
+    return settings
 
 
-def _fingerprint(domain: Domain) -> str:
+def compute_digest(domain: Domain) -> str:
+    """A digest of the images and labels of a domain, to tell them from others."""
     digest = hashlib.sha256(domain.images.numpy().tobytes())
     digest.update(domain.labels.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _episode(arguments: BenchmarkArguments, domain: Domain, n_shot: int | None, index: int) -> Episode:
-    if arguments.protocol == "meta-dataset":
+def list_shots(arguments: BenchmarkArguments) -> Sequence[int | None]:
+    if arguments.protocol == "cdfsl":
+        return arguments.n_shot
+    return [None]
+
+
+def draw_episode(arguments: BenchmarkArguments, domain: Domain, n_shot: int | None, index: int) -> Episode:
+    """Episode `index` of a domain. The number of shots is None in Meta-Dataset's protocol.
+
+    Raises:
+        ValueError: the domain has too few images.
+    """
+    if n_shot is None:
         return meta_dataset_episode(domain, index, seed=arguments.seed)
-    ways = {"n_way": arguments.n_way, "n_query": arguments.n_query}
-    return cdfsl_episode(domain, index, n_shot=n_shot, seed=arguments.seed, **ways)
+    return cdfsl_episode(
+        domain, index, n_way=arguments.n_way, n_shot=n_shot, n_query=arguments.n_query, seed=arguments.seed
+    )
 
 
-def _methods_and_episodes(arguments: BenchmarkArguments, target: Target) -> dict[str, int]:
+def count_episodes(arguments: BenchmarkArguments, methods: Sequence[Method], device: torch.device) -> dict[Method, int]:
     """How many episodes each method runs, points along the flow included."""
-    few = GRADIENT_EPISODES_ON_CPU if target.device.type == "cpu" else arguments.n_episodes
-    few = arguments.max_episodes_gradient or few
-    chosen = method_list(arguments.methods)
-    episodes = {m: min(few, arguments.n_episodes) if m in GRADIENT_METHODS else arguments.n_episodes for m in chosen}
-    if {"direct", "hyperflow"} <= set(chosen):
-        episodes |= dict.fromkeys(target.points, min(arguments.flow_episodes, arguments.n_episodes))
-    return episodes
+    n_gradient = arguments.n_episodes
+    if arguments.max_episodes_gradient is not None:
+        n_gradient = min(n_gradient, arguments.max_episodes_gradient)
+    elif device.type == "cpu":
+        n_gradient = min(n_gradient, GRADIENT_EPISODES_ON_CPU)
+    counts = {}
+    for method in methods:
+        counts[method] = n_gradient if isinstance(method, FineTuning) else arguments.n_episodes
+    if {REFERENCE, HYPERFLOW} <= {method.name for method in methods}:
+        for point in FLOW_POINTS:
+            counts[point] = min(arguments.flow_episodes, arguments.n_episodes)
+    return counts
 
 
-def _run_episodes(
-    arguments: BenchmarkArguments,
+def share_episodes(
+    run_episode: Callable[[int], list[EpisodeResult]],
+    indices: list[int],
+    per_process: int,
     accelerator: Accelerator,
-    target: Target,
-    features: DomainFeatures,
-    n_shot: int | None,
-    log: EpisodeLog,
-) -> None:
-    """Run what is missing of one domain and number of shots."""
-    device_type = accelerator.device.type
-    for method, n_episodes in _methods_and_episodes(arguments, target).items():
-
-        def rows_of(index: int, method: str = method) -> list[dict]:
-            episode = _episode(arguments, features.domain, n_shot, index)
-            with torch.autocast(device_type, torch.bfloat16, enabled=arguments.bf16):
-                reached = accuracies(method, target, features, episode)
-            counts = {"n_way": episode.n_way, "n_support": len(episode.support), "n_query": len(episode.query)}
-            key = {"domain": episode.domain, "n_shot": n_shot, "index": index} | counts
-            return [key | {"method": name, "accuracy": value} for name, value in reached.items()]
-
-        done = log.done(features.domain.name, n_shot, method) if accelerator.is_main_process else set()
-        (done,) = broadcast_object_list([done])
-        missing = [index for index in range(n_episodes) if index not in done]
-        title = f"{features.domain.name}, {n_shot or 'any'}-shot, {method}"
-        per_process = 1 if method in GRADIENT_METHODS else 50
-        for rows in _shared(rows_of, missing, per_process, accelerator, title):
-            if accelerator.is_main_process:
-                log.append(rows)
-
-
-def _shared(
-    rows_of: Callable[[int], list[dict]], indices: list[int], per_process: int, accelerator: Accelerator, title: str
-) -> Iterator[list[dict]]:
-    """The rows of `indices`, in chunks that the processes share."""
+    title: str,
+) -> Iterator[list[EpisodeResult]]:
+    """The rows of the episodes `indices`, in chunks that the processes share."""
     size = per_process * accelerator.num_processes
-    bar = tqdm(total=len(indices), desc=title, disable=None if accelerator.is_main_process else True, leave=False)
+    is_quiet = None if accelerator.is_main_process else True
+    bar = tqdm(total=len(indices), desc=title, disable=is_quiet, leave=False)
     for start in range(0, len(indices), size):
         chunk = indices[start : start + size]
-        mine = chunk[accelerator.process_index :: accelerator.num_processes]
-        rows = gather_object([row for index in mine for row in rows_of(index)])
+        rows = []
+        for index in chunk[accelerator.process_index :: accelerator.num_processes]:
+            rows += run_episode(index)
+        yield gather_object(rows)
         bar.update(len(chunk))
-        yield rows
     bar.close()
-
-
-def _report(
-    arguments: BenchmarkArguments,
-    backbone_name: str,
-    recipes: Hyperparameters,
-    domains: list[Domain],
-    log: EpisodeLog,
-    left_out: list[dict],
-    accelerator: Accelerator,
-) -> dict:
-    """Measure what is missing of the costs; write results and figures of everything in the log."""
-    if not log.rows:
-        raise ValueError(f"no domain has enough images for an episode: {left_out}")
-    device = accelerator.device.type
-    size = tuple(domains[0].images.shape[-2:])
-    setting = CostSetting(backbone_name, arguments.adapter, device, arguments.bf16, recipes, size)
-    costs = _costs(Path(arguments.output_dir) / COSTS, setting, log)
-    results = summarise(log.rows, costs)
-    own = {key: value for key, value in asdict(arguments).items() if key not in ("output_dir", "backbone", "recipes")}
-    own |= {"dataset": [domain.name for domain in domains], "adapter": Path(arguments.adapter).name}
-    own |= {"recipes": {k.removeprefix(RECIPE): v for k, v in log.settings.items() if k.startswith(RECIPE)}}
-    own |= {"backbone": Path(backbone_name).name, "device": device_name(device), "torch": torch.__version__}
-    results = {"arguments": own, "left_out": left_out} | results
-    write_json(Path(arguments.output_dir) / RESULTS, results)
-    with atomic_folder(arguments.output_dir) as draft:
-        draw_figures(results, draft)
-    for record in results["records"]:
-        accelerator.print(json.dumps(record))
-    for mean in results["means"]:
-        accelerator.print(f"mean over {mean['n_domains']} domains: {json.dumps(mean)}")
-    for name in (RESULTS, EPISODES):
-        accelerator.print(f"wrote {Path(arguments.output_dir) / name}")
-    return results
-
-
-def _costs(path: Path, setting: CostSetting, log: EpisodeLog) -> Costs:
-    """Costs by `cost_key`, those measured on this device before from the file."""
-    device = device_name(setting.device)
-    known = _read_costs(path)
-    costs = {(c["method"], c["n_way"], c["n_support"]): c["cost"] for c in known if c["device"] == device}
-    groups: dict[tuple, list[dict]] = {}
-    for row in log.rows:
-        if not row["method"].startswith("hyperflow ") and row["method"] not in IN_METRIC.values():
-            groups.setdefault((row["domain"], row["n_shot"], row["method"]), []).append(row)
-    wanted = dict.fromkeys(cost_key(rows) for rows in groups.values())
-    for key in tqdm([key for key in wanted if key not in costs], desc="costs", disable=None, leave=False):
-        costs[key] = task_cost(key[0], setting, key[1], key[2])
-        known.append(dict(zip(("method", "n_way", "n_support"), key, strict=True)) | {"device": device})
-        known[-1]["cost"] = costs[key]
-        write_json(path, known)
-    return costs
-
-
-def _read_costs(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    try:
-        known = json.loads(path.read_text())
-        complete = all({"method", "n_way", "n_support", "device", "cost"} <= set(entry) for entry in known)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): remove it to measure again.") from error
-    if not complete:
-        raise CheckpointError(f"{path} is not the costs of a benchmark: remove it to measure again.")
-    return known

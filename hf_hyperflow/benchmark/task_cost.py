@@ -1,19 +1,24 @@
-"""What a task costs with each method of the benchmark: time, peak memory and operations until it can classify."""
+"""What a task costs with a method of the benchmark: time, peak memory and operations until it can classify."""
 
 from __future__ import annotations
 
-import platform
+import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModel
 from transformers.utils.logging import disable_progress_bar
 
 from ..modeling.adapter import HyperFlowAdapter
-from .cost import count_flops, measure_cost, run_in_fresh_process
-from .hyperparameters import Hyperparameters
-from .methods import GRADIENT_METHODS, Target, get_ready
+from ..modeling.saving import CheckpointError, write_json
+from .cost import count_flops, device_name, measure_cost, run_in_fresh_process
+from .methods import Classifier, FineTuning, Method, Target
+
+#: How often a method without gradients is run for its median time.
+REPETITIONS = 10
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,6 @@ class CostSetting:
         backbone, adapter: folders or Hub ids.
         device: "cpu" or "cuda".
         bf16: under bfloat16 autocast.
-        recipes: of the gradient methods.
         size: height and width of the images.
     """
 
@@ -32,54 +36,137 @@ class CostSetting:
     adapter: str
     device: str
     bf16: bool
-    recipes: Hyperparameters
     size: tuple[int, int]
 
 
-def device_name(device: str) -> str:
-    """The device in words, with the number of threads of a CPU."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+@dataclass(frozen=True)
+class TaskCost:
+    """Cost of one task, from support images in memory to a classifier.
 
-
-def task_cost(method: str, setting: CostSetting, n_way: int, n_support: int) -> dict[str, float]:
-    """Cost of one task, from support images in memory to a classifier (`get_ready`), in a process of its own.
-
-    Returns:
-        seconds_per_task: of the gradient methods the one run, of the others the median of ten runs after the first.
-        peak_memory_mb: of the first run, beyond the loaded models (see `hf_hyperflow.benchmark.cost.Cost`), MiB.
-        flops_per_task: operations of the networks; the logistic regression's own are not counted.
+    Attributes:
+        seconds_per_task: of fine-tuning that of the one run, of other methods the median of ten after the first.
+        peak_memory_mb: of the first run, beyond the loaded models, in MiB (see `Cost`).
+        flops_per_task: operations of the networks; those of a logistic regression are not counted.
     """
+
+    seconds_per_task: float
+    peak_memory_mb: float
+    flops_per_task: int
+
+
+@dataclass(frozen=True)
+class CostKey:
+    """What a cost depends on beside its `CostSetting`: a method's name, ways, and the number of support images."""
+
+    method: str
+    n_way: int
+    n_support: int
+
+
+class CostFile:
+    """The costs measured so far, in a JSON file, of any device.
+
+    Attributes:
+        costs: those that were measured on this device.
+
+    Raises:
+        CheckpointError: the file is damaged or of something else; it is named.
+    """
+
+    def __init__(self, path: Path, device: str):
+        self.path = path
+        self.device = device_name(device)
+        self._entries = _read_entries(path)
+        self.costs: dict[CostKey, TaskCost] = {}
+        for entry in self._entries:
+            if entry["device"] == self.device:
+                key = CostKey(entry["method"], entry["n_way"], entry["n_support"])
+                self.costs[key] = TaskCost(**entry["cost"])
+
+    def add(self, key: CostKey, cost: TaskCost) -> None:
+        """Add a cost, in memory and in the file."""
+        self.costs[key] = cost
+        entry = asdict(key)
+        entry["device"] = self.device
+        entry["cost"] = asdict(cost)
+        self._entries.append(entry)
+        write_json(self.path, self._entries)
+
+
+def _read_entries(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        entries = json.loads(path.read_text())
+        is_complete = all({"method", "n_way", "n_support", "device", "cost"} <= set(entry) for entry in entries)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): remove it to measure again.") from error
+    if not is_complete:
+        raise CheckpointError(f"{path} is not the costs of a benchmark: remove it to measure again.")
+    return entries
+
+
+def task_cost(method: Method, setting: CostSetting, n_way: int, n_support: int) -> TaskCost:
+    """Measure a task of `n_support` random images in a process of its own."""
     return run_in_fresh_process(_measure, method, setting, n_way, n_support, torch.get_num_threads())
 
 
-def _measure(method: str, setting: CostSetting, n_way: int, n_support: int, n_threads: int) -> dict[str, float]:
+def _measure(method: Method, setting: CostSetting, n_way: int, n_support: int, n_threads: int) -> TaskCost:
     torch.set_num_threads(n_threads)
     disable_progress_bar()
-    backbone = AutoModel.from_pretrained(setting.backbone).float().eval().to(setting.device)
-    adapter = HyperFlowAdapter.from_pretrained(setting.adapter).eval().to(setting.device)
-    target = Target(backbone, adapter, setting.recipes)
+    device = setting.device
+    backbone = AutoModel.from_pretrained(setting.backbone).float().eval().to(device)
+    adapter = HyperFlowAdapter.from_pretrained(setting.adapter).eval().to(device)
+    target = Target(backbone, adapter)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (n_support, 3, *setting.size), generator=generator, dtype=torch.uint8)
-    images, labels = images.to(setting.device), (torch.arange(n_support) % n_way).to(setting.device)
+    images = torch.randint(0, 256, (n_support, 3, *setting.size), generator=generator, dtype=torch.uint8).to(device)
+    labels = (torch.arange(n_support) % n_way).to(device)
 
-    def work(only: int | None = None) -> object:
-        return get_ready(method, target, images, labels, only)
+    def run() -> Classifier:
+        return prepare_task(method, target, images, labels)
 
-    with torch.autocast(setting.device, torch.bfloat16, enabled=setting.bf16):
+    with torch.autocast(device, torch.bfloat16, enabled=setting.bf16):
+        # The libraries' own start is nobody's cost.
+        method.require_packages()
         with torch.no_grad():
-            backbone(torch.zeros(1, 3, *setting.size, device=setting.device))  # the libraries' own start
-        _, cost = measure_cost(work, setting.device)
-        seconds = cost.seconds
-        if method in GRADIENT_METHODS:  # all steps are alike: two are enough to count
-            one, two = count_flops(lambda: work(1)), count_flops(lambda: work(2))
-            operations = one + (setting.recipes.steps[method] - 1) * (two - one)
+            backbone(torch.zeros(1, 3, *setting.size, device=device))
+        _, cost = measure_cost(run, device)
+        if isinstance(method, FineTuning):
+            seconds = cost.seconds
+            operations = _count_fine_tuning(method, target, images, labels)
         else:
-            seconds = statistics.median(measure_cost(work, setting.device)[1].seconds for _ in range(10))
-            operations = count_flops(work)
-    return {
-        "seconds_per_task": seconds,
-        "peak_memory_mb": round(cost.peak_memory_mb, 2),
-        "flops_per_task": operations,
-    }
+            seconds = statistics.median(measure_cost(run, device)[1].seconds for _ in range(REPETITIONS))
+            operations = count_flops(run)
+    return TaskCost(seconds, round(cost.peak_memory_mb, 2), operations)
+
+
+def prepare_task(
+    method: Method, target: Target, images: torch.Tensor, labels: torch.Tensor, n_steps: int | None = None
+) -> Classifier:
+    """Do all the work between holding a support set and being able to classify. Nothing is taken from a cache.
+
+    A method that does its work in `predict` is given the support set itself to classify.
+
+    Args:
+        images: `(n, 3, height, width)` uint8 on the backbone's device.
+        labels: `(n,)` there.
+        n_steps: of fine-tuning, run the first so many gradient steps only.
+    """
+    support = target.support(images, labels)
+    if n_steps is not None and isinstance(method, FineTuning):
+        classifier: Classifier = method.fit_after(support, [n_steps])[0]
+    else:
+        classifier = method.fit(support)
+    if method.works_in_predict:
+        classifier.predict(support.images)
+    target.unload()
+    return classifier
+
+
+def _count_fine_tuning(method: FineTuning, target: Target, images: torch.Tensor, labels: torch.Tensor) -> int:
+    """Operations of a whole run. All gradient steps are alike, so that two are enough to count."""
+    one = count_flops(lambda: prepare_task(method, target, images, labels, 1))
+    if method.steps == 1:
+        return one
+    two = count_flops(lambda: prepare_task(method, target, images, labels, 2))
+    return one + (method.steps - 1) * (two - one)

@@ -8,7 +8,9 @@ import torch
 from scipy import stats
 
 from hf_hyperflow import HyperFlowAdapter
-from hf_hyperflow.benchmark.evaluation import Comparison, DomainFeatures, compare_flow, mean_ci95, prototype_accuracy
+from hf_hyperflow.benchmark.domain_features import DomainFeatures
+from hf_hyperflow.benchmark.evaluation import Comparison, compare_flow, label_accuracy, mean_ci95, prototype_accuracy
+from hf_hyperflow.benchmark.methods import Target
 from hf_hyperflow.data.domains import Domain, normalise, resize_images
 from hf_hyperflow.data.episodes import cdfsl_episode
 from hf_hyperflow.modeling.peft_configs import bias_config
@@ -60,6 +62,10 @@ def test_the_difference_is_paired():
     assert summary["flow"] == 1.0
 
 
+def test_accuracy_of_labels():
+    assert label_accuracy(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 2, 0])) == 75
+
+
 def untrained(backbone, processor) -> HyperFlowAdapter:
     return HyperFlowAdapter.from_backbone(
         backbone,
@@ -97,19 +103,17 @@ def test_accuracies_are_those_of_adapting_and_predicting(backbone, processor, do
             task.reset()
             assert 100 * hits.float().mean().item() == pytest.approx(found[index], abs=5.1)  # hidden states are halves
     assert not np.array_equal(comparison.direct, comparison.adapted)
-    assert np.array_equal(comparison.metric, comparison.direct)  # the adapter has none
+    assert np.array_equal(comparison.no_flow, comparison.direct)  # the adapter has no head of its own
 
 
-def test_accuracies_in_the_metric_without_the_flow(backbone, processor, domain):
+def test_accuracies_in_the_adapter_s_head_without_the_flow(backbone, processor, domain):
     adapter = tiny_adapter(backbone, processor=processor, lda=True, intermediate_weight=0.5)
     adapter.head.set_prior(torch.diag(torch.linspace(0.01, 2, 64)), spread=100.0, count=1.0)
     comparison = compare_flow(adapter, backbone, domain, n_episodes=4, n_shot=2, n_way=4, n_query=5)
     episode = cdfsl_episode(domain, 0, n_shot=2, n_way=4, n_query=5)
-    found = DomainFeatures(adapter.split(backbone), domain, processor).plain(
-        torch.cat([episode.support, episode.query])
-    )
-    assert comparison.metric[0] == prototype_accuracy(found, episode, adapter.head)
-    assert not np.array_equal(comparison.metric, comparison.direct)
+    features = DomainFeatures(Target(backbone, adapter), domain).features(torch.cat([episode.support, episode.query]))
+    assert comparison.no_flow[0] == pytest.approx(prototype_accuracy(features, episode, adapter.head), abs=5.1)
+    assert not np.array_equal(comparison.no_flow, comparison.direct)
 
 
 def test_the_backbone_computes_the_same_before_and_after(backbone, processor, domain, pixels):
@@ -131,41 +135,3 @@ def test_no_episodes(backbone, processor, domain):
     adapter = tiny_adapter(backbone, processor=processor)
     with pytest.raises(ValueError, match="n_episodes must be at least 1, not 0"):
         compare_flow(adapter, backbone, domain, n_episodes=0, n_shot=2)
-
-
-def test_domain_features_run_the_prefix_once_per_image(backbone, processor, domain):
-    split = tiny_adapter(backbone, processor=processor).split(backbone)
-    seen = []
-    backbone.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    features = DomainFeatures(split, domain, processor)
-    rows = torch.tensor([5, 1, 5, 40])
-    hidden = features.hidden(rows)
-    expected = split.forward_prefix(normalise(domain.images[rows], processor)).states
-    seen.pop()
-    torch.testing.assert_close(hidden.states, expected, rtol=2e-3, atol=2e-3)
-    features.hidden(torch.tensor([1, 2, 40]))
-    assert seen == [32, 32]
-    features.hidden(torch.arange(72))
-    assert seen == [32, 32, 8]
-
-
-def test_domain_features_do_not_depend_on_what_was_asked_before(backbone, processor, domain):
-    split = tiny_adapter(backbone, processor=processor).split(backbone)
-    forwards, backwards = (DomainFeatures(split, domain, processor) for _ in range(2))
-    one = torch.cat([forwards.hidden(torch.tensor([row])).states for row in range(72)])
-    assert torch.equal(one, backwards.hidden(torch.arange(71, -1, -1)).states.flip(0))
-
-
-def test_plain_features_are_those_of_the_backbone_each_image_once(backbone, processor, domain):
-    split = tiny_adapter(backbone, processor=processor).split(backbone)
-    seen = []
-    backbone.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    features = DomainFeatures(split, domain, processor)
-    rows = torch.tensor([70, 1, 70, 40])
-    found = features.plain(rows)
-    with torch.no_grad():
-        expected = split.forward_features(normalise(domain.images[rows], processor))
-    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
-    seen.clear()
-    assert torch.equal(features.plain(rows.flip(0)), found.flip(0))
-    assert not seen

@@ -1,0 +1,84 @@
+"""What a few-shot method is: fitted to a support set, it gives a classifier of queries."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ...modeling.prototypes import Head, PrototypeClassifier, unit_means
+from .target import Images, Support
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to make a classifier from a support set; a subclass is a frozen dataclass of its hyper-parameters.
+
+    Attributes:
+        works_in_predict: whether the classifier does its work when it predicts and not when it is fitted.
+    """
+
+    works_in_predict = False
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What results and command lines call it."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """What tables and figures call it, in words."""
+
+    def hyperparameters(self) -> dict[str, int | float]:
+        """The settings that its accuracy depends on, for the record; empty for a method without."""
+        return {}
+
+    def require_packages(self) -> None:  # noqa: B027
+        """Import the packages that only this method needs, before any work.
+
+        Raises:
+            ImportError: one is not installed; the message says how to install it.
+        """
+
+    @abstractmethod
+    def fit(self, support: Support) -> Classifier:
+        """A classifier of the support set's classes.
+
+        The backbone's own weights are as before; a PEFT adapter may be left in it, see `Target`.
+        """
+
+
+class Classifier(ABC):
+    """What a method makes of a support set."""
+
+    @property
+    def in_head(self) -> Classifier | None:
+        """A second classifier, of the same features in the adapter's head; most methods have none."""
+        return None
+
+    @abstractmethod
+    def predict(self, queries: Images) -> torch.Tensor:
+        """Labels `(n,)` of all queries, on the CPU."""
+
+
+class NearestPrototype(Classifier):
+    """Picks the class whose prototype is most similar to an image's features.
+
+    Args:
+        compute_features: takes images and gives their features `(n, width)`.
+        support: the prototypes are made of it at once.
+        head: makes prototypes of features.
+    """
+
+    def __init__(self, compute_features: Callable[[Images], torch.Tensor], support: Support, head: Head = unit_means):
+        self.compute_features = compute_features
+        with torch.no_grad():
+            self.prototypes = head(compute_features(support.images), support.labels)
+
+    @torch.no_grad()
+    def predict(self, queries: Images) -> torch.Tensor:
+        logits = PrototypeClassifier(self.prototypes)(self.compute_features(queries))
+        return logits.argmax(-1).cpu()

@@ -1,0 +1,112 @@
+"""Fine-tuning by gradient descent: what the methods that do it have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ...finetuning.finetune import FineTuningConfig, fine_tune
+from ...modeling.backbones import SplitBackbone
+from .adapted import AdaptedBackbone, Weights
+from .base import Classifier, Method, NearestPrototype
+from .target import Images, Support, Target
+
+
+@dataclass(frozen=True)
+class FineTuning(Method):
+    """Fine-tunes some weights of the backbone on the support set, by Adam with the loss of PMF (Hu et al. 2022).
+
+    Plain cosines to class means classify the features that it arrives at. `in_head`, the classifier has the same
+    features in the adapter's head.
+
+    Attributes:
+        steps: gradient steps.
+        learning_rate: of Adam.
+    """
+
+    steps: int = 50
+    learning_rate: float = 1e-3
+
+    @property
+    def head_name(self) -> str:
+        """What results call it where its features are classified in the adapter's head."""
+        return f"{self.name}-head"
+
+    @property
+    def head_label(self) -> str:
+        """What tables and figures call that."""
+        return f"{self.label}, in HyperFlow's head"
+
+    def hyperparameters(self) -> dict[str, int | float]:
+        return {"steps": self.steps, "learning_rate": self.learning_rate}
+
+    @abstractmethod
+    def get_weights(self, target: Target) -> Weights:
+        """The weights that are tuned; an adapter that holds them is put into the backbone, if there is one."""
+
+    def split(self, target: Target) -> SplitBackbone:
+        """The backbone, split before the first block that is tuned."""
+        return target.split_before(target.split.start)
+
+    def fit(self, support: Support) -> TunedClassifier:
+        (classifier,) = self.fit_after(support, [self.steps])
+        return classifier
+
+    def fit_after(self, support: Support, steps: Sequence[int]) -> list[TunedClassifier]:
+        """The classifiers after so many gradient steps of one run, which ends with the last of them.
+
+        Args:
+            steps: numbers of steps, none above the method's own.
+
+        Raises:
+            ValueError: a number of steps that the run does not have.
+        """
+        if not 1 <= min(steps) <= max(steps) <= self.steps:
+            raise ValueError(f"steps must be in 1..{self.steps}, the steps of {self.name}, not {list(steps)}.")
+        target = support.target
+        weights, split = self.get_weights(target), self.split(target)
+        thetas: dict[int, torch.Tensor] = {}
+
+        def keep(step: int) -> None:
+            if step in steps:
+                thetas[step] = weights.read()
+
+        config = FineTuningConfig(steps=self.steps, learning_rate=self.learning_rate, seed=support.seed)
+        images, labels = support.images.raw, support.labels
+        with weights.tuning() as parameters:
+            fine_tune(
+                split, parameters, images, labels, target.processor, config, run_steps=max(steps), after_step=keep
+            )
+        classifiers = []
+        for step in steps:
+            tuned = AdaptedBackbone(split, lambda: self.get_weights(target), thetas[step])
+            classifiers.append(TunedClassifier(tuned, support))
+        return classifiers
+
+
+class TunedClassifier(NearestPrototype):
+    """Plain cosines to the class means of a tuned backbone's features."""
+
+    def __init__(self, tuned: AdaptedBackbone, support: Support):
+        super().__init__(tuned.features, support)
+        self.tuned = tuned
+        self.support = support
+
+    @cached_property
+    def in_head(self) -> Classifier | None:
+        """A classifier of the same features in the adapter's head; None if that is plain cosines, too.
+
+        Intermediate features are those of the backbone as it is, for the adapter's head was made for them.
+        """
+        target = self.support.target
+        if not target.adapter.config.lda:
+            return None
+
+        def compute_features(images: Images) -> torch.Tensor:
+            return target.split.concat_features(self.tuned.features(images), images.hidden)
+
+        return NearestPrototype(compute_features, self.support, target.adapter.head)

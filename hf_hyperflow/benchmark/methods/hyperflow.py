@@ -1,0 +1,125 @@
+"""HyperFlow (Kim, Kim & Hong, arXiv 2504.15323), at any point of the flow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ...modeling.injection import Injection
+from ...modeling.stopping import StoppingPoint, choose_stopping_point
+from .adapted import AdaptedBackbone
+from .base import Method, NearestPrototype
+from .no_flow import NoFlow
+from .target import Images, Support
+
+
+@dataclass(frozen=True)
+class HyperFlow(Method):
+    """The flow from the backbone as it is to `end_time`, with the adapter's head; what `HyperFlowAdapter.adapt` does.
+
+    Attributes:
+        n_steps: solver steps to `end_time`. By default the adapter's own or, if there is an `end_time`, steps of
+            the adapter's own length or a little shorter, so that quarters of t are ends of steps.
+        end_time: where to stop; None is t = 1. At 0 the flow has not begun: this is `NoFlow`.
+        early_stopping: stop where the leave-one-out accuracy on the support set is best.
+    """
+
+    n_steps: int | None = None
+    end_time: float | None = None
+    early_stopping: bool = False
+
+    @property
+    def name(self) -> str:
+        name = "hyperflow"
+        if self.early_stopping:
+            name += "-early-stopping"
+        if self.end_time is not None:
+            name += f" t={self.end_time:g}"
+        if self.n_steps is not None:
+            name += f" steps={self.n_steps}"
+        return name
+
+    @property
+    def label(self) -> str:
+        label = "HyperFlow"
+        if self.early_stopping:
+            label += " with early stopping"
+        if self.end_time is not None:
+            label += f", t = {self.end_time:g}"
+        if self.n_steps is not None:
+            label += f", {self.n_steps} steps"
+        return label
+
+    def hyperparameters(self) -> dict[str, int | float]:
+        settings: dict[str, int | float] = {}
+        if self.n_steps is not None:
+            settings["n_steps"] = self.n_steps
+        if self.end_time is not None:
+            settings["end_time"] = self.end_time
+        return settings
+
+    @torch.no_grad()
+    def fit(self, support: Support) -> NearestPrototype:
+        if self.end_time == 0:
+            return NoFlow().fit(support)
+        target = support.target
+        times, thetas = self.follow_flow(support)
+        stopping_point = StoppingPoint(times[-1])
+        if self.early_stopping:
+            injection = target.adapter.space.inject(target.backbone)
+            hidden, head = support.images.hidden, target.adapter.head
+            stopping_point = choose_stopping_point(target.split, injection, hidden, support.labels, times, thetas, head)
+        return FlowClassifier(support, thetas[times.index(stopping_point.time)], stopping_point)
+
+    @torch.no_grad()
+    def follow_flow(self, support: Support) -> tuple[list[float], list[torch.Tensor]]:
+        """Where the flow comes by: times from 0 to the end, and theta `(n_tokens, token_dim)` at each."""
+        target, images = support.target, support.images
+        adapter = target.adapter
+        injection = adapter.space.inject(target.backbone)
+        tokens, _ = adapter.encode(target.split, images.pixel_values, support.labels, images.hidden)
+        end_time = 1.0 if self.end_time is None else self.end_time
+        trajectory = adapter.flow(tokens, n_steps=self.count_steps(adapter.config.n_steps), end_time=end_time)
+        return trajectory.times, [adapter.theta(z[0], injection.start) for z in trajectory.states]
+
+    def count_steps(self, adapter_steps: int) -> int:
+        """Solver steps to the end, with an adapter that takes `adapter_steps` to t = 1."""
+        if self.n_steps is not None:
+            return self.n_steps
+        if self.end_time is None:
+            return adapter_steps
+        return round(self.end_time * 4 * math.ceil(adapter_steps / 4))
+
+
+#: Points of the flow for the figures: along it, and at t = 1 with other numbers of steps.
+FLOW_POINTS: tuple[HyperFlow, ...] = (
+    *(HyperFlow(end_time=end_time) for end_time in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)),
+    *(HyperFlow(n_steps=n_steps) for n_steps in (1, 2, 4, 8, 16, 50)),
+)
+
+
+class FlowClassifier(NearestPrototype):
+    """The adapter's head on the features of the backbone with weights that the flow gave.
+
+    Attributes:
+        theta: these weights, `(n_tokens, token_dim)`.
+        stopping_point: where the flow was stopped.
+    """
+
+    def __init__(self, support: Support, theta: torch.Tensor, stopping_point: StoppingPoint):
+        self.theta = theta
+        self.stopping_point = stopping_point
+        super().__init__(flow_features(support, theta), support, support.target.adapter.head)
+
+
+def flow_features(support: Support, theta: torch.Tensor) -> Callable[[Images], torch.Tensor]:
+    """Computes features of images with `theta` in the adapter's parameters."""
+    target = support.target
+
+    def get_weights() -> Injection:
+        return target.adapter.space.inject(target.backbone)
+
+    return AdaptedBackbone(target.split, get_weights, theta).features

@@ -1,0 +1,25 @@
+"""The part of HyperFlow's gain that is its closed-form head's: the head on the features of the backbone as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .base import Method, NearestPrototype
+from .target import Images, Support
+
+
+@dataclass(frozen=True)
+class NoFlow(Method):
+    """HyperFlow's features and head (plain cosines if the adapter has no other), with the backbone as it is."""
+
+    name = "no-flow"
+    label = "HyperFlow's head without the flow"
+
+    def fit(self, support: Support) -> NearestPrototype:
+        return NearestPrototype(get_features, support, support.target.adapter.head)
+
+
+def get_features(images: Images) -> torch.Tensor:
+    return images.features

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_hyperflow.benchmark.methods import FLOW_POINTS, HyperFlow, NoFlow
+from hf_hyperflow.data.domains import normalise
+from hf_hyperflow.data.episodes import cdfsl_episode
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_it_does_what_adapt_does(target, colours, early_stopping):
+    for index in range(3):
+        episode = cdfsl_episode(colours, index, n_way=5, n_shot=2, n_query=6)
+        images, labels = colours.images[episode.support], episode.support_labels
+        classifier = HyperFlow(n_steps=3, early_stopping=early_stopping).fit(target.support(images, labels))
+        support = (normalise(images, target.processor), labels)
+        task = target.adapter.adapt(target.backbone, support, n_steps=3, early_stopping=early_stopping)
+        assert classifier.stopping_point.time == task.stopping_point.time
+        torch.testing.assert_close(classifier.theta, task.theta, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(classifier.prototypes, task.prototypes, rtol=1e-3, atol=1e-4)
+        queries = colours.images[episode.query]
+        logits = task.logits(normalise(queries, target.processor))
+        chosen = logits.gather(1, classifier.predict(target.images(queries)).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(chosen, logits.amax(dim=1), rtol=1e-3, atol=1e-3)
+        task.reset()
+
+
+def test_early_stopping_is_where_leave_one_out_is_best(target, colours, episode):
+    support = target.support(colours.images[episode.support], episode.support_labels)
+    point = HyperFlow(early_stopping=True).fit(support).stopping_point
+    assert point.accuracies[point.time] == max(point.accuracies.values())
+    assert len(point.accuracies) == target.adapter.config.n_steps + 1
+
+
+def test_the_flow_begins_without_the_flow(target, colours, episode):
+    images, labels = colours.images[episode.support], episode.support_labels
+    expected = NoFlow().fit(target.support(images, labels)).prototypes
+    along = HyperFlow(end_time=0.0).fit(target.support(images, labels)).prototypes
+    torch.testing.assert_close(along, expected)
+    times, thetas = HyperFlow().follow_flow(target.support(images, labels))
+    assert times[0] == 0
+    assert torch.equal(thetas[0], target.adapter.space.inject(target.backbone).start)
+    moved = HyperFlow().fit(target.support(images, labels)).prototypes
+    assert not torch.allclose(moved, expected, rtol=0.05)
+
+
+def test_the_end_of_the_flow_is_hyperflow(target, features, episode):
+    assert target.adapter.config.n_steps % 4 == 0
+    expected = HyperFlow().fit(features.support(episode)).theta
+    for point in (HyperFlow(end_time=1.0), HyperFlow(n_steps=target.adapter.config.n_steps)):
+        assert torch.equal(point.fit(features.support(episode)).theta, expected)
+    times, thetas = HyperFlow(end_time=0.5).follow_flow(features.support(episode))
+    assert times[-1] == 0.5
+    assert not torch.allclose(thetas[-1], expected, atol=1e-3)
+
+
+def test_steps_to_a_point():
+    assert HyperFlow().count_steps(6) == 6
+    assert HyperFlow(end_time=0.25).count_steps(4) == 1
+    assert HyperFlow(end_time=1.5).count_steps(4) == 6
+    assert HyperFlow(n_steps=16).count_steps(4) == 16
+    assert HyperFlow(end_time=0.75).count_steps(6) == 6  # steps of 1/8: not longer than those of 1/6
+    lengths = {point.end_time / point.count_steps(10) for point in FLOW_POINTS if point.end_time}
+    assert lengths == {1 / 12}
+
+
+def test_names_of_points():
+    names = [point.name for point in FLOW_POINTS]
+    assert names[:3] == ["hyperflow t=0", "hyperflow t=0.25", "hyperflow t=0.5"]
+    assert names[-1] == "hyperflow steps=50"
+    assert HyperFlow(early_stopping=True).name == "hyperflow-early-stopping"
+    assert HyperFlow(n_steps=8).hyperparameters() == {"n_steps": 8}
