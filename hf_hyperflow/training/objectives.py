@@ -12,7 +12,7 @@ from torch.func import functional_call
 from ..data.domains import Domain, normalise
 from ..data.tasks import task_images
 from ..finetuning.interpolants import INTERPOLANTS
-from ..finetuning.speedups import first_token_in_last_mlp, plain_attention
+from ..finetuning.speedups import cls_only_last_mlp, plain_attention
 from ..finetuning.trajectories import Trajectories
 from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.backbones import Hidden, SplitBackbone
@@ -99,7 +99,7 @@ class EpisodicLoss(nn.Module):
         # Another adapter may be in the backbone by now: a validation puts the averaged one there.
         self.adapter.space.inject(self.split.backbone)
         tensors = {f"backbone.{name}": tensor for name, tensor in self.adapter.space.to_tensors(theta).items()}
-        with plain_attention(self.split.backbone), first_token_in_last_mlp(self.split, hidden[:1]):
+        with plain_attention(self.split.backbone), cls_only_last_mlp(self.split, hidden[:1]):
             return functional_call(self.split, tensors, (hidden,))
 
     def _classify(self, features: torch.Tensor, episode: EpisodeImages) -> torch.Tensor:

@@ -152,8 +152,8 @@ class BackbonePretrainer:
                 held_out.append(label)
             else:
                 trained.append(label)
-        self.domain = joined.with_classes(trained)
-        self.held_out = joined.with_classes(held_out, "held-out") if held_out else None
+        self.domain = joined.select_classes(trained)
+        self.held_out = joined.select_classes(held_out, "held-out") if held_out else None
         self.accelerator.print(f"{len(self.domain)} images of {len(trained)} classes; {len(held_out)} classes held out")
 
     def _load_backbone(self) -> None:
