@@ -35,6 +35,7 @@ from .checkpoints import exclusive_run
 from .config import ParameterKind, build_peft_config
 from .cost_log import hardware, versions
 from .precision import HELP, MixedPrecision, resolve_precision
+from .tracking import list_domains
 
 #: Settings that may differ when a collection is gone on with, or that its record holds elsewhere.
 NOT_COMPARED = ("output_dir", "push_to_hub", "n_trajectories", "cpu", "backbone", "dataset")
@@ -160,9 +161,8 @@ class TrajectoryCollector:
         peft_config = build_peft_config(config.parameters, backbone, config.last_blocks, norms=config.norms)
         self.space = ParameterSpace.from_backbone(backbone, peft_config)
         self.split = SplitBackbone(backbone, len(find_blocks(backbone)) - config.last_blocks)
-        domains = ", ".join(f"{domain.name} ({len(domain.class_names)}/{len(domain)})" for domain in self.domains)
         self.accelerator.print(
-            f"{config.n_groups} groups of {config.group_size} tasks on {domains}; "
+            f"{config.n_groups} groups of {config.group_size} tasks on {list_domains(self.domains)}; "
             f"{self.space.n_parameters} parameters move"
         )
 

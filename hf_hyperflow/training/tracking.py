@@ -1,4 +1,4 @@
-"""Where the curves of a run go: TensorBoard, Trackio or Weights & Biases, through Accelerate."""
+"""What a run says: its curves in TensorBoard, Trackio or Weights & Biases (through Accelerate), its data in a line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+
+from ..data.domains import Domain
 
 Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
 PROJECT = "hf_hyperflow"
@@ -32,6 +34,11 @@ def start_tracker(accelerator: Accelerator, arguments: dict[str, Any]) -> None:
     for name, value in arguments.items():
         plain[name] = value if isinstance(value, int | float | str) else str(value)
     accelerator.init_trackers(PROJECT, config=plain)
+
+
+def list_domains(domains: list[Domain]) -> str:
+    """Domains by name, with the numbers of their classes and images: "photos (10/200), drawings (5/95)"."""
+    return ", ".join(f"{domain.name} ({len(domain.class_names)}/{len(domain)})" for domain in domains)
 
 
 def flatten(record: dict[str, Any], prefix: str = "") -> dict[str, float]:

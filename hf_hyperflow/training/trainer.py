@@ -40,7 +40,7 @@ from .objectives import EpisodicLoss, VelocityMatchingLoss
 from .optimizer import build_optimizer
 from .progress import TrainingProgress
 from .schedule import METRICS, Schedule, ScheduledLoss
-from .tracking import flatten, get_logging_folder, require_tracker, start_tracker
+from .tracking import flatten, get_logging_folder, list_domains, require_tracker, start_tracker
 
 #: Ways, shots and queries that each domain must have: of the smallest training task, and of a validation episode.
 SMALLEST_TASK, VALIDATION_TASK = (MIN_WAY, 1, query_count(MIN_WAY)), (2, 5, 15)
@@ -117,7 +117,7 @@ class DriftTrainer:
             )
             for step in bar:
                 self.step(step)
-                bar.set_postfix({name: f"{mean:.3f}" for name, mean in self.progress.recent.means().items()})
+                bar.set_postfix(self.progress.recent.means())
                 if self._is_due(config.validate_every):
                     self.validate()
                 if self._is_due(config.checkpointing_steps):
@@ -173,8 +173,8 @@ class DriftTrainer:
         )
         require_enough(self.training_domains, *SMALLEST_TASK)
         require_enough(self.validation_domains, *VALIDATION_TASK)
-        self.accelerator.print("train on", _list_domains(self.training_domains))
-        self.accelerator.print("validate on", _list_domains(self.validation_domains))
+        self.accelerator.print("train on", list_domains(self.training_domains))
+        self.accelerator.print("validate on", list_domains(self.validation_domains))
 
     def _build_adapter(self) -> None:
         """The backbone, an untrained adapter for it, and the trajectories that the adapter starts from."""
@@ -410,11 +410,6 @@ def build_adapter(
         intermediate_weight=config.intermediate_weight,
         image_size=list(image_size),
     )
-
-
-def _list_domains(domains: list[Domain]) -> str:
-    """Domains for print, with the numbers of their classes and images."""
-    return ", ".join(f"{domain.name} ({len(domain.class_names)}/{len(domain)})" for domain in domains)
 
 
 def main(argv: list[str] | None = None) -> None:

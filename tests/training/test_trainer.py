@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import signal
@@ -22,6 +23,7 @@ from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.arguments import parse
 from hf_hyperflow.data.domains import normalise
 from hf_hyperflow.data.tasks import draw_task, load_domains, task_images
+from hf_hyperflow.extras import MissingExtraError
 from hf_hyperflow.modeling.lda import spread_between, within_covariance
 from hf_hyperflow.training import DriftTrainer, DriftTrainingConfig
 from hf_hyperflow.training.progress import WINDOW, RecentValues, TrainingProgress
@@ -506,3 +508,12 @@ def test_missing_tracker_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="--report_to wandb needs the package wandb: pip install wandb"):
         require_tracker("wandb")
+
+
+def test_missing_package_is_named_with_its_extra(monkeypatch):
+    for name in list(sys.modules):
+        if name.startswith("hf_hyperflow.training"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with pytest.raises(MissingExtraError, match=r'training needs tqdm.*: pip install "hf-hyperflow\[train\]"'):
+        importlib.import_module("hf_hyperflow.training")
