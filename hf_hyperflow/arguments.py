@@ -1,64 +1,71 @@
-"""Command-line arguments from a dataclass, with a YAML preset: flags override the preset, the preset the defaults."""
+"""The flags of every command line: one per field of a dataclass, with an optional YAML preset.
+
+A flag overrides the preset and the preset overrides the default. Flags are written as the fields are, with underscores
+(`--last_blocks 4`); dashes are accepted too. A field that is true by default is switched off with `--no_`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
+T = TypeVar("T", bound="DataclassInstance")
 
-def describe_arguments(arguments: object) -> dict:
-    """Arguments as a record of the run: of files and folders their names, for paths mean nothing elsewhere."""
-    elsewhere = ("output", "output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id")
-    found = {key: value for key, value in vars(arguments).items() if key not in elsewhere}
-    for key in ("dataset", "trajectories"):
-        if key in found:
-            found[key] = [short_name(source) for source in found[key]]
-    return found | {key: short_name(found[key]) for key in ("backbone", "encoder") if found.get(key)}
-
-
-def short_name(source: str) -> str:
-    """A Hub id as it is, a file or folder without where it lies."""
-    return Path(source).stem if Path(source).exists() else source
+#: Arguments that say where results go and do not change them.
+NOT_RECORDED = ("output", "output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id")
 
 
 def parse(kind: type[T], argv: list[str] | None = None) -> T:
     """Parse `--config preset.yaml --flag value ...` into the dataclass `kind`.
 
+    Args:
+        argv: the command line; None reads that of this process.
+
     Raises:
-        SystemExit: an unknown flag, a preset that cannot be read or has unknown keys, or a required value that
-            neither gives.
+        SystemExit: a flag is unknown, the preset cannot be read or has unknown keys, or a required value is missing.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(kind)
+    parser = HfArgumentParser(kind)  # type: ignore[arg-type]  # its own annotation wants the type of a type
     parser.add_argument("--config", help="a YAML preset; flags override it")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    path = first.parse_known_args(argv)[0].config
+    preset_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    preset_parser.add_argument("--config")
+    path = preset_parser.parse_known_args(argv)[0].config
     if path is not None:
-        preset = _read_preset(path, parser)
-        known = set(kind.__dataclass_fields__)
-        unknown = sorted(set(preset) - known)
-        if unknown:
-            parser.error(f"{path} has unknown keys {unknown}; known: {sorted(known)}")
-        for action in parser._actions:
-            if action.dest in preset:
-                action.required = False
-                if action.choices and preset[action.dest] not in action.choices:
-                    parser.error(f"{path}: {action.dest} is {preset[action.dest]!r}, choose from {action.choices}")
-        parser.set_defaults(**preset)
-    found = vars(parser.parse_args(argv))
-    found.pop("config")
-    return kind(**found)
+        _apply_preset(parser, path, kind)
+    values = vars(parser.parse_args(argv))
+    values.pop("config")
+    return kind(**values)
 
 
-def _read_preset(path: str, parser: argparse.ArgumentParser) -> dict:
+def _apply_preset(parser: argparse.ArgumentParser, path: str, kind: type[DataclassInstance]) -> None:
+    """Make the values of a preset the parser's defaults."""
+    preset = _read_preset(path, parser)
+    names = {entry.name for entry in dataclasses.fields(kind)}
+    unknown = sorted(set(preset) - names)
+    if unknown:
+        parser.error(f"{path} has unknown keys {unknown}; known: {sorted(names)}")
+    for action in parser._actions:
+        if action.dest not in preset:
+            continue
+        action.required = False
+        # argparse checks the choices of flags, but not those of defaults.
+        if action.choices and preset[action.dest] not in action.choices:
+            parser.error(f"{path}: {action.dest} is {preset[action.dest]!r}, choose from {action.choices}")
+    parser.set_defaults(**preset)
+
+
+def _read_preset(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     try:
         preset = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -66,3 +73,37 @@ def _read_preset(path: str, parser: argparse.ArgumentParser) -> dict:
     if not isinstance(preset, dict):
         parser.error(f"the preset {path} is not a list of `name: value` lines.")
     return preset
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Within, an error that the user can mend ends the program with one line and no traceback.
+
+    Raises:
+        SystemExit: in place of an ImportError, OSError (CheckpointError is one) or ValueError.
+    """
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def describe_arguments(arguments: DataclassInstance) -> dict[str, Any]:
+    """Arguments for the record of a run. Files and folders appear by name, since paths mean nothing elsewhere."""
+    record: dict[str, Any] = {}
+    for name, value in vars(arguments).items():
+        if name in NOT_RECORDED:
+            continue
+        if name in ("dataset", "trajectories"):
+            record[name] = [short_name(source) for source in value]
+        elif name in ("backbone", "encoder") and value:
+            record[name] = short_name(value)
+        else:
+            record[name] = value
+    return record
+
+
+def short_name(source: str) -> str:
+    """A Hub id as it is; a file or folder by its name alone."""
+    path = Path(source)
+    return path.stem if path.exists() else source

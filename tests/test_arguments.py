@@ -1,27 +1,27 @@
+"""Command-line arguments: flags over presets over defaults, our presets, and what a run's record says of them."""
+
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+from hf_hyperflow.arguments import describe_arguments, exit_on_error, parse
+from hf_hyperflow.modeling.saving import CheckpointError
+from hf_hyperflow.training import DriftTrainingConfig
+from hf_hyperflow.training.collector import CollectionConfig
+from hf_hyperflow.training.pretraining import PretrainingConfig
 
-from hf_hyperflow.arguments import parse
-from hf_hyperflow.training import collector as collect_trajectories
-from hf_hyperflow.training import config as drift_arguments
-from hf_hyperflow.training import pretraining as pretrain_backbone
-
-CONFIGS = Path(__file__).parent.parent / "training/configs"
-#: Whose presets they are, by the beginning of their names.
+CONFIGS = Path(__file__).parents[1] / "training" / "configs"
+#: Which script a preset is for, by the beginning of its name.
 PRESETS = {
-    "hyperflow-": drift_arguments.Arguments,
-    "matched-": drift_arguments.Arguments,
-    "trajectories-": collect_trajectories.Arguments,
-    "vit-": pretrain_backbone.Arguments,
+    "hyperflow-": DriftTrainingConfig,
+    "matched-": DriftTrainingConfig,
+    "trajectories-": CollectionConfig,
+    "vit-": PretrainingConfig,
 }
 
 
@@ -29,6 +29,7 @@ PRESETS = {
 class Arguments:
     backbone: str = field(metadata={"help": "required"})
     steps: int = 3
+    norms: bool = True
 
 
 @pytest.fixture
@@ -42,8 +43,22 @@ def preset(tmp_path):
 def test_flags_override_the_preset_and_the_preset_the_defaults(preset, form):
     config = form.format(preset).split()
     assert parse(Arguments, config) == Arguments("from-preset", 7)
-    assert parse(Arguments, [*config, "--steps", "9"]) == Arguments("from-preset", 9)
+    assert parse(Arguments, [*config, "--steps", "9", "--no_norms"]) == Arguments("from-preset", 9, False)
     assert parse(Arguments, ["--backbone", "given"]) == Arguments("given", 3)
+
+
+def test_dashes_are_underscores():
+    common = ["--backbone", "b", "--dataset", "d", "--output_dir", "o"]
+    underscores = parse(DriftTrainingConfig, [*common, "--last_blocks", "2", "--no_lda"])
+    dashes = parse(
+        DriftTrainingConfig, ["--backbone", "b", "--dataset", "d", "--output-dir", "o", "--last-blocks", "2"]
+    )
+    assert (underscores.last_blocks, underscores.lda) == (2, False)
+    assert (dashes.last_blocks, dashes.lda, dashes.output_dir) == (2, True, "o")
+
+
+def test_our_presets_are_all_there():
+    assert {path.name.partition("-")[0] + "-" for path in CONFIGS.glob("*.yaml")} == set(PRESETS)
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -74,3 +89,35 @@ def test_a_preset_that_cannot_be_used_is_named(tmp_path, capsys, text, word):
         parse(Arguments, ["--config", str(path)])
     assert stopped.value.code == 2
     assert re.search(word, capsys.readouterr().err)
+
+
+def test_a_choice_of_a_preset_is_checked(tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text("interpolant: spline\nbackbone: b\noutput_dir: o\ndataset: [d]\n")
+    with pytest.raises(SystemExit):
+        parse(DriftTrainingConfig, ["--config", str(path)])
+    assert re.search("interpolant is 'spline', choose from .*piecewise", capsys.readouterr().err)
+
+
+def test_a_record_names_files_without_their_place(tmp_path):
+    (tmp_path / "photos.parquet").touch()
+    (tmp_path / "backbone").mkdir()
+    config = DriftTrainingConfig(
+        backbone=str(tmp_path / "backbone"),
+        dataset=[str(tmp_path / "photos.parquet"), "alice/drawings"],
+        output_dir=str(tmp_path / "out"),
+        lda=False,
+    )
+    record = describe_arguments(config)
+    assert (record["backbone"], record["dataset"]) == ("backbone", ["photos", "alice/drawings"])
+    assert record["lda"] is False
+    assert "output_dir" not in record
+    assert str(tmp_path) not in str(record)
+
+
+def test_errors_of_the_user_end_in_one_line():
+    for error in (ValueError("bad number"), CheckpointError("bad number"), ImportError("bad number")):
+        with pytest.raises(SystemExit, match=r"^error: bad number$"), exit_on_error():
+            raise error
+    with pytest.raises(ZeroDivisionError), exit_on_error():
+        raise ZeroDivisionError

@@ -3,9 +3,8 @@
     accelerate launch training/pretrain_backbone.py --config training/configs/vit-s14-focus-70.yaml \
         --dataset FILE_OR_HUB_ID [...] --output_dir backbone
 
-Classes whose label is a multiple of `--holdout_every` are not trained on: 5-way episodes of them measure the
-backbone before and after. A killed run goes on from its last checkpoint with `--resume_from_checkpoint latest`, image
-for image as if it had not been interrupted.
+Every `--holdout_every`-th class is held out: 5-way episodes of these classes measure the backbone before and after. A
+killed run goes on with `--resume_from_checkpoint latest` as if it had not been interrupted.
 """
 
 from hf_hyperflow.training.pretraining import main

@@ -1,32 +1,35 @@
-"""What each step of `train_drift.py` is trained on: episodes and recorded rows, a function of (seed, step)."""
+"""What each step is trained on: episodes and recorded rows, both a function of (seed, step) alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hf_hyperflow import HyperFlowAdapter
-
 from ..arguments import short_name
 from ..data.domains import Domain, normalise
-from ..data.tasks import draw_task, task_images
+from ..data.tasks import TrainingTask, draw_task, task_images
 from ..finetuning.trajectories import Trajectories, load_trajectories
+from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.backbones import SplitBackbone
-from .config import Arguments
-from .objectives import EpisodeImages, encode_recorded_support
-from .schedule import MatchingRows, Schedule, rows_of_step
+from .config import DriftTrainingConfig
+from .objectives import EpisodeImages, MatchingRows, encode_recorded_support
+from .schedule import Schedule, draw_rows
 
-#: Velocities are matched at times up to here; beyond 1 they are zero, so that the flow stays where it lands.
+#: Velocities are matched at times up to here. From 1 on they are zero, so that the flow stays where it lands.
 END_TIME = 1.5
-#: Share of the rows whose place on the path the drift network does not get to see, see `VelocityMatchingLoss`.
-HIDDEN_SHARE = 0.5
+#: Probability that the drift network does not get to see z of a row, see `VelocityMatchingLoss`.
+MASK_PROB = 0.5
 
 
 def load_recorded(sources: list[str], adapter: HyperFlowAdapter, domains: list[Domain]) -> Trajectories | None:
-    """The rows of all collections as one, `collection` being a list of what each says of itself; None without any.
+    """The rows of all collections as one, or None if there are no collections.
+
+    The `collection` of the result lists what each of them says of itself.
 
     Raises:
         ValueError: one was made with another parameter space, backbone or data, or at other times than the first.
@@ -35,103 +38,142 @@ def load_recorded(sources: list[str], adapter: HyperFlowAdapter, domains: list[D
     if not sources:
         return None
     fingerprint = adapter.config.backbone["fingerprint"]
-    found = [load_trajectories(s, adapter.space, domains=domains, fingerprint=fingerprint) for s in sources]
-    for source, other in zip(sources, found, strict=True):
-        if not torch.equal(other.times, found[0].times):
+    collections = [load_trajectories(s, adapter.space, domains=domains, fingerprint=fingerprint) for s in sources]
+    first = collections[0]
+    tasks: list[TrainingTask] = []
+    descriptions = []
+    for source, trajectories in zip(sources, collections, strict=True):
+        if not torch.equal(trajectories.times, first.times):
             raise ValueError(
-                f"{source} was recorded at the times {other.times.tolist()}, {sources[0]} at "
-                f"{found[0].times.tolist()}: collect both with the same steps and recorded points."
+                f"{source} was recorded at the times {trajectories.times.tolist()}, {sources[0]} at "
+                f"{first.times.tolist()}: collect both with the same steps and recorded points."
             )
-    described = [
-        {"name": short_name(source)} | {key: value for key, value in t.collection.items() if key != "parameter_space"}
-        for source, t in zip(sources, found, strict=True)
-    ]
+        tasks += trajectories.tasks
+        descriptions.append(_describe_collection(source, trajectories.collection))
     return Trajectories(
-        tasks=[task for t in found for task in t.tasks],
-        times=found[0].times,
-        deltas=torch.cat([t.deltas for t in found]),
-        mask=found[0].mask,
-        diverged=sum(t.diverged for t in found),
-        collection={"collections": described},
+        tasks=tasks,
+        times=first.times,
+        deltas=torch.cat([trajectories.deltas for trajectories in collections]),
+        mask=first.mask,
+        diverged=sum(trajectories.diverged for trajectories in collections),
+        collection={"collections": descriptions},
     )
+
+
+def _describe_collection(source: str, collection: dict[str, Any]) -> dict[str, Any]:
+    """A collection for the record of a run. Its parameter space is left out: it is long, and that of the adapter."""
+    description: dict[str, Any] = {"name": short_name(source)}
+    for key, value in collection.items():
+        if key != "parameter_space":
+            description[key] = value
+    return description
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """How many episodes and recorded rows the whole batch of a step has."""
+
+    episodes: int
+    rows: int
 
 
 class StepBatches:
     """The batch of each step, dealt out to processes and accumulated parts.
 
     Args:
-        domains: that the episodes come from.
-        recorded: trajectories, where the schedule has matching.
+        domains: the episodes come from them.
+        recorded: trajectories, if the schedule has matching.
 
     Raises:
-        ValueError: a batch is smaller than the number of shares it is dealt out to.
+        ValueError: a batch is smaller than the number of shares that it is dealt out to.
     """
 
     def __init__(
         self,
-        arguments: Arguments,
+        config: DriftTrainingConfig,
         domains: list[Domain],
         processor: BaseImageProcessor,
         recorded: Trajectories | None,
         accelerator: Accelerator,
     ):
-        self.arguments = arguments
-        self.schedule = Schedule(arguments.matching_steps, arguments.annealing_steps)
-        self.domains = {domain.name: domain for domain in domains}
+        self.config = config
+        self.schedule = Schedule(config.matching_steps, config.annealing_steps)
+        self.domains = domains
+        self.domains_by_name = {domain.name: domain for domain in domains}
         self.processor = processor
         self.recorded = recorded
         self.device = accelerator.device
         self.process = accelerator.process_index
-        self.n_shares = accelerator.num_processes * arguments.gradient_accumulation_steps
+        self.n_processes = accelerator.num_processes
+        self.n_shares = accelerator.num_processes * config.gradient_accumulation_steps
         self.support: list[tuple[torch.Tensor, torch.Tensor]] = []
-        sizes = {"episodes_per_step": arguments.episodes_per_step}
-        if recorded is not None:
-            sizes["matching_batch_size"] = arguments.matching_batch_size
-        small = [f"--{name} {size}" for name, size in sizes.items() if size < self.n_shares]
-        if small:
+        self._require_a_share_for_all()
+
+    def _require_a_share_for_all(self) -> None:
+        too_small = []
+        if self.config.episodes_per_step < self.n_shares:
+            too_small.append(f"--episodes_per_step {self.config.episodes_per_step}")
+        if self.recorded is not None and self.config.matching_batch_size < self.n_shares:
+            too_small.append(f"--matching_batch_size {self.config.matching_batch_size}")
+        if too_small:
             raise ValueError(
-                f"{', '.join(small)} cannot be shared by {accelerator.num_processes} processes and "
-                f"{arguments.gradient_accumulation_steps} accumulated parts: give at least {self.n_shares}."
+                f"{', '.join(too_small)} cannot be shared by {self.n_processes} processes and "
+                f"{self.config.gradient_accumulation_steps} accumulated parts: give at least {self.n_shares}."
             )
 
-    def sizes(self, step: int) -> dict[str, int]:
-        """How many `episodes` and `rows` the whole batch of a step has."""
+    def sizes(self, step: int) -> BatchSizes:
+        """The sizes of the whole batch of a step; a loss without weight gets nothing."""
         weight = self.schedule.weight(step)
-        return {
-            "episodes": self.arguments.episodes_per_step if weight < 1 else 0,
-            "rows": self.arguments.matching_batch_size if weight > 0 else 0,
-        }
+        n_episodes = self.config.episodes_per_step if weight < 1 else 0
+        n_rows = self.config.matching_batch_size if weight > 0 else 0
+        return BatchSizes(n_episodes, n_rows)
 
     def encode_support(self, adapter: HyperFlowAdapter, split: SplitBackbone) -> None:
-        """Run the frozen support encoder on the support sets of all recorded rows, once for all of training."""
-        self.support = encode_recorded_support(adapter, split, self.recorded, list(self.domains.values()))
+        """Run the frozen support encoder on the support sets of all recorded rows, once for the whole training."""
+        assert self.recorded is not None, "only recorded rows are encoded"
+        self.support = encode_recorded_support(adapter, split, self.recorded, self.domains)
 
-    def mine(self, n_tasks: int) -> Iterator[EpisodeImages]:
-        """This process's share of the first tasks."""
-        n_processes = self.n_shares // self.arguments.gradient_accumulation_steps
-        return (self._episode(index) for index in range(self.process, n_tasks, n_processes))
+    def first_episodes(self, n_episodes: int) -> Iterator[EpisodeImages]:
+        """This process's share of episodes 0 to `n_episodes`."""
+        for index in range(self.process, n_episodes, self.n_processes):
+            yield self._load_episode(index)
 
     def share(self, step: int, part: int) -> tuple[list[EpisodeImages], MatchingRows | None]:
-        """This process's episodes and rows in an accumulated part of a step."""
+        """This process's episodes and recorded rows in an accumulated part of a step."""
         sizes = self.sizes(step)
-        mine = slice(self.process * self.arguments.gradient_accumulation_steps + part, None, self.n_shares)
-        first = step * self.arguments.episodes_per_step
-        episodes = [self._episode(index) for index in range(first, first + sizes["episodes"])[mine]]
-        return episodes, self._rows(step, mine) if sizes["rows"] else None
+        share = slice(self.process * self.config.gradient_accumulation_steps + part, None, self.n_shares)
+        # Numbers go on through steps of matching alone, so that an episode does not depend on the schedule.
+        first = step * self.config.episodes_per_step
+        indices = range(first, first + sizes.episodes)[share]
+        episodes = [self._load_episode(index) for index in indices]
+        rows = self._load_rows(step, share) if sizes.rows else None
+        return episodes, rows
 
-    def _episode(self, index: int) -> EpisodeImages:
-        task = draw_task(
-            list(self.domains.values()), index, seed=self.arguments.seed, randomize_prob=self.arguments.randomize_prob
+    def _load_episode(self, index: int) -> EpisodeImages:
+        task = draw_task(self.domains, index, seed=self.config.seed, randomize_prob=self.config.randomize_prob)
+        episode = task.episode
+        images = task_images(task, self.domains_by_name[episode.domain], self.device)
+        return EpisodeImages(
+            pixel_values=normalise(images, self.processor),
+            support_labels=episode.support_labels.to(self.device),
+            query_labels=episode.query_labels.to(self.device),
         )
-        images = task_images(task, self.domains[task.episode.domain], self.device)
-        labels = (task.episode.support_labels.to(self.device), task.episode.query_labels.to(self.device))
-        return EpisodeImages(normalise(images, self.processor), *labels)
 
-    def _rows(self, step: int, mine: slice) -> MatchingRows:
-        size, seed = self.arguments.matching_batch_size, self.arguments.seed
-        rows = rows_of_step(len(self.recorded), step, size, seed)[mine]
+    def _load_rows(self, step: int, share: slice) -> MatchingRows:
+        assert self.recorded is not None, "a step of matching has recorded rows"
+        size, seed = self.config.matching_batch_size, self.config.seed
+        rows = draw_rows(len(self.recorded), step, size, seed)[share]
+        # Drawn for the whole batch and then dealt out, so that the number of shares changes nothing.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        t = END_TIME * torch.rand(size, generator=generator)[mine].to(self.device)
-        hidden = (torch.rand(size, generator=generator) < HIDDEN_SHARE)[mine].to(self.device)
-        support = [tuple(tensor.to(self.device) for tensor in self.support[row]) for row in rows]
-        return MatchingRows(support, self.recorded.deltas[rows].float().to(self.device), t, hidden)
+        t = END_TIME * torch.rand(size, generator=generator)
+        masked = torch.rand(size, generator=generator) < MASK_PROB
+        support = []
+        for row in rows:
+            features, labels = self.support[row]
+            support.append((features.to(self.device), labels.to(self.device)))
+        return MatchingRows(
+            support=support,
+            deltas=self.recorded.deltas[rows].float().to(self.device),
+            t=t[share].to(self.device),
+            masked=masked[share].to(self.device),
+        )

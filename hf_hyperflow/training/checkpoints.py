@@ -1,32 +1,52 @@
-"""Checkpoints that are whole or not there: a run killed at any moment goes on from the last whole one; and its end."""
+"""Checkpoints that are whole or not there, so that a run killed at any moment goes on from the last whole one."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
-from hf_hyperflow import HyperFlowAdapter
-
-from ..modeling.saving import CheckpointError, sha256
+from ..modeling.saving import CheckpointError, exclusive, sha256
 
 PROGRESS, CHECKSUMS = "progress.json", "checksums.json"
 
 
-def save_checkpoint(
-    accelerator: Accelerator, output: Path, step: int, progress: dict, total_limit: int | None = None
-) -> None:
-    """Write `output/checkpoint-<step>` with the accelerator's state and `progress`.
-
-    It appears under its name when everything is in it. Then all but the last `total_limit` are removed (None: none),
-    and those of later steps, which a run resumed from an earlier checkpoint has left behind.
+@contextmanager
+def exclusive_run(accelerator: Accelerator, output: Path) -> Iterator[None]:
+    """Within, no other run on this machine writes to `output`. The main process holds the lock for all.
 
     Raises:
-        CheckpointError: it cannot be written (a full disk, say); the checkpoints before are untouched.
+        CheckpointError: another run is writing there.
+    """
+    if accelerator.is_main_process:
+        with exclusive(output):
+            yield
+    else:
+        yield
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    output: Path,
+    step: int,
+    progress: dict[str, Any],
+    total_limit: int | None = None,
+) -> None:
+    """Write `output/checkpoint-<step>` with the accelerator's state and `progress`, which JSON must be able to hold.
+
+    The folder appears under its name once everything is in it. Then all but the last `total_limit` checkpoints are
+    removed (None removes none), and so are those of later steps, which a run left that was resumed from before them.
+
+    Raises:
+        CheckpointError: it cannot be written (a full disk, say); the earlier checkpoints are untouched.
     """
     draft, final = output / "checkpoint.partial", output / f"checkpoint-{step}"
     if accelerator.is_main_process:
@@ -36,11 +56,7 @@ def save_checkpoint(
         accelerator.save_state(str(draft))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            (draft / PROGRESS).write_text(json.dumps(progress | {"step": step}))
-            digests = {path.name: sha256(path) for path in sorted(draft.iterdir())}
-            (draft / CHECKSUMS).write_text(json.dumps(digests, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
-            draft.rename(final)
+            _complete(draft, final, step, progress)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError on a full disk
         shutil.rmtree(draft, ignore_errors=True)
         raise CheckpointError(
@@ -48,75 +64,107 @@ def save_checkpoint(
             "saved before is untouched: go on from it with --resume_from_checkpoint latest."
         ) from error
     if accelerator.is_main_process:
-        kept = [folder for folder in checkpoints(output) if step_of(folder) <= step]
-        kept = kept if total_limit is None else kept[-total_limit:]
-        for folder in checkpoints(output):
-            if folder not in kept:
-                shutil.rmtree(folder)
+        _remove_old_checkpoints(output, step, total_limit)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, output: Path, resume: str | None) -> dict | None:
+def _complete(draft: Path, final: Path, step: int, progress: dict[str, Any]) -> None:
+    """Add progress and checksums to a draft and give it its final name."""
+    content = dict(progress)
+    content["step"] = step
+    (draft / PROGRESS).write_text(json.dumps(content))
+    digests = {path.name: sha256(path) for path in sorted(draft.iterdir())}
+    (draft / CHECKSUMS).write_text(json.dumps(digests, indent=1))
+    shutil.rmtree(final, ignore_errors=True)
+    draft.rename(final)
+
+
+def _remove_old_checkpoints(output: Path, step: int, total_limit: int | None) -> None:
+    folders = list_checkpoints(output)
+    kept = [folder for folder in folders if get_step(folder) <= step]
+    if total_limit is not None:
+        kept = kept[-total_limit:]
+    for folder in folders:
+        if folder not in kept:
+            shutil.rmtree(folder)
+
+
+def load_checkpoint(accelerator: Accelerator, output: Path, resume: str | None) -> dict[str, Any] | None:
     """Restore a checkpoint and return its progress; None where training starts from the beginning.
 
     Args:
-        resume: the folder of a checkpoint (or its name in `output`), or "latest": the last one of `output` that is
-            whole; damaged ones are named and passed over, and without any checkpoint training starts. None starts
-            training and wants an `output` without checkpoints.
+        resume: a checkpoint's folder, or its name in `output`. "latest" takes the last whole one in `output`, names
+            the damaged ones that it passes over, and starts from the beginning where there is none at all. None
+            starts from the beginning and wants an `output` without checkpoints.
 
     Raises:
-        CheckpointError: the checkpoint asked for is missing or damaged, or none is whole; or there are some and it
-            was not said whether to go on from them.
+        CheckpointError: the checkpoint that was asked for is missing, damaged or of another run; none is whole; or
+            there are some, and `resume` is None.
     """
-    found = checkpoints(output)
     if resume is None:
-        if found:
-            raise CheckpointError(
-                f"{output} holds checkpoints of an earlier run, the last of them {found[-1].name}. Go on from there "
-                "with --resume_from_checkpoint latest, remove them, or choose another --output_dir."
-            )
+        _require_no_checkpoints(output)
         return None
-    if resume != "latest":
-        folder = Path(resume) if Path(resume).is_dir() else output / resume
-        if not folder.is_dir():
-            names = ", ".join(f.name for f in found) or "none"
-            raise CheckpointError(f"there is no checkpoint {resume}; in {output} there are: {names}.")
-        problem = damage(folder)
-        if problem:
-            raise CheckpointError(f"{problem} Resume from another one, or from the last whole one with 'latest'.")
-        return _restored(accelerator, folder)
-    for folder in reversed(found):
-        problem = damage(folder)
-        if not problem:
-            return _restored(accelerator, folder)
-        accelerator.print(f"{problem} Passing it over.")
-    if found:
-        raise CheckpointError(f"no checkpoint in {output} is whole. Remove {', '.join(f.name for f in found)}.")
+    if resume == "latest":
+        return _load_latest(accelerator, output)
+    folder = Path(resume)
+    if not folder.is_dir():
+        folder = output / resume
+    if not folder.is_dir():
+        names = ", ".join(path.name for path in list_checkpoints(output)) or "none"
+        raise CheckpointError(f"there is no checkpoint {resume}; in {output} there are: {names}.")
+    damage = find_damage(folder)
+    if damage is not None:
+        raise CheckpointError(f"{damage} Resume from another one, or from the last whole one with 'latest'.")
+    return _restore(accelerator, folder)
+
+
+def _require_no_checkpoints(output: Path) -> None:
+    folders = list_checkpoints(output)
+    if folders:
+        raise CheckpointError(
+            f"{output} holds checkpoints of an earlier run, the last of them {folders[-1].name}. Go on from there "
+            "with --resume_from_checkpoint latest, remove them, or choose another --output_dir."
+        )
+
+
+def _load_latest(accelerator: Accelerator, output: Path) -> dict[str, Any] | None:
+    folders = list_checkpoints(output)
+    for folder in reversed(folders):
+        damage = find_damage(folder)
+        if damage is None:
+            return _restore(accelerator, folder)
+        accelerator.print(f"{damage} Passing it over.")
+    if folders:
+        names = ", ".join(folder.name for folder in folders)
+        raise CheckpointError(f"no checkpoint in {output} is whole. Remove {names}.")
     accelerator.print(f"no checkpoint in {output} yet: starting from the beginning")
     return None
 
 
-def checkpoints(output: Path) -> list[Path]:
+def list_checkpoints(output: Path) -> list[Path]:
     """The checkpoint folders of a run, the earliest first."""
-    return sorted((f for f in output.glob("checkpoint-*") if f.name[11:].isdigit()), key=step_of)
+    folders = [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(folders, key=get_step)
 
 
-def step_of(folder: Path) -> int:
-    """The optimiser steps that were done when a checkpoint was written."""
+def get_step(folder: Path) -> int:
+    """The number of optimiser steps that were done when a checkpoint was written."""
     return int(folder.name.removeprefix("checkpoint-"))
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file has the digest that was noted when it was written."""
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if every file has the digest noted when it was written."""
     try:
         digests = json.loads((folder / CHECKSUMS).read_text())
         changed = [name for name, digest in digests.items() if sha256(folder / name) != digest]
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"checkpoint {folder} is damaged or incomplete ({error})."
-    return f"checkpoint {folder} is damaged: {', '.join(changed)} changed since it was written." if changed else None
+    if changed:
+        return f"checkpoint {folder} is damaged: {', '.join(changed)} changed since it was written."
+    return None
 
 
-def _restored(accelerator: Accelerator, folder: Path) -> dict:
+def _restore(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     try:
         accelerator.load_state(str(folder))
     except (KeyError, RuntimeError, ValueError) as error:  # torch's loader raises RuntimeError for other shapes
@@ -128,10 +176,14 @@ def _restored(accelerator: Accelerator, folder: Path) -> dict:
     return json.loads((folder / PROGRESS).read_text())
 
 
-def save_adapter(adapter: HyperFlowAdapter, folder: str | Path) -> None:
-    """Save matrices with half precision on disk (rounded once, here) and single in use: CPUs are slow in half."""
-    rounded = {
-        name: t.half() if t.is_floating_point() and t.ndim > 1 else t for name, t in adapter.state_dict().items()
-    }
+def save_adapter(adapter: PreTrainedModel, folder: str | Path) -> None:
+    """Save an adapter with its matrices in half precision. They are rounded once, here.
+
+    Its config says float32, because CPUs are slow in half precision: so it is loaded.
+    """
+    rounded = {}
+    for name, tensor in adapter.state_dict().items():
+        is_matrix = tensor.is_floating_point() and tensor.ndim > 1
+        rounded[name] = tensor.half() if is_matrix else tensor
     adapter.config.dtype = torch.float32
     adapter.save_pretrained(folder, state_dict=rounded)

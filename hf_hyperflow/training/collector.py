@@ -1,34 +1,22 @@
-"""Record how a teacher fine-tunes a backbone on many few-shot tasks: what the flow is matched to.
-
-    accelerate launch training/collect_trajectories.py --config training/configs/trajectories-vit-s14-70.yaml \
-        --backbone FOLDER_OR_HUB_ID --dataset FILE_OR_HUB_ID [...] --output_dir trajectories
-
-Tasks come in groups of one shape (ways, shots) that are trained together and stored as one shard. Row i is a function
-of (seed, i), and so is its group, which is always run whole: `--n_trajectories` is rounded up to whole groups. With n
-processes, process p makes the groups p, p + n, p + 2n, ... Run again, the command makes what is missing or damaged,
-and with more `--n_trajectories` it goes on. The folder opens with `datasets.load_dataset(folder)`.
-"""
+"""`TrajectoryCollector`: records how a teacher fine-tunes a backbone on many few-shot tasks."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from peft import PeftConfig
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..arguments import parse
+from ..arguments import exit_on_error, parse
 from ..benchmark.cost import flop_counter
 from ..data.domains import Domain
 from ..data.episodes import episode_generator
@@ -42,38 +30,51 @@ from ..modeling.fingerprint import compute_fingerprint, fingerprints_match
 from ..modeling.hub import push_folder
 from ..modeling.model_card import write_card
 from ..modeling.parameter_space import ParameterSpace
-from ..modeling.peft_configs import bias_config, layernorm_config, lora_config
-from ..modeling.saving import CheckpointError, exclusive, write_json
+from ..modeling.saving import CheckpointError, write_json
+from .checkpoints import exclusive_run
+from .config import ParameterKind, build_peft_config
 from .cost_log import hardware, versions
 from .precision import HELP, MixedPrecision, resolve_precision
+from .tracking import list_domains
+
+#: Settings that may differ when a collection is gone on with, or that its record holds elsewhere.
+NOT_COMPARED = ("output_dir", "push_to_hub", "n_trajectories", "cpu", "backbone", "dataset")
 
 
 @dataclass
-class Arguments:
-    backbone: str = field(metadata={"help": "the target: a transformers vision model, Hub id or folder"})
+class CollectionConfig:
+    """The settings of `TrajectoryCollector`; the help of each field is in its metadata.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    backbone: str = field(metadata={"help": "the target, a transformers vision model: Hub id or folder"})
     dataset: list[str] = field(metadata={"help": "training domains: Parquet files, image folders, Hub ids"})
     output_dir: str = field(metadata={"help": "folder of the trajectories"})
     holdout: list[str] = field(
         default_factory=list,
         metadata={"help": "NAME: nothing is drawn from this domain; NAME:K: nothing from every K-th class of it"},
     )
-    max_per_class: int = field(default=300, metadata={"help": "images of a class that are used at most"})
-    parameters: str = field(default="bias", metadata={"help": "what is fine-tuned: bias, lora or layernorm"})
-    last_blocks: int = field(default=4, metadata={"help": "in the last so many blocks"})
-    norms: bool = field(default=True, metadata={"help": "bias: also the LayerNorms"})
+    max_per_class: int = field(default=300, metadata={"help": "most images of a class that are used"})
+    parameters: ParameterKind = field(
+        default="bias", metadata={"help": "what is fine-tuned: biases, LoRA factors or LayerNorms"}
+    )
+    last_blocks: int = field(default=4, metadata={"help": "how many of the last blocks are fine-tuned"})
+    norms: bool = field(default=True, metadata={"help": "with biases, fine-tune the LayerNorms too"})
     n_trajectories: int = field(default=1024, metadata={"help": "tasks to record, rounded up to whole groups"})
     group_size: int = field(default=16, metadata={"help": "tasks of one shape that make a shard"})
     images_per_pass: int = field(
         default=128, metadata={"help": "support images, clean and augmented, that go through the target at once"}
     )
-    randomize_prob: float = field(default=0.6, metadata={"help": "share of tasks whose domain is made from a real one"})
+    randomize_prob: float = field(default=0.6, metadata={"help": "share of tasks whose domain is randomised"})
     teacher_steps: int = field(default=12, metadata={"help": "gradient steps of the teacher"})
     n_points: int = field(default=8, metadata={"help": "points of a trajectory that are recorded, denser early"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "of the teacher's Adam"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "learning rate of the teacher's Adam"})
     noise: float = field(default=5e-4, metadata={"help": "standard deviation of the noise on the teacher's start"})
     n_views: int = field(default=4, metadata={"help": "augmented views of each support image to draw from"})
     mixed_precision: MixedPrecision = field(default="auto", metadata={"help": HELP})
-    cpu: bool = field(default=False, metadata={"help": "stay on the CPU also where there is a GPU"})
+    cpu: bool = field(default=False, metadata={"help": "stay on the CPU even if there is a GPU"})
     seed: int = field(default=0, metadata={"help": "of the tasks and the teacher"})
     push_to_hub: str | None = field(default=None, metadata={"help": "Hub id of the dataset repository to push to"})
 
@@ -81,10 +82,13 @@ class Arguments:
         self.mixed_precision = resolve_precision(self.mixed_precision, cpu=self.cpu)
         for name in ("n_trajectories", "group_size", "images_per_pass", "max_per_class", "teacher_steps"):
             if vars(self)[name] < 1:
-                raise SystemExit(f"--{name} must be at least 1, not {vars(self)[name]}.")
-        if self.parameters not in ("bias", "lora", "layernorm"):
-            raise SystemExit(f"--parameters must be bias, lora or layernorm, not {self.parameters!r}.")
+                raise ValueError(f"--{name} must be at least 1, not {vars(self)[name]}.")
 
+    @property
+    def n_groups(self) -> int:
+        return -(-self.n_trajectories // self.group_size)
+
+    @property
     def teacher(self) -> Teacher:
         return Teacher(
             steps=self.teacher_steps,
@@ -94,77 +98,230 @@ class Arguments:
             n_points=self.n_points,
         )
 
-    def peft_config(self, backbone: nn.Module) -> PeftConfig:
-        if self.parameters == "lora":
-            return lora_config(backbone, self.last_blocks)
-        if self.parameters == "layernorm":
-            return layernorm_config(backbone, self.last_blocks)
-        return bias_config(backbone, self.last_blocks, norms=self.norms)
 
+class TrajectoryCollector:
+    """Collects trajectories in a folder, which `hf_hyperflow.finetuning.trajectories` reads.
 
-class Collector:
-    """What a process needs to make any group; used by `benchmark_teacher.py`, too."""
+    Tasks come in groups of one shape (ways, shots), which are trained together and stored as one shard. Row i is a
+    function of (seed, i) and belongs to group i // group_size. With n processes, process p makes the groups p, p + n,
+    p + 2 n, ... A group is made whole or not at all, so that a killed run goes on where it was.
 
-    def __init__(self, arguments: Arguments, accelerator: Accelerator):
-        self.arguments, self.accelerator, self.teacher = arguments, accelerator, arguments.teacher()
-        self.processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(arguments.backbone, backend="pil")
-        self.domains, _ = load_domains(
-            arguments.dataset, self.processor, holdout=arguments.holdout, max_per_class=arguments.max_per_class
+    Args:
+        config: the settings.
+    """
+
+    processor: BaseImageProcessor
+    domains: list[Domain]
+    fingerprint: list[float]
+    space: ParameterSpace
+    split: SplitBackbone
+
+    def __init__(self, config: CollectionConfig):
+        self.config = config
+        self.teacher = config.teacher
+        self.folder = Path(config.output_dir)
+        # Processes end at different times; if only one of them has shards to repair, by hours.
+        patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, cpu=config.cpu, kwargs_handlers=[patience]
         )
-        self.by_name: dict[str, Domain] = {domain.name: domain for domain in self.domains}
-        backbone = AutoModel.from_pretrained(arguments.backbone).float().eval().requires_grad_(False)
-        self.backbone = backbone.to(accelerator.device)
-        self.fingerprint = compute_fingerprint(backbone)
-        self.space = ParameterSpace.from_backbone(backbone, arguments.peft_config(backbone))
-        self.split = SplitBackbone(backbone, len(find_blocks(backbone)) - arguments.last_blocks)
-        self.flops: dict[tuple[int, int], int] = {}
+        self.flops_by_shape: dict[tuple[int, int], int] = {}
 
-    def tasks(self, group: int) -> list[TrainingTask]:
-        """The tasks of a group: rows `group * group_size` and on."""
-        a = self.arguments
-        n_way, n_shot = draw_group_shape(self.domains, group, seed=a.seed)
-        rows = range(group * a.group_size, (group + 1) * a.group_size)
-        drawing = {"seed": a.seed, "randomize_prob": a.randomize_prob, "n_way": n_way, "n_shot": n_shot}
-        return [draw_task(self.domains, i, **drawing) for i in rows]
+    def collect(self) -> None:
+        """Make the trajectories that are missing or damaged, and write the collection's record and card.
+
+        Raises:
+            CheckpointError: another run writes to the folder; it holds trajectories of other settings, backbone or
+                images; the disk is full; or the Hub refuses the push.
+            ValueError: a dataset cannot be read or is too small, or the backbone has no such parameters.
+        """
+        is_main = self.accelerator.is_main_process
+        with exclusive_run(self.accelerator, self.folder):
+            self.prepare()
+            if is_main:
+                collection = self.begin()
+            self.accelerator.wait_for_everyone()
+            self.make_missing_groups()
+            self.accelerator.wait_for_everyone()
+            if is_main:
+                self.finish(collection)
+        self.accelerator.end_training()
+
+    def prepare(self) -> None:
+        """Load the datasets and the backbone."""
+        config = self.config
+        self.processor = AutoImageProcessor.from_pretrained(config.backbone, backend="pil")
+        self.domains, _ = load_domains(
+            config.dataset, self.processor, holdout=config.holdout, max_per_class=config.max_per_class
+        )
+        self.domains_by_name = {domain.name: domain for domain in self.domains}
+        backbone = AutoModel.from_pretrained(config.backbone).float().eval().requires_grad_(False)
+        backbone = backbone.to(self.accelerator.device)
+        self.fingerprint = compute_fingerprint(backbone)
+        peft_config = build_peft_config(config.parameters, backbone, config.last_blocks, norms=config.norms)
+        self.space = ParameterSpace.from_backbone(backbone, peft_config)
+        self.split = SplitBackbone(backbone, len(find_blocks(backbone)) - config.last_blocks)
+        self.accelerator.print(
+            f"{config.n_groups} groups of {config.group_size} tasks on {list_domains(self.domains)}; "
+            f"{self.space.n_parameters} parameters move"
+        )
+
+    def begin(self) -> dict[str, Any]:
+        """Note in the folder what will be collected; a collection that is there already is gone on with.
+
+        Returns:
+            What `collection.json` says.
+
+        Raises:
+            CheckpointError: what is there has other settings, another backbone or other images; the differences are
+                named.
+        """
+        collection = self.describe()
+        if (self.folder / COLLECTION).is_file():
+            previous = read_collection(self.folder)
+            _require_same_collection(self.folder, previous, collection)
+            collection["groups"] = max(collection["groups"], previous["groups"])
+            if self._is_complete(collection["groups"]):
+                # Nothing will be made here and now.
+                collection["hardware"], collection["versions"] = previous["hardware"], previous["versions"]
+        write_json(self.folder / COLLECTION, collection)
+        return collection
+
+    def _is_complete(self, n_groups: int) -> bool:
+        return all(shard_problem(self.folder, group) is None for group in range(n_groups))
+
+    def describe(self) -> dict[str, Any]:
+        """What `collection.json` says before anything is collected."""
+        config = self.config
+        teacher = asdict(self.teacher)
+        teacher["recorded"] = self.teacher.recorded
+        return {
+            "arguments": {name: value for name, value in vars(config).items() if name not in NOT_COMPARED},
+            "teacher": teacher,
+            "times": self.teacher.times,
+            "backbone": {"name": Path(config.backbone).name, "fingerprint": self.fingerprint},
+            "parameter_space": describe_space(self.space),
+            "domains": [describe_domain(domain, config.max_per_class) for domain in self.domains],
+            "groups": config.n_groups,
+            "versions": versions(),
+            "hardware": hardware(self.accelerator),
+            "totals": None,
+        }
+
+    def make_missing_groups(self) -> None:
+        """Make those groups of this process that are missing or damaged.
+
+        Raises:
+            CheckpointError: a shard cannot be written.
+        """
+        missing = []
+        for group in range(self.accelerator.process_index, self.config.n_groups, self.accelerator.num_processes):
+            problem = shard_problem(self.folder, group)
+            if problem is None:
+                continue
+            missing.append(group)
+            if shard_path(self.folder, group).exists():
+                print(f"warning: {problem}; it is collected again.", file=sys.stderr)
+        bar = tqdm(missing, desc="groups", disable=not self.accelerator.is_main_process, mininterval=5)
+        for group in bar:
+            try:
+                self.make_group(group)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{error} Whole shards in {self.folder} are kept: when there is room, the same command goes on."
+                ) from error
+
+    def make_group(self, group: int) -> None:
+        """Fine-tune the tasks of a group and write its shard."""
+        started = time.perf_counter()
+        tasks = self.draw_tasks(group)
+        recording = self._fine_tune_and_count(tasks)
+        seconds = (time.perf_counter() - started) / len(tasks)
+        columns = shard_columns(
+            tasks,
+            recording,
+            self.space.mask,
+            self.teacher.times,
+            seconds=seconds,
+            flops=self.flops_by_shape[_get_shape(tasks)],
+        )
+        write_shard(self.folder, group, columns)
+
+    def draw_tasks(self, group: int) -> list[TrainingTask]:
+        """The tasks of a group, rows `group * group_size` and on."""
+        config = self.config
+        n_way, n_shot = draw_group_shape(self.domains, group, seed=config.seed)
+        tasks = []
+        for row in range(group * config.group_size, (group + 1) * config.group_size):
+            task = draw_task(
+                self.domains,
+                row,
+                seed=config.seed,
+                randomize_prob=config.randomize_prob,
+                n_way=n_way,
+                n_shot=n_shot,
+            )
+            tasks.append(task)
+        return tasks
+
+    def _fine_tune_and_count(self, tasks: list[TrainingTask]) -> Recording:
+        """`fine_tune`, with the operations counted in the first group of each shape."""
+        shape = _get_shape(tasks)
+        if shape in self.flops_by_shape:
+            return self.fine_tune(tasks)
+        with flop_counter() as counter:
+            recording = self.fine_tune(tasks)
+        self.flops_by_shape[shape] = counter.get_total_flops() // len(tasks)
+        return recording
 
     def fine_tune(self, tasks: list[TrainingTask]) -> Recording:
         """Fine-tune the tasks of a group, as many at once as `images_per_pass` allows."""
-        device = self.accelerator.device
-        at_once = max(1, self.arguments.images_per_pass // (2 * len(tasks[0].episode.support)))
+        n_images = 2 * len(tasks[0].episode.support)
+        n_at_once = max(1, self.config.images_per_pass // n_images)
         parts = []
-        for first in range(0, len(tasks), at_once):
-            some = tasks[first : first + at_once]
-            episodes = [task.episode for task in some]
-            with self.accelerator.autocast():
-                recording = fine_tune_tasks(
-                    self.space,
-                    self.split,
-                    torch.stack([task_images(task, self.by_name[task.episode.domain], device) for task in some]),
-                    torch.stack([episode.support_labels for episode in episodes]).to(device),
-                    torch.stack([episode.query_labels for episode in episodes]).to(device),
-                    self.processor,
-                    self.teacher,
-                    [teacher_generator(self.arguments.seed, episode.index) for episode in episodes],
-                )
-            parts.append(recording)
-        names = [entry.name for entry in dataclasses.fields(Recording)]
-        return Recording(**{name: torch.cat([vars(part)[name] for part in parts]) for name in names})
+        for first in range(0, len(tasks), n_at_once):
+            parts.append(self._fine_tune_at_once(tasks[first : first + n_at_once]))
+        columns = {}
+        for entry in fields(Recording):
+            columns[entry.name] = torch.cat([vars(part)[entry.name] for part in parts])
+        return Recording(**columns)
 
-    def write(self, group: int) -> None:
-        """Make a group and write its shard. Operations are counted in the first group of each shape."""
-        started = time.perf_counter()
-        tasks = self.tasks(group)
-        shape = (tasks[0].episode.n_way, len(tasks[0].episode.support))
-        counter = nullcontext() if shape in self.flops else flop_counter()
-        with counter:
-            recording = self.fine_tune(tasks)
-        if shape not in self.flops:
-            self.flops[shape] = counter.get_total_flops() // len(tasks)
-        seconds = (time.perf_counter() - started) / len(tasks)
-        columns = shard_columns(
-            tasks, recording, self.space.mask, self.teacher.times, seconds=seconds, flops=self.flops[shape]
+    def _fine_tune_at_once(self, tasks: list[TrainingTask]) -> Recording:
+        device = self.accelerator.device
+        images, support_labels, query_labels, generators = [], [], [], []
+        for task in tasks:
+            episode = task.episode
+            images.append(task_images(task, self.domains_by_name[episode.domain], device))
+            support_labels.append(episode.support_labels)
+            query_labels.append(episode.query_labels)
+            generators.append(teacher_generator(self.config.seed, episode.index))
+        with self.accelerator.autocast():
+            return fine_tune_tasks(
+                self.space,
+                self.split,
+                torch.stack(images),
+                torch.stack(support_labels).to(device),
+                torch.stack(query_labels).to(device),
+                self.processor,
+                self.teacher,
+                generators,
+            )
+
+    def finish(self, collection: dict[str, Any]) -> None:
+        """Add up the costs, write the card, and push the folder if the config says so."""
+        collection["totals"] = totals(self.folder, collection["groups"])
+        write_json(self.folder / COLLECTION, collection)
+        write_card(collection_card(collection), self.folder, self.folder)
+        done = collection["totals"]
+        print(
+            f"wrote {self.folder}: {done['rows']} trajectories, {done['diverged']} diverged, "
+            f"{done['seconds'] / done['rows']:.2f} s and {done['bytes'] / done['rows'] / 1e6:.2f} MB each; "
+            f"query accuracy {done['query_accuracy']['start']} % at the start, "
+            f"{done['query_accuracy']['end']} % at the end"
         )
-        write_shard(self.arguments.output_dir, group, columns)
+        if self.config.push_to_hub is not None:
+            commit = push_folder(self.folder, self.config.push_to_hub, repo_type="dataset")
+            print(f"pushed to {commit.commit_url}")
 
 
 def teacher_generator(seed: int, index: int) -> torch.Generator:
@@ -172,111 +329,31 @@ def teacher_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(episode_generator(seed, "teacher", index).integers(2**62)))
 
 
-def description(collector: Collector, groups: int) -> dict:
-    """`collection.json` before anything is collected."""
-    a = collector.arguments
-    left_out = ("output_dir", "push_to_hub", "n_trajectories", "cpu", "backbone", "dataset")
-    return {
-        "arguments": {key: value for key, value in vars(a).items() if key not in left_out},
-        "teacher": dataclasses.asdict(collector.teacher) | {"recorded": collector.teacher.recorded},
-        "times": collector.teacher.times,
-        "backbone": {"name": Path(a.backbone).name, "fingerprint": collector.fingerprint},
-        "parameter_space": describe_space(collector.space),
-        "domains": [describe_domain(domain, a.max_per_class) for domain in collector.domains],
-        "groups": groups,
-        "versions": versions(),
-        "hardware": hardware(collector.accelerator),
-        "totals": None,
-    }
+def _get_shape(tasks: list[TrainingTask]) -> tuple[int, int]:
+    """Ways and support images of a group; they decide how many operations its fine-tuning takes."""
+    episode = tasks[0].episode
+    return episode.n_way, len(episode.support)
 
 
-def begin(folder: Path, wanted: dict) -> dict:
-    """Note in the folder what will be collected; a collection that is there already is gone on with.
-
-    Raises:
-        CheckpointError: what is there is of another recipe, backbone or other images; the differences are named.
-    """
-    if (folder / COLLECTION).is_file():
-        there = read_collection(folder)
-        different = [
-            f"{key}.{name}" if isinstance(wanted[key], dict) else key
-            for key in ("arguments", "teacher", "parameter_space", "domains")
-            for name in (wanted[key] if isinstance(wanted[key], dict) else [None])
-            if (there[key].get(name) != wanted[key][name] if name is not None else there[key] != wanted[key])
-        ]
-        if not fingerprints_match(there["backbone"]["fingerprint"], wanted["backbone"]["fingerprint"]):
-            different.append("the backbone's weights")
-        if different:
-            raise CheckpointError(
-                f"{folder} holds other trajectories: {', '.join(different)} differ. Choose another --output_dir, or "
-                "give the arguments and datasets that these were collected with."
-            )
-        wanted["groups"] = max(wanted["groups"], there["groups"])
-        if all(shard_problem(folder, group) is None for group in range(wanted["groups"])):
-            wanted |= {key: there[key] for key in ("hardware", "versions")}  # nothing will be made here and now
-    write_json(folder / COLLECTION, wanted)
-    return wanted
+def _require_same_collection(folder: Path, previous: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises CheckpointError where a collection cannot be gone on with; all differences are named."""
+    different = []
+    for key in ("arguments", "teacher", "parameter_space"):
+        for name, value in wanted[key].items():
+            if previous[key].get(name) != value:
+                different.append(f"{key}.{name}")
+    if previous["domains"] != wanted["domains"]:
+        different.append("domains")
+    if not fingerprints_match(previous["backbone"]["fingerprint"], wanted["backbone"]["fingerprint"]):
+        different.append("the backbone's weights")
+    if different:
+        raise CheckpointError(
+            f"{folder} holds other trajectories: {', '.join(different)} differ. Choose another --output_dir, or "
+            "give the arguments and datasets that these were collected with."
+        )
 
 
-def collect(collector: Collector) -> None:
-    """Make the groups of this process that are missing or damaged."""
-    a, accelerator = collector.arguments, collector.accelerator
-    groups = -(-a.n_trajectories // a.group_size)
-    mine = range(accelerator.process_index, groups, accelerator.num_processes)
-    problems = {group: shard_problem(a.output_dir, group) for group in mine}
-    for group, problem in problems.items():
-        if problem is not None and shard_path(a.output_dir, group).exists():
-            print(f"warning: {problem}; it is collected again.", file=sys.stderr)
-    missing = [group for group in mine if problems[group] is not None]
-    with tqdm(missing, desc="groups", disable=not accelerator.is_main_process, mininterval=5) as bar:
-        for group in bar:
-            try:
-                collector.write(group)
-            except CheckpointError as error:
-                raise CheckpointError(
-                    f"{error} Whole shards in {a.output_dir} are kept: when there is room, the same command goes on."
-                ) from error
-
-
-def finish(collector: Collector, collection: dict) -> None:
-    """Add up the costs and write the card."""
-    folder = Path(collector.arguments.output_dir)
-    collection["totals"] = totals(folder, collection["groups"])
-    write_json(folder / COLLECTION, collection)
-    write_card(collection_card(collection), folder, folder)
-    done = collection["totals"]
-    print(
-        f"wrote {folder}: {done['rows']} trajectories, {done['diverged']} diverged, "
-        f"{done['seconds'] / done['rows']:.2f} s and {done['bytes'] / done['rows'] / 1e6:.2f} MB each; queries right "
-        f"{done['query_accuracy']['start']} % at the start, {done['query_accuracy']['end']} % at the end"
-    )
-
-
-def main() -> None:
-    arguments = parse(Arguments)
-    # Processes end at different times, after a resumed run by hours.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=arguments.cpu, kwargs_handlers=[patience])
-    folder = Path(arguments.output_dir)
-    try:
-        with exclusive(folder) if accelerator.is_main_process else nullcontext():
-            collector = Collector(arguments, accelerator)
-            groups = -(-arguments.n_trajectories // arguments.group_size)
-            accelerator.print(
-                f"{groups} groups of {arguments.group_size} tasks on "
-                + ", ".join(f"{d.name} ({len(d.class_names)}/{len(d)})" for d in collector.domains)
-                + f"; {collector.space.n_parameters} parameters move"
-            )
-            if accelerator.is_main_process:
-                collection = begin(folder, description(collector, groups))
-            accelerator.wait_for_everyone()
-            collect(collector)
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                finish(collector, collection)
-                if arguments.push_to_hub is not None:
-                    commit = push_folder(folder, arguments.push_to_hub, repo_type="dataset")
-                    print(f"pushed to {commit.commit_url}")
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
-    accelerator.end_training()
+def main(argv: list[str] | None = None) -> None:
+    """The command line of `training/collect_trajectories.py`."""
+    with exit_on_error():
+        TrajectoryCollector(parse(CollectionConfig, argv)).collect()

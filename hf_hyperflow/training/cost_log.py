@@ -1,11 +1,13 @@
-"""What training has cost so far, phase by phase; kept in the checkpoints, so that a resumed run goes on counting."""
+"""What training has cost so far, phase by phase. Checkpoints keep it, so that a resumed run goes on counting."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,58 +15,94 @@ from accelerate import Accelerator
 from ..benchmark.cost import flop_counter
 from ..benchmark.task_cost import device_name
 
-#: Operations are counted in every n-th run of a phase, the first included: counting slows small models down.
+#: Operations are counted in every n-th run of a phase, the first included, because counting slows small models down.
 COUNTED_EVERY = 50
 PACKAGES = ("hf_hyperflow", "torch", "transformers", "peft", "accelerate", "datasets")
 
 
-class OfflineCost:
-    """Runs, seconds and floating-point operations of each phase, and what went through it.
+@dataclass
+class PhaseCost:
+    """What one phase has cost.
 
-    Args:
-        accelerator: operations are summed over its processes; seconds are wall-clock, those of the main process.
-        phases: `state` of an earlier part of the same training.
+    Attributes:
+        runs: how often it ran.
+        seconds: wall-clock of all runs.
+        counted_runs, counted_flops: the runs in which operations were counted, and the operations of these.
+        counts: what went through it, such as episodes.
     """
 
-    def __init__(self, accelerator: Accelerator, phases: dict[str, dict[str, float]] | None = None):
+    runs: int = 0
+    seconds: float = 0.0
+    counted_runs: int = 0
+    counted_flops: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def flops(self) -> float:
+        """Operations of all runs: the mean of the counted ones, times all."""
+        return self.counted_flops / self.counted_runs * self.runs
+
+    def add_counts(self, counts: dict[str, int]) -> None:
+        for name, value in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + value
+
+
+class OfflineCost:
+    """Runs, seconds and floating-point operations of each phase of a training.
+
+    Args:
+        accelerator: operations are summed over its processes. Seconds are the wall-clock of the main process.
+        state: `state()` of an earlier part of the same training.
+    """
+
+    def __init__(self, accelerator: Accelerator, state: dict[str, dict[str, Any]] | None = None):
         self.accelerator = accelerator
-        self.state = phases or {}
+        self.phases: dict[str, PhaseCost] = {}
+        for name, values in (state or {}).items():
+            self.phases[name] = PhaseCost(**values)
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """Everything that has been counted, as JSON can hold it."""
+        return {name: asdict(phase) for name, phase in self.phases.items()}
 
     @contextmanager
     def phase(self, name: str, *, every: int = COUNTED_EVERY, **counts: int) -> Iterator[None]:
-        """Count what happens in the block as one run of a phase; all processes must take part.
+        """Count what happens in the block as one run of a phase. All processes must take part.
 
         Args:
             every: operations are counted in every n-th run of the phase.
-            counts: further things to add up, like episodes.
+            counts: further things to add up, such as episodes.
         """
-        entry = self.state.setdefault(name, {"runs": 0, "seconds": 0.0, "counted_runs": 0, "counted_flops": 0.0})
+        phase = self.phases.setdefault(name, PhaseCost())
         started = time.perf_counter()
-        if entry["runs"] % every == 0:
+        if phase.runs % every == 0:
             with flop_counter() as counter:
                 yield
             flops = torch.tensor(counter.get_total_flops(), dtype=torch.float64, device=self.accelerator.device)
-            entry["counted_flops"] += self.accelerator.reduce(flops).item()
-            entry["counted_runs"] += 1
+            phase.counted_flops += self.accelerator.reduce(flops).item()
+            phase.counted_runs += 1
         else:
             yield
-        entry["runs"] += 1
-        entry["seconds"] += time.perf_counter() - started
-        for key, value in counts.items():
-            entry[key] = entry.get(key, 0) + value
+        phase.runs += 1
+        phase.seconds += time.perf_counter() - started
+        phase.add_counts(counts)
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Of each phase `runs`, `seconds`, `flops` (the mean of the counted runs times all runs) and the counts."""
-        result = {}
-        for name, entry in self.state.items():
-            flops = entry["counted_flops"] / entry["counted_runs"] * entry["runs"]
-            rest = {key: value for key, value in entry.items() if not key.startswith("counted_")}
-            result[name] = rest | {"seconds": round(entry["seconds"], 3), "flops": flops}
-        return result
+        """`runs`, `seconds`, `flops` and the counts of each phase."""
+        summaries = {}
+        for name, phase in self.phases.items():
+            summary: dict[str, float] = {
+                "runs": phase.runs,
+                "seconds": round(phase.seconds, 3),
+                "flops": phase.flops,
+            }
+            summary.update(phase.counts)
+            summaries[name] = summary
+        return summaries
 
 
-def hardware(accelerator: Accelerator) -> dict[str, object]:
-    """What a run runs on: the device in words, how many processes, threads of each."""
+def hardware(accelerator: Accelerator) -> dict[str, Any]:
+    """What a run runs on: the device in words, the number of processes and of threads in each, the precision."""
     return {
         "device": device_name(accelerator.device.type),
         "gpu": accelerator.device.type != "cpu",
@@ -75,5 +113,5 @@ def hardware(accelerator: Accelerator) -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that a run depends on."""
+    """Versions of the packages that a run depends on."""
     return {package: version(package) for package in PACKAGES}

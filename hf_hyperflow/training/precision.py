@@ -1,4 +1,4 @@
-"""In what precision to train: bfloat16 where the device computes in it, otherwise float32."""
+"""The precision to train in: bfloat16 where the device computes in it, and float32 elsewhere."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from typing import Literal
 import torch
 
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
-HELP = "of autocast; auto: bf16 where the device computes in it, else no"
+HELP = "precision of autocast; auto: bf16 where the device computes in it, else no"
 
 
 def resolve_precision(mixed_precision: MixedPrecision, *, cpu: bool) -> MixedPrecision:
-    """What `auto` means on this machine; everything else is what it is.
+    """What `auto` means on this machine. Every other value is returned as it is.
 
-    Processors without bfloat16 instructions emulate them: matrix products take ten times as long as in float32 (AVX2).
+    Processors without bfloat16 instructions emulate them, which is much slower than float32.
+
+    Args:
+        cpu: whether training stays on the CPU even if there is a GPU.
     """
     if mixed_precision != "auto":
         return mixed_precision
-    return "bf16" if _computes_in_bf16(cpu or not torch.cuda.is_available()) else "no"
+    on_cpu = cpu or not torch.cuda.is_available()
+    return "bf16" if _computes_in_bf16(on_cpu) else "no"
 
 
 def _computes_in_bf16(on_cpu: bool) -> bool:

@@ -1,18 +1,10 @@
-"""Re-train the last blocks of a vision backbone as a cosine classifier, so that prototypes separate new classes.
-
-    accelerate launch training/pretrain_backbone.py --config training/configs/vit-s14-focus-70.yaml \
-        --dataset FILE_OR_HUB_ID [...] --output_dir backbone
-
-Classes whose label is a multiple of `--holdout_every` are not trained on: 5-way episodes of them measure the
-backbone before and after. A killed run goes on from its last checkpoint with `--resume_from_checkpoint latest`, image
-for image as if it had not been interrupted.
-"""
+"""`BackbonePretrainer`: re-trains the last blocks of a vision backbone as a cosine classifier."""
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,23 +12,29 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, get_scheduler
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel, get_scheduler
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..arguments import describe_arguments, parse
+from ..arguments import describe_arguments, exit_on_error, parse
 from ..data.augmentation import random_views
 from ..data.domains import Domain, join_domains, load_domain, normalise
 from ..data.episodes import cdfsl_episode
 from ..modeling.backbones import SplitBackbone, find_blocks
 from ..modeling.prototypes import PrototypeClassifier
-from ..modeling.saving import CheckpointError, exclusive, write_json
-from .checkpoints import load_checkpoint, save_checkpoint
+from ..modeling.saving import write_json
+from .checkpoints import exclusive_run, load_checkpoint, save_checkpoint
 from .cost_log import OfflineCost, hardware, versions
+from .optimizer import build_optimizer
 from .precision import HELP, MixedPrecision, resolve_precision
+
+#: Episodes that measure the backbone on held-out classes, for each number of shots.
+N_EPISODES = 200
 
 
 @dataclass
-class Arguments:
+class PretrainingConfig:
+    """The settings of `BackbonePretrainer`; the help of each field is in its metadata."""
+
     dataset: list[str] = field(
         metadata={"help": "labelled image datasets (Parquet files, image folders, Hub ids) of the same classes"}
     )
@@ -45,20 +43,20 @@ class Arguments:
         default="facebook/dinov2-small", metadata={"help": "a transformers vision model: Hub id or folder"}
     )
     from_scratch: bool = field(default=False, metadata={"help": "keep the architecture, forget the weights"})
-    trained_blocks: int = field(default=6, metadata={"help": "the last so many blocks are trained, the rest is frozen"})
-    holdout_every: int = field(default=4, metadata={"help": "every n-th class is kept apart; 0: none"})
+    trained_blocks: int = field(default=6, metadata={"help": "how many of the last blocks are trained"})
+    holdout_every: int = field(default=4, metadata={"help": "every n-th class is held out; 0: none"})
     steps: int = field(default=1500, metadata={"help": "optimiser steps"})
-    batch_size: int = field(default=128, metadata={"help": "images a step, over all processes"})
+    batch_size: int = field(default=128, metadata={"help": "images of a step, over all processes"})
     learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate"})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "a schedule of transformers.get_scheduler"})
     warmup_steps: int = field(default=100, metadata={"help": "steps of linear warmup"})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay of matrices"})
-    label_smoothing: float = field(default=0.1, metadata={"help": "cross-entropy label smoothing"})
+    label_smoothing: float = field(default=0.1, metadata={"help": "label smoothing of the cross-entropy"})
     temperature: float = field(default=16.0, metadata={"help": "scale of the cosine logits"})
     checkpointing_steps: int = field(default=200, metadata={"help": "steps between checkpoints"})
     checkpoints_total_limit: int | None = field(default=2, metadata={"help": "how many of the last ones are kept"})
     mixed_precision: MixedPrecision = field(default="auto", metadata={"help": HELP})
-    cpu: bool = field(default=False, metadata={"help": "stay on the CPU also where there is a GPU"})
+    cpu: bool = field(default=False, metadata={"help": "stay on the CPU even if there is a GPU"})
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "go on from a checkpoint: its folder, or `latest` in output_dir"}
     )
@@ -69,9 +67,9 @@ class Arguments:
 
 
 class CosineClassifier(nn.Module):
-    """Backbone features against one learned direction per class."""
+    """Logits `(n, n_classes)`: cosines between the backbone's features and one learned direction per class."""
 
-    def __init__(self, backbone: nn.Module, n_classes: int, temperature: float):
+    def __init__(self, backbone: PreTrainedModel, n_classes: int, temperature: float):
         super().__init__()
         self.features = SplitBackbone(backbone, start=0)
         # Short, so that Adam turns them quickly: only their direction counts.
@@ -83,139 +81,199 @@ class CosineClassifier(nn.Module):
         return self.temperature * F.normalize(features, dim=-1) @ F.normalize(self.directions, dim=-1).T
 
 
-def batch_indices(n_images: int, step: int, batch_size: int, seed: int) -> torch.Tensor:
-    """Images of a step: a slice of the epoch's permutation, itself a function of (seed, epoch)."""
-    per_epoch = max(1, n_images // batch_size)
-    epoch, position = divmod(step, per_epoch)
+class BackbonePretrainer:
+    """Trains the last blocks of a backbone, so that prototypes separate classes that it has not seen.
+
+    Classes whose label is a multiple of `holdout_every` are held out: 5-way episodes of them measure the backbone
+    before and after. The images and crops of a step are functions of (seed, step), so that a killed and resumed run
+    equals an uninterrupted one.
+
+    Args:
+        config: the settings.
+    """
+
+    processor: BaseImageProcessor
+    domain: Domain
+    held_out: Domain | None
+    backbone: PreTrainedModel
+    cost: OfflineCost
+
+    def __init__(self, config: PretrainingConfig):
+        self.config = config
+        self.output = Path(config.output_dir)
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.cpu)
+        self.n_done = 0
+        self.history: list[dict[str, Any]] = []
+
+    def train(self) -> None:
+        """Train, or go on training, and save the backbone in `config.output_dir`.
+
+        Raises:
+            CheckpointError: as `DriftTrainer.train`.
+            ValueError: the datasets have different classes or cannot be read.
+        """
+        config = self.config
+        with exclusive_run(self.accelerator, self.output):
+            self.prepare()
+            bar = tqdm(range(self.n_done, config.steps), disable=not self.accelerator.is_main_process, mininterval=10)
+            for step in bar:
+                loss = self.step(step)
+                if self.n_done % 10 == 0:
+                    bar.set_postfix(loss=f"{loss.item():.3f}")
+                if self.n_done % config.checkpointing_steps == 0 or self.n_done == config.steps:
+                    self.checkpoint(loss.item())
+            self.save()
+        self.accelerator.end_training()
+
+    def prepare(self) -> None:
+        """Load data and backbone, build what is trained, and restore the checkpoint that is resumed from."""
+        set_seed(self.config.seed)
+        self._load_data()
+        self._load_backbone()
+        self._build_optimizer()
+        state = load_checkpoint(self.accelerator, self.output, self.config.resume_from_checkpoint)
+        if state is None:
+            self.cost = OfflineCost(self.accelerator)
+            self._measure_before()
+        else:
+            self.n_done, self.history = state["step"], state["history"]
+            self.cost = OfflineCost(self.accelerator, state["cost"])
+        self.model.train()
+
+    def _load_data(self) -> None:
+        config = self.config
+        self.processor = AutoImageProcessor.from_pretrained(config.backbone, backend="pil")
+        domains = [load_domain(source, self.processor) for source in config.dataset]
+        joined = join_domains(domains, "pretraining")
+        trained: list[int] = []
+        held_out: list[int] = []
+        for label in range(len(joined.class_names)):
+            if config.holdout_every > 0 and label % config.holdout_every == 0:
+                held_out.append(label)
+            else:
+                trained.append(label)
+        self.domain = joined.select_classes(trained)
+        self.held_out = joined.select_classes(held_out, "held-out") if held_out else None
+        self.accelerator.print(f"{len(self.domain)} images of {len(trained)} classes; {len(held_out)} classes held out")
+
+    def _load_backbone(self) -> None:
+        config = self.config
+        if config.from_scratch:
+            self.backbone = AutoModel.from_config(AutoConfig.from_pretrained(config.backbone)).float()
+            return
+        self.backbone = AutoModel.from_pretrained(config.backbone).float()
+        blocks = find_blocks(self.backbone)
+        trainable = blocks.after(len(blocks) - config.trained_blocks)
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_(name in trainable)
+
+    def _build_optimizer(self) -> None:
+        config = self.config
+        self.classifier = CosineClassifier(self.backbone, len(self.domain.class_names), config.temperature)
+        self.parameters = [parameter for parameter in self.classifier.parameters() if parameter.requires_grad]
+        optimizer = build_optimizer(self.parameters, config.learning_rate, config.weight_decay)
+        self.scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, config.steps)
+        # `model` is the classifier, wrapped where there are several processes.
+        self.model, self.optimizer = self.accelerator.prepare(self.classifier, optimizer)
+        self.accelerator.register_for_checkpointing(self.scheduler)
+
+    def _measure_before(self) -> None:
+        if self.held_out is None or not self.accelerator.is_main_process:
+            return
+        entry: dict[str, Any] = {"step": 0}
+        entry.update(self.measure_held_out_accuracy(self.held_out))
+        self.history.append(entry)
+        self.accelerator.print(entry)
+
+    def step(self, step: int) -> torch.Tensor:
+        """One optimiser step on the images of step 0, 1, ...; its loss, of this process's share."""
+        config, accelerator = self.config, self.accelerator
+        indices = draw_images(len(self.domain), step, config.batch_size, config.seed)
+        share = indices[accelerator.process_index :: accelerator.num_processes]
+        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 97 + accelerator.process_index)
+        with self.cost.phase("pretraining", images=len(indices)):
+            images = self.domain.images[share].to(accelerator.device)
+            pixel_values = normalise(random_views(images, generator), self.processor)
+            labels = self.domain.labels[share].to(accelerator.device)
+            with accelerator.autocast():
+                logits = self.model(pixel_values)
+            loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.scheduler.step()
+        self.n_done = step + 1
+        return loss.detach()
+
+    def checkpoint(self, loss: float) -> None:
+        """Note the loss, at the end also the accuracy on held-out classes, and write a checkpoint."""
+        entry: dict[str, Any] = {"step": self.n_done, "loss": round(loss, 4)}
+        is_last = self.n_done == self.config.steps
+        if is_last and self.held_out is not None and self.accelerator.is_main_process:
+            entry.update(self.measure_held_out_accuracy(self.held_out))
+        self.history.append(entry)
+        self.accelerator.print(entry)
+        state = {"history": self.history, "cost": self.cost.state()}
+        limit = self.config.checkpoints_total_limit
+        save_checkpoint(self.accelerator, self.output, self.n_done, state, limit)
+
+    @torch.no_grad()
+    def measure_held_out_accuracy(self, domain: Domain) -> dict[str, float]:
+        """Mean accuracy in % of cosine prototypes on 5-way episodes of a domain, of 1 and of 5 shots."""
+        self.classifier.eval()
+        chunks = []
+        for images in domain.images.split(256):
+            with self.accelerator.autocast():
+                pixel_values = normalise(images.to(self.accelerator.device), self.processor)
+                chunks.append(self.classifier.features.forward_features(pixel_values).float().cpu())
+        self.classifier.train()
+        features = torch.cat(chunks)
+        return {
+            "accuracy_1_shot": _measure_accuracy(features, domain, 1, self.config.seed),
+            "accuracy_5_shot": _measure_accuracy(features, domain, 5, self.config.seed),
+        }
+
+    def save(self) -> None:
+        """Save the backbone, its image processor and `pretraining.json`, the record of the run."""
+        if not self.accelerator.is_main_process:
+            return
+        # Half precision on disk (rounded once, here) and single precision when loaded: CPUs are slow in half.
+        rounded = {name: tensor.half() for name, tensor in self.backbone.state_dict().items()}
+        self.backbone.config.dtype = torch.float32
+        self.backbone.save_pretrained(self.output, state_dict=rounded)
+        self.processor.save_pretrained(self.output)
+        record = {
+            "arguments": describe_arguments(self.config),
+            "history": self.history,
+            "phases": self.cost.summary(),
+            "hardware": hardware(self.accelerator),
+            "versions": versions(),
+        }
+        write_json(self.output / "pretraining.json", record)
+        self.accelerator.print(f"wrote {self.output}")
+
+
+def draw_images(n_images: int, step: int, batch_size: int, seed: int) -> torch.Tensor:
+    """Indices of the images of a step: a slice of the epoch's permutation, which is a function of (seed, epoch)."""
+    steps_per_epoch = max(1, n_images // batch_size)
+    epoch, position = divmod(step, steps_per_epoch)
     order = torch.randperm(n_images, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     return order[position * batch_size : (position + 1) * batch_size]
 
 
-@torch.no_grad()
-def held_out_accuracy(
-    model: CosineClassifier, domain: Domain, processor: BaseImageProcessor, accelerator: Accelerator, seed: int
-) -> dict[str, float]:
-    """Mean 5-way accuracy of cosine prototypes on 200 episodes of the held-out classes, 1-shot and 5-shot, in %."""
-    model.eval()
-    chunks = []
-    for images in domain.images.split(256):
-        with accelerator.autocast():
-            pixels = normalise(images.to(accelerator.device), processor)
-            chunks.append(model.features.forward_features(pixels).float().cpu())
-    features = torch.cat(chunks)
-    result = {}
-    for n_shot in (1, 5):
-        hits = []
-        for index in range(200):
-            episode = cdfsl_episode(domain, index, n_way=5, n_shot=n_shot, seed=seed)
-            classifier = PrototypeClassifier.from_support(features[episode.support], episode.support_labels)
-            predicted = classifier(features[episode.query]).argmax(-1)
-            hits.append((predicted == episode.query_labels).float().mean())
-        result[f"accuracy_{n_shot}_shot"] = round(100 * torch.stack(hits).mean().item(), 2)
-    model.train()
-    return result
+def _measure_accuracy(features: torch.Tensor, domain: Domain, n_shot: int, seed: int) -> float:
+    """Mean accuracy in % over 5-way episodes, from the features `(n_images, width)` of the domain."""
+    accuracies = []
+    for index in range(N_EPISODES):
+        episode = cdfsl_episode(domain, index, n_way=5, n_shot=n_shot, seed=seed)
+        classifier = PrototypeClassifier.from_support(features[episode.support], episode.support_labels)
+        predicted = classifier(features[episode.query]).argmax(-1)
+        accuracies.append((predicted == episode.query_labels).float().mean())
+    return round(100 * torch.stack(accuracies).mean().item(), 2)
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse(Arguments, argv)
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=arguments.cpu)
-    try:
-        with exclusive(arguments.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
-            pretrain(arguments, accelerator)
-    except (CheckpointError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
-    accelerator.end_training()
-
-
-def pretrain(arguments: Arguments, accelerator: Accelerator) -> None:
-    """The whole run, from the data to the saved backbone."""
-    set_seed(arguments.seed)
-    output = Path(arguments.output_dir)
-
-    processor = AutoImageProcessor.from_pretrained(arguments.backbone, backend="pil")
-    everything = join_domains([load_domain(source, processor) for source in arguments.dataset], "pretraining")
-    held_out = [
-        c for c in range(len(everything.class_names)) if arguments.holdout_every and c % arguments.holdout_every == 0
-    ]
-    trained = [c for c in range(len(everything.class_names)) if c not in held_out]
-    domain = everything.select_classes(trained)
-    held_out_domain = everything.select_classes(held_out, "held-out") if held_out else None
-    accelerator.print(f"{len(domain)} images of {len(trained)} classes; {len(held_out)} classes held out")
-
-    if arguments.from_scratch:
-        backbone = AutoModel.from_config(AutoConfig.from_pretrained(arguments.backbone))
-    else:
-        backbone = AutoModel.from_pretrained(arguments.backbone)
-    backbone = backbone.float()
-    blocks = find_blocks(backbone)
-    if not arguments.from_scratch:
-        trainable = blocks.after(len(blocks) - arguments.trained_blocks)
-        for name, parameter in backbone.named_parameters():
-            parameter.requires_grad_(name in trainable)
-    model = CosineClassifier(backbone, len(trained), arguments.temperature)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": arguments.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate)
-    scheduler = get_scheduler(arguments.lr_scheduler_type, optimizer, arguments.warmup_steps, arguments.steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(scheduler)
-    first, history, cost = 0, [], OfflineCost(accelerator)
-    progress = load_checkpoint(accelerator, output, arguments.resume_from_checkpoint)
-    if progress is not None:
-        first, history, cost = progress["step"], progress["history"], OfflineCost(accelerator, progress["cost"])
-    elif held_out_domain is not None and accelerator.is_main_process:
-        before = held_out_accuracy(
-            accelerator.unwrap_model(model), held_out_domain, processor, accelerator, arguments.seed
-        )
-        history.append({"step": 0, **before})
-        accelerator.print(history[-1])
-
-    model.train()
-    bar = tqdm(range(first, arguments.steps), disable=not accelerator.is_main_process, mininterval=10)
-    for step in bar:
-        indices = batch_indices(len(domain), step, arguments.batch_size, arguments.seed)
-        mine = indices[accelerator.process_index :: accelerator.num_processes]
-        generator = torch.Generator().manual_seed((arguments.seed * 1_000_003 + step) * 97 + accelerator.process_index)
-        with cost.phase("pretraining", images=len(indices)):
-            images = domain.images[mine].to(accelerator.device)
-            pixels = normalise(random_views(images, generator), processor)
-            labels = domain.labels[mine].to(accelerator.device)
-            with accelerator.autocast():
-                logits = model(pixels)
-            loss = F.cross_entropy(logits, labels, label_smoothing=arguments.label_smoothing)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-        if (step + 1) % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-        done = step + 1 == arguments.steps
-        if (step + 1) % arguments.checkpointing_steps == 0 or done:
-            record = {"step": step + 1, "loss": round(loss.item(), 4)}
-            if done and held_out_domain is not None and accelerator.is_main_process:
-                whole = accelerator.unwrap_model(model)
-                record |= held_out_accuracy(whole, held_out_domain, processor, accelerator, arguments.seed)
-            history.append(record)
-            accelerator.print(record)
-            state = {"history": history, "cost": cost.state}
-            save_checkpoint(accelerator, output, step + 1, state, arguments.checkpoints_total_limit)
-
-    if accelerator.is_main_process:
-        # Half precision on disk (rounded once, here), single precision when loaded: CPUs are slow in half.
-        rounded = {name: t.half() for name, t in backbone.state_dict().items()}
-        backbone.config.dtype = torch.float32
-        backbone.save_pretrained(output, state_dict=rounded)
-        processor.save_pretrained(output)
-        record = {
-            "arguments": describe_arguments(arguments),
-            "history": history,
-            "phases": cost.summary(),
-            "hardware": hardware(accelerator),
-            "versions": versions(),
-        }
-        write_json(output / "pretraining.json", record)
-        accelerator.print(f"wrote {output}")
+    """The command line of `training/pretrain_backbone.py`."""
+    with exit_on_error():
+        BackbonePretrainer(parse(PretrainingConfig, argv)).train()

@@ -1,4 +1,4 @@
-"""From imitating a teacher to what counts: the schedule of the two objectives, behind one forward pass."""
+"""From velocity matching to the episodic loss: the schedule, and both losses behind one forward pass."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from torch import nn
 
 from ..modeling.adapter import HyperFlowAdapter
-from .objectives import EpisodeImages, EpisodicLoss, VelocityMatchingLoss
+from .objectives import EpisodeImages, EpisodicLoss, MatchingRows, VelocityMatchingLoss
 
 #: What `ScheduledLoss` measures, in this order.
-METRICS = ("loss", "task_loss", "accuracy", "matching_loss")
+METRICS = ("loss", "episodic_loss", "accuracy", "matching_loss")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Matching of recorded trajectories first, then a blend, then the task objective alone.
+    """Velocity matching first, then annealing, then the episodic loss alone.
 
     Attributes:
-        matching_steps: steps of matching only, in which no episode is run.
+        matching_steps: steps of matching alone, in which no episode is run.
         annealing_steps: the steps after them, over which the weight of matching falls linearly.
     """
 
@@ -32,36 +32,35 @@ class Schedule:
                 f"matching_steps={self.matching_steps} and annealing_steps={self.annealing_steps} must be >= 0."
             )
 
+    @property
+    def end_of_matching(self) -> int:
+        """The first step in which matching has no weight."""
+        return self.matching_steps + self.annealing_steps
+
     def weight(self, step: int) -> float:
-        """The weight of matching in step 0, 1, ...; the task objective has the rest of one."""
-        into_blend = max(0, step - self.matching_steps + 1)
-        return max(0.0, 1 - into_blend / (self.annealing_steps + 1))
+        """The weight of matching in step 0, 1, ...; the episodic loss has the rest of one."""
+        n_annealed = max(0, step - self.matching_steps + 1)
+        return max(0.0, 1 - n_annealed / (self.annealing_steps + 1))
 
     def phase(self, step: int) -> str:
-        """The name of what step 0, 1, ... does: "matching", "blend" or "task"."""
+        """The name of what step 0, 1, ... does: "matching", "annealing" or "episodic"."""
         weight = self.weight(step)
-        return "matching" if weight == 1 else "blend" if weight else "task"
+        if weight == 1:
+            return "matching"
+        return "annealing" if weight > 0 else "episodic"
+
+    def measured(self, step: int) -> tuple[str, ...]:
+        """Those of `METRICS` that step 0, 1, ... measures."""
+        weight = self.weight(step)
+        if weight == 1:
+            return ("loss", "matching_loss")
+        if weight == 0:
+            return ("loss", "episodic_loss", "accuracy")
+        return METRICS
 
 
-@dataclass(frozen=True)
-class MatchingRows:
-    """Recorded trajectories as the matching objective takes them.
-
-    Attributes:
-        support: of each row the support images' features `(n_support, feature_dim)` and labels `(n_support,)`.
-        deltas: `(n_rows, n_points, n_tokens, token_dim)`, theta minus the adapter's start.
-        t: `(n_rows,)`, the time at which the velocity of each is compared.
-        hidden: `(n_rows,)` bool, whether the drift network must do without knowing where the trajectory is.
-    """
-
-    support: list[tuple[torch.Tensor, torch.Tensor]]
-    deltas: torch.Tensor
-    t: torch.Tensor
-    hidden: torch.Tensor
-
-
-def rows_of_step(n_rows: int, step: int, batch_size: int, seed: int) -> list[int]:
-    """Rows of a matching step: the next ones of shuffled passes over all rows, a function of (seed, step) alone."""
+def draw_rows(n_rows: int, step: int, batch_size: int, seed: int) -> list[int]:
+    """The rows of a matching step: the next ones of shuffled passes over all rows, a function of (seed, step) alone."""
     orders: dict[int, torch.Tensor] = {}
     rows = []
     for position in range(step * batch_size, (step + 1) * batch_size):
@@ -73,43 +72,48 @@ def rows_of_step(n_rows: int, step: int, batch_size: int, seed: int) -> list[int
 
 
 class ScheduledLoss(nn.Module):
-    """Both objectives behind one forward pass, as `DistributedDataParallel` wants it.
+    """Both losses behind one forward pass, as `DistributedDataParallel` wants it.
 
-    Returns sums in which every row and episode counts as one part of the step's batch, so that the losses of unequal
-    shares of the batch, on any number of processes and in any number of parts, add up to that of the whole.
+    Every row and every episode counts as one part of the step's whole batch. The losses of unequal shares of a batch,
+    on any number of processes and in any number of parts, therefore add up to the loss of the whole.
 
     Args:
         adapter: what is trained.
-        task: the task objective of `adapter`.
-        matching: the matching objective of `adapter`; None without trajectories.
+        episodic: the episodic loss of `adapter`.
+        matching: the velocity matching loss of `adapter`; None without trajectories.
     """
 
-    def __init__(self, adapter: HyperFlowAdapter, task: EpisodicLoss, matching: VelocityMatchingLoss | None = None):
+    def __init__(self, adapter: HyperFlowAdapter, episodic: EpisodicLoss, matching: VelocityMatchingLoss | None = None):
         super().__init__()
         self.adapter = adapter
-        self._objectives = (task, matching)  # in a tuple, so that the adapter is registered and saved only once
+        # In a tuple, so that the adapter is registered and saved only once.
+        self._losses = (episodic, matching)
 
     def forward(
         self, episodes: list[EpisodeImages], rows: MatchingRows | None, weight: float, n_episodes: int, n_rows: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The part of a step's loss that a share of its batch makes up.
+        """What a share of a step's batch adds to the loss of the step.
 
         Args:
-            episodes: the share's; not looked at where `weight` is one.
-            rows: the share's; not looked at where `weight` is zero.
+            episodes: of the share; not looked at where `weight` is one.
+            rows: of the share; not looked at where `weight` is zero.
             weight: of matching, see `Schedule`.
-            n_episodes, n_rows: of the step's whole batch.
+            n_episodes, n_rows: sizes of the whole batch.
 
         Returns:
-            The loss and, detached, `METRICS` `(4,)`, each the share's part of the mean over the whole batch.
+            The loss and, detached, `METRICS` `(4,)`, each of them the share's part of the mean over the whole batch.
         """
-        task, matching = self._objectives
-        zero = 0.0 * self.adapter.logit_scale  # matching does not use the scale; DDP wants a gradient of everything
-        task_loss, accuracy, matching_loss = zero, zero, zero
+        episodic, matching = self._losses
+        # Matching does not use the scale of the logits, and DDP wants a gradient for every parameter.
+        zero = 0.0 * self.adapter.logit_scale
+        episodic_loss, accuracy, matching_loss = zero, zero, zero
         if weight < 1:
             share = len(episodes) / n_episodes
-            task_loss, accuracy = (share * value for value in task(episodes))
+            mean_loss, mean_accuracy = episodic(episodes)
+            episodic_loss, accuracy = share * mean_loss, share * mean_accuracy
         if weight > 0:
-            matching_loss = len(rows.t) / n_rows * matching(rows.support, rows.deltas, rows.t, rows.hidden)
-        loss = zero + weight * matching_loss + (1 - weight) * task_loss
-        return loss, torch.stack([loss, task_loss, accuracy, matching_loss]).detach()
+            assert matching is not None, "a step of matching has trajectories"
+            assert rows is not None, "a share of a matching step has rows"
+            matching_loss = len(rows) / n_rows * matching(rows)
+        loss = zero + weight * matching_loss + (1 - weight) * episodic_loss
+        return loss, torch.stack([loss, episodic_loss, accuracy, matching_loss]).detach()

@@ -1,13 +1,4 @@
-"""Train a HyperFlow adapter for a backbone on labelled image datasets.
-
-    accelerate launch training/train_drift.py --config training/configs/hyperflow-vit-s14-70.yaml \
-        --backbone FOLDER_OR_HUB_ID --dataset FILE_OR_HUB_ID [...] --output_dir adapter
-
-The flow is trained by the task objective and, with `--trajectories` of `collect_trajectories.py`, first by matching
-what a teacher did (`--matching_steps`, `--annealing_steps`). Episodes and rows of a step are functions of (seed, step): a
-killed run goes on with `--resume_from_checkpoint latest` as if it had not been interrupted, and any number of
-processes and of accumulated parts share the work of each step.
-"""
+"""`DriftTrainer`: trains a HyperFlow adapter for a backbone on labelled image datasets."""
 
 from __future__ import annotations
 
@@ -18,270 +9,410 @@ import tempfile
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from datasets import disable_progress_bars
-from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModel, get_scheduler
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel, get_scheduler
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
-from hf_hyperflow import HyperFlowAdapter
-
-from ..arguments import describe_arguments, parse
+from ..arguments import describe_arguments, exit_on_error, parse
 from ..benchmark.evaluation import compare_flow
 from ..data.domains import Domain
 from ..data.tasks import MIN_WAY, load_domains, query_count, require_enough
 from ..finetuning.trajectories import Trajectories, measure_token_scale
+from ..modeling.adapter import HyperFlowAdapter
+from ..modeling.backbones import SplitBackbone
 from ..modeling.hub import make_repo, push_folder
-from ..modeling.lda import spread_between, within_covariance
-from ..modeling.peft_configs import bias_config, layernorm_config, lora_config
-from ..modeling.saving import CheckpointError, exclusive
-from .batches import StepBatches, load_recorded
-from .checkpoints import load_checkpoint, save_adapter, save_checkpoint
-from .config import Arguments
+from ..modeling.lda import RegularisedLDA
+from ..modeling.saving import CheckpointError
+from .batches import BatchSizes, StepBatches, load_recorded
+from .checkpoints import exclusive_run, load_checkpoint, save_adapter, save_checkpoint
+from .config import DriftTrainingConfig, build_peft_config
 from .cost_log import OfflineCost, hardware, versions
+from .lda_prior import measure_lda_prior
 from .objectives import EpisodicLoss, VelocityMatchingLoss
+from .optimizer import build_optimizer
+from .progress import TrainingProgress
 from .schedule import METRICS, Schedule, ScheduledLoss
-from .tracking import flat, logging_folder, require_tracker, start_tracker
+from .tracking import flatten, get_logging_folder, list_domains, require_tracker, start_tracker
 
-#: Means in the history are over so many steps.
-WINDOW = 50
-#: Ways, shots and queries that every domain must have: of the smallest training task, of a validation of 5 shots.
+#: Ways, shots and queries that each domain must have: of the smallest training task, and of a validation episode.
 SMALLEST_TASK, VALIDATION_TASK = (MIN_WAY, 1, query_count(MIN_WAY)), (2, 5, 15)
 
 
-def new_adapter(
-    arguments: Arguments, backbone: nn.Module, processor: object, image_size: torch.Size
+class DriftTrainer:
+    """Trains the drift network of a HyperFlow adapter, and measures the closed-form head it classifies with.
+
+        config = DriftTrainingConfig(backbone="facebook/dinov2-small", dataset=["photos", "drawings"], output_dir="out")
+        trainer = DriftTrainer(config)
+        adapter = trainer.train()
+
+    The batch of a step is a function of (seed, step). A run that was killed and resumed therefore equals an
+    uninterrupted one, and any number of processes and of accumulated parts gives the same result, up to rounding.
+
+    Args:
+        config: the settings.
+
+    Attributes:
+        adapter: what is trained; `averaged_adapter`, the moving average of its weights, is what is saved.
+        progress: how far the run has come.
+        cost: what it has cost, phase by phase.
+
+    Raises:
+        ImportError: the package of `config.report_to` is not installed.
+    """
+
+    processor: BaseImageProcessor
+    training_domains: list[Domain]
+    validation_domains: list[Domain]
+    backbone: PreTrainedModel
+    adapter: HyperFlowAdapter
+    split: SplitBackbone
+    recorded: Trajectories | None
+    episodic_loss: EpisodicLoss
+    batches: StepBatches
+    cost: OfflineCost
+
+    def __init__(self, config: DriftTrainingConfig):
+        require_tracker(config.report_to)
+        self.config = config
+        self.output = Path(config.output_dir)
+        self.repo_id = config.hub_model_id or self.output.name
+        self.schedule = Schedule(config.matching_steps, config.annealing_steps)
+        self.progress = TrainingProgress()
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            cpu=config.cpu,
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_dir=get_logging_folder(self.output, config.report_to),
+            # The other processes wait for the longest validation, and that is no failure.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        )
+
+    def train(self) -> HyperFlowAdapter:
+        """Train, or go on training, and save the adapter in `config.output_dir`.
+
+        Returns:
+            The trained adapter in evaluation mode, in single precision.
+
+        Raises:
+            CheckpointError: another run writes to the folder; it holds checkpoints and it was not said to resume; a
+                checkpoint is damaged or of another run; the disk is full; or the Hub refuses the push.
+            ValueError: a dataset cannot be read or is too small, the trajectories do not fit, or training diverges.
+            IncompatibleBackboneError: the backbone is no vision transformer that can be split at its blocks.
+        """
+        config = self.config
+        with exclusive_run(self.accelerator, self.output):
+            self.prepare()
+            bar = tqdm(
+                range(self.progress.step, config.steps),
+                disable=not self.accelerator.is_main_process,
+                mininterval=10,
+            )
+            for step in bar:
+                self.step(step)
+                bar.set_postfix(self.progress.recent.means())
+                if self._is_due(config.validate_every):
+                    self.validate()
+                if self._is_due(config.checkpointing_steps):
+                    self.checkpoint()
+            self.save()
+        self.accelerator.end_training()
+        return self.averaged_adapter.eval()
+
+    def _is_due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and at the end, happens now."""
+        return self.progress.step % every == 0 or self.progress.step == self.config.steps
+
+    @property
+    def averaged_adapter(self) -> HyperFlowAdapter:
+        """The exponential moving average of the adapter's weights."""
+        adapter = self.averaged.module
+        assert isinstance(adapter, HyperFlowAdapter)
+        return adapter
+
+    # Prepare
+
+    def prepare(self) -> None:
+        """Load data and backbone, build what is trained, and restore the checkpoint that is resumed from."""
+        set_seed(self.config.seed)
+        self._mute_other_processes()
+        if self.config.push_to_hub and self.accelerator.is_main_process:
+            # A token that may not write is an error now, and not after the training.
+            self.repo_id = make_repo(self.repo_id)
+        self._load_data()
+        self._build_adapter()
+        self._build_optimizer()
+        is_resumed = self._resume()
+        start_tracker(self.accelerator, describe_arguments(self.config))
+        self.batches = StepBatches(self.config, self.training_domains, self.processor, self.recorded, self.accelerator)
+        if self.config.lda and not is_resumed:
+            self._measure_lda()
+        if self.progress.step < self.schedule.end_of_matching:
+            with self.cost.phase("preparation", every=1), self.accelerator.autocast():
+                self.batches.encode_support(self.adapter, self.split)
+
+    def _mute_other_processes(self) -> None:
+        """Progress bars and warnings come once, and not once per process."""
+        if not self.accelerator.is_main_process:
+            disable_progress_bars()
+            logging.disable_progress_bar()
+            warnings.simplefilter("ignore")
+
+    def _load_data(self) -> None:
+        config = self.config
+        self.processor = AutoImageProcessor.from_pretrained(config.backbone, backend="pil")
+        self.training_domains, self.validation_domains = load_domains(
+            config.dataset, self.processor, holdout=config.holdout, max_per_class=config.max_per_class
+        )
+        require_enough(self.training_domains, *SMALLEST_TASK)
+        require_enough(self.validation_domains, *VALIDATION_TASK)
+        self.accelerator.print("train on", list_domains(self.training_domains))
+        self.accelerator.print("validate on", list_domains(self.validation_domains))
+
+    def _build_adapter(self) -> None:
+        """The backbone, an untrained adapter for it, and the trajectories that the adapter starts from."""
+        config = self.config
+        backbone = AutoModel.from_pretrained(config.backbone).float().eval().requires_grad_(False)
+        self.backbone = backbone.to(self.accelerator.device)
+        image_size = self.training_domains[0].images.shape[-2:]
+        self.adapter = build_adapter(config, self.backbone, self.processor, image_size)
+        self.split = self.adapter.split(self.backbone)
+        self.recorded = load_recorded(config.trajectories, self.adapter, self.training_domains)
+        if config.token_scale is not None:
+            self.adapter.token_scale.fill_(config.token_scale)
+        elif self.recorded is not None:
+            self.adapter.token_scale.copy_(measure_token_scale(self.recorded))
+
+    def _build_optimizer(self) -> None:
+        """The losses, and everything that changes the weights, under Accelerate's control."""
+        config = self.config
+        self.episodic_loss = EpisodicLoss(self.adapter, self.split)
+        matching = None
+        if self.recorded is not None:
+            matching = VelocityMatchingLoss(self.adapter, self.recorded.times, interpolant=config.interpolant)
+        loss = ScheduledLoss(self.adapter, self.episodic_loss, matching)
+        self.parameters = [parameter for parameter in self.adapter.parameters() if parameter.requires_grad]
+        self.accelerator.print(
+            f"{self.adapter.space.n_tokens} tokens, {self.adapter.space.n_parameters} adapted parameters, "
+            f"{sum(parameter.numel() for parameter in self.parameters)} trained parameters"
+        )
+        optimizer = build_optimizer(self.parameters, config.learning_rate, config.weight_decay, betas=(0.9, 0.98))
+        # Not prepared: Accelerate would step it once per process, and the schedule is that of whole steps.
+        self.scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, config.steps)
+        self.loss, self.optimizer = self.accelerator.prepare(loss, optimizer)
+        self.averaged = AveragedModel(self.adapter, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        self.accelerator.register_for_checkpointing(self.averaged, self.scheduler)
+
+    def _resume(self) -> bool:
+        """Restore the checkpoint that the config asks for; False where training starts from the beginning.
+
+        Raises:
+            CheckpointError: see `load_checkpoint`; or the checkpoint was trained on other data.
+        """
+        state = load_checkpoint(self.accelerator, self.output, self.config.resume_from_checkpoint)
+        if state is None:
+            self.cost = OfflineCost(self.accelerator)
+            return False
+        self.progress = TrainingProgress.from_dict(state)
+        self.cost = OfflineCost(self.accelerator, state["cost"])
+        data = self._describe_data()
+        if state["data"] != data:
+            raise CheckpointError(
+                f"{self.output} was trained so far on {state['data']}, and now there are {data}. Choose another "
+                "--output_dir, or give the data it was started with."
+            )
+        arguments = describe_arguments(self.config)
+        changed = [name for name, value in arguments.items() if value != state["arguments"].get(name)]
+        if changed:
+            self.accelerator.print(f"warning: other than when the checkpoint was written: {', '.join(sorted(changed))}")
+        return True
+
+    def _measure_lda(self) -> None:
+        n_tasks = self.config.lda_tasks
+        with self.cost.phase("lda", every=1, episodes=n_tasks), self.accelerator.autocast():
+            measure_lda_prior(self.accelerator, self.episodic_loss, self.batches, n_tasks)
+        # The average is one of parameters alone, and the prior is in buffers.
+        measured, averaged = self.adapter.head, self.averaged_adapter.head
+        assert isinstance(measured, RegularisedLDA)
+        assert isinstance(averaged, RegularisedLDA)
+        averaged.load_state_dict(measured.state_dict())
+
+    # Step
+
+    def step(self, step: int) -> None:
+        """One optimiser step on the batch of step 0, 1, ...
+
+        Raises:
+            ValueError: the loss or its gradient is not finite. The weights are left as they were.
+        """
+        sizes = self.batches.sizes(step)
+        with self.cost.phase(self.schedule.phase(step), episodes=sizes.episodes, rows=sizes.rows):
+            metrics = self._accumulate_gradients(step, sizes)
+            norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+            values = dict(zip(METRICS, self.accelerator.reduce(metrics).tolist(), strict=True))
+            self._require_finite(step, values["loss"], norm)
+            self._update_weights()
+        self.progress.step = step + 1
+        self.progress.recent.add(values, self.schedule.measured(step))
+        curves = self.progress.recent.latest()
+        curves["matching_weight"] = self.schedule.weight(step)
+        curves["learning_rate"] = self.scheduler.get_last_lr()[0]
+        self.accelerator.log(curves, step=self.progress.step)
+
+    def _accumulate_gradients(self, step: int, sizes: BatchSizes) -> torch.Tensor:
+        """Gradients of this process's share of a batch, part by part, and its share of `METRICS`."""
+        n_parts = self.config.gradient_accumulation_steps
+        weight = self.schedule.weight(step)
+        metrics = torch.zeros(len(METRICS), device=self.accelerator.device)
+        for part in range(n_parts):
+            is_last = part + 1 == n_parts
+            # Processes exchange gradients once per step, in the last part.
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.loss):
+                episodes, rows = self.batches.share(step, part)
+                loss, measured = self.loss(episodes, rows, weight, sizes.episodes, sizes.rows)
+                # DDP takes the mean of the processes, and the shares are to be summed.
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+                metrics += measured
+        return metrics
+
+    def _require_finite(self, step: int, loss: float, gradient_norm: float) -> None:
+        # Half precision looks after infinite gradients itself: it leaves the step out and lowers its scale.
+        handles_overflow = self.accelerator.scaler is not None
+        if not math.isfinite(loss) or (not handles_overflow and not math.isfinite(gradient_norm)):
+            raise ValueError(
+                f"the loss of step {step + 1} is {loss}, the norm of its gradient {gradient_norm}. Lower "
+                "--learning_rate, lengthen --warmup_steps or use --mixed_precision no, and go on from the last "
+                "checkpoint."
+            )
+
+    def _update_weights(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+            self.averaged.update_parameters(self.adapter)
+
+    # Validate
+
+    def validate(self) -> dict[str, dict[str, float]]:
+        """Compare the averaged adapter with direct transfer on every validation domain, and note it in the history.
+
+        Returns:
+            By domain, accuracies in % on 5-way 5-shot episodes, and their paired differences in percentage points.
+        """
+        n_episodes = self.config.validation_episodes * len(self.validation_domains)
+        with self.cost.phase("validation", every=1, episodes=n_episodes):
+            accuracies = self._compare_on_validation_domains()
+        progress = self.progress
+        entry: dict[str, Any] = {"step": progress.step, "phase": self.schedule.phase(progress.step - 1)}
+        entry.update(progress.recent.means())
+        entry["scale"] = self.adapter.logit_scale.exp().item()
+        entry.update(accuracies)
+        progress.history.append(entry)
+        self.accelerator.print(json.dumps(entry))
+        self.accelerator.log(flatten(accuracies, "validation/"), step=progress.step)
+        return accuracies
+
+    def _compare_on_validation_domains(self) -> dict[str, dict[str, float]]:
+        """The domains are dealt out to the processes."""
+        domains = self.validation_domains[self.accelerator.process_index :: self.accelerator.num_processes]
+        summaries = []
+        with self.accelerator.autocast():
+            for domain in domains:
+                comparison = compare_flow(
+                    self.averaged_adapter,
+                    self.backbone,
+                    domain,
+                    n_episodes=self.config.validation_episodes,
+                    n_shot=5,
+                )
+                summaries.append((domain.name, comparison.summary()))
+        gathered = dict(gather_object(summaries))
+        return {domain.name: gathered[domain.name] for domain in self.validation_domains}
+
+    # Save
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint that a killed run goes on from.
+
+        Raises:
+            CheckpointError: it cannot be written; the earlier ones are untouched.
+        """
+        state = self.progress.to_dict()
+        state["cost"] = self.cost.state()
+        state["arguments"] = describe_arguments(self.config)
+        state["data"] = self._describe_data()
+        limit = self.config.checkpoints_total_limit
+        save_checkpoint(self.accelerator, self.output, self.progress.step, state, limit)
+
+    def save(self) -> None:
+        """Save the averaged adapter with the record of its training and, if the config says so, push it to the Hub.
+
+        Raises:
+            CheckpointError: the folder cannot be written, or the Hub refuses.
+        """
+        if self.accelerator.is_main_process:
+            adapter = self.averaged_adapter
+            adapter.training_record = self._build_record()
+            save_adapter(adapter, self.output)
+            self.accelerator.print(f"wrote {self.output}")
+            if self.config.push_to_hub:
+                # From a folder of its own: `output` holds checkpoints and curves, too.
+                with tempfile.TemporaryDirectory() as folder:
+                    save_adapter(adapter, folder)
+                    self.accelerator.print(f"pushed to {push_folder(folder, self.repo_id).commit_url}")
+        self.accelerator.wait_for_everyone()
+
+    def _build_record(self) -> dict[str, Any]:
+        """What `training.json` says: how the adapter was trained and what that cost."""
+        return {
+            "arguments": describe_arguments(self.config),
+            "history": self.progress.history,
+            "phases": self.cost.summary(),
+            "trajectories": None if self.recorded is None else self.recorded.collection,
+            "hardware": hardware(self.accelerator),
+            "versions": versions(),
+        }
+
+    def _describe_data(self) -> dict[str, Any]:
+        """How much there is to train on. An interrupted run goes on with the same."""
+        collections = [] if self.recorded is None else self.recorded.collection["collections"]
+        return {
+            "images": {domain.name: len(domain) for domain in self.training_domains},
+            "trajectories": {entry["name"]: entry["totals"]["rows"] for entry in collections},
+        }
+
+
+def build_adapter(
+    config: DriftTrainingConfig, backbone: PreTrainedModel, processor: BaseImageProcessor, image_size: torch.Size
 ) -> HyperFlowAdapter:
-    """The untrained adapter that the arguments describe, for images of this height and width."""
-    if arguments.parameters == "bias":
-        peft_config = bias_config(backbone, arguments.last_blocks, norms=arguments.norms)
-    elif arguments.parameters == "lora":
-        peft_config = lora_config(backbone, arguments.last_blocks)
-    else:
-        peft_config = layernorm_config(backbone, arguments.last_blocks)
-    encoder = None if arguments.encoder is None else AutoModel.from_pretrained(arguments.encoder).float()
+    """The untrained adapter that a config describes, for images of this height and width."""
+    encoder = None
+    if config.encoder is not None:
+        encoder = AutoModel.from_pretrained(config.encoder).float()
     return HyperFlowAdapter.from_backbone(
         backbone,
-        peft_config,
-        last_blocks=arguments.last_blocks,
+        build_peft_config(config.parameters, backbone, config.last_blocks, norms=config.norms),
+        last_blocks=config.last_blocks,
         processor=processor,
         encoder=encoder,
-        drift_width=arguments.drift_width,
-        drift_depth=arguments.drift_depth,
-        n_steps=arguments.n_steps,
-        lda=arguments.lda,
-        intermediate_weight=arguments.intermediate_weight,
+        drift_width=config.drift_width,
+        drift_depth=config.drift_depth,
+        n_steps=config.n_steps,
+        lda=config.lda,
+        intermediate_weight=config.intermediate_weight,
         image_size=list(image_size),
     )
 
 
-@torch.no_grad()
-def measure_lda(accelerator: Accelerator, task: EpisodicLoss, batches: StepBatches, n_tasks: int) -> None:
-    """Set the adapter's metric to what training tasks, all of which count the same, are like.
-
-    Raises:
-        ValueError: in no task do the images of a class differ.
-    """
-    width = len(task.adapter.head.variances)
-    covariances = torch.zeros(width, width, device=accelerator.device, dtype=torch.float64)
-    sums = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
-    for episode in batches.mine(n_tasks):
-        features = task.adapted_features(task.start, task.split.forward_prefix(episode.pixel_values)).double()
-        labels = torch.cat([episode.support_labels, episode.query_labels])
-        covariance = within_covariance(features, labels)
-        variance = covariance.diagonal().mean()
-        if variance > 0:  # a made-up domain can be blank
-            covariances += covariance / variance
-            sums += torch.stack([torch.ones_like(variance), variance, spread_between(features, labels)])
-    n_measured, variance, spread = accelerator.reduce(sums)
-    if n_measured == 0:
-        raise ValueError(
-            f"the metric cannot be measured: in {n_tasks} tasks the images of each class are all the same."
-        )
-    covariance = variance / n_measured * accelerator.reduce(covariances) / n_measured
-    task.adapter.head.set_prior(covariance, spread / n_measured)
-
-
-def validate(
-    accelerator: Accelerator, adapter: HyperFlowAdapter, backbone: nn.Module, domains: list[Domain], n_episodes: int
-) -> dict[str, dict]:
-    """5-way 5-shot accuracies of each domain, dealt out to the processes."""
-    mine = domains[accelerator.process_index :: accelerator.num_processes]
-    with accelerator.autocast():
-        found = [
-            (domain.name, compare_flow(adapter, backbone, domain, n_episodes=n_episodes, n_shot=5).summary())
-            for domain in mine
-        ]
-    by_name = dict(gather_object(found))
-    return {domain.name: by_name[domain.name] for domain in domains}
-
-
-def trained_on(training: list[Domain], recorded: Trajectories | None) -> dict[str, object]:
-    """How much there is to train on: a run that was interrupted goes on with the same."""
-    collections = [] if recorded is None else recorded.collection["collections"]
-    return {
-        "images": {domain.name: len(domain) for domain in training},
-        "trajectories": {c["name"]: c["totals"]["rows"] for c in collections},
-    }
-
-
 def main(argv: list[str] | None = None) -> None:
-    try:
-        arguments = parse(Arguments, argv)
-        require_tracker(arguments.report_to)
-        accelerator = Accelerator(
-            mixed_precision=arguments.mixed_precision,
-            cpu=arguments.cpu,
-            log_with=None if arguments.report_to == "none" else arguments.report_to,
-            project_dir=logging_folder(Path(arguments.output_dir), arguments.report_to),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # a long validation is no failure
-        )
-        with exclusive(arguments.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
-            train(arguments, accelerator)
-    except (CheckpointError, ImportError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
-    accelerator.end_training()
-
-
-def train(arguments: Arguments, accelerator: Accelerator) -> None:
-    """The whole run, from the data to the saved adapter."""
-    set_seed(arguments.seed)
-    if not accelerator.is_main_process:  # bars and warnings once, not once per process
-        disable_progress_bars()
-        logging.disable_progress_bar()
-        warnings.simplefilter("ignore")
-    output = Path(arguments.output_dir)
-    repo_id = arguments.hub_model_id or output.name
-    if arguments.push_to_hub and accelerator.is_main_process:
-        repo_id = make_repo(repo_id)  # what is wrong with the token should be known before, not after the training
-
-    processor = AutoImageProcessor.from_pretrained(arguments.backbone, backend="pil")
-    training, validation = load_domains(
-        arguments.dataset, processor, holdout=arguments.holdout, max_per_class=arguments.max_per_class
-    )
-    for kind, domains, needed in (("train", training, SMALLEST_TASK), ("validate", validation, VALIDATION_TASK)):
-        require_enough(domains, *needed)
-        accelerator.print(f"{kind} on", ", ".join(f"{d.name} ({len(d.class_names)}/{len(d)})" for d in domains))
-
-    backbone = AutoModel.from_pretrained(arguments.backbone).float().eval().requires_grad_(False).to(accelerator.device)
-    adapter = new_adapter(arguments, backbone, processor, training[0].images.shape[-2:])
-    schedule = Schedule(arguments.matching_steps, arguments.annealing_steps)
-    recorded = load_recorded(arguments.trajectories, adapter, training)
-    if arguments.token_scale is not None:
-        adapter.token_scale.fill_(arguments.token_scale)
-    elif recorded is not None:
-        adapter.token_scale.copy_(measure_token_scale(recorded))
-    split = adapter.split(backbone)
-    task = EpisodicLoss(adapter, split)
-    matching = None if recorded is None else VelocityMatchingLoss(adapter, recorded.times, path=arguments.interpolant)
-    objective = ScheduledLoss(adapter, task, matching)
-    parameters = [p for p in adapter.parameters() if p.requires_grad]
-    accelerator.print(
-        f"{adapter.space.n_tokens} tokens, {adapter.space.n_parameters} adapted parameters, "
-        f"{sum(p.numel() for p in parameters)} trained parameters"
-    )
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": arguments.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98))
-    scheduler = get_scheduler(arguments.lr_scheduler_type, optimizer, arguments.warmup_steps, arguments.steps)
-    objective, optimizer = accelerator.prepare(objective, optimizer)
-    averaged = AveragedModel(adapter, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay))
-    accelerator.register_for_checkpointing(averaged, scheduler)
-
-    record, data = describe_arguments(arguments), trained_on(training, recorded)
-    progress = load_checkpoint(accelerator, output, arguments.resume_from_checkpoint)
-    first, history, recent, cost = 0, [], {}, OfflineCost(accelerator)
-    if progress is not None:
-        first, history, recent = progress["step"], progress["history"], progress["recent"]
-        cost = OfflineCost(accelerator, progress["cost"])
-        if progress["data"] != data:
-            raise CheckpointError(
-                f"{output} was trained so far on {progress['data']}, and now there are {data}. Choose another "
-                "--output_dir, or give the data it was started with."
-            )
-        changed = sorted(key for key in record if record[key] != progress["arguments"].get(key))
-        if changed:
-            accelerator.print(f"warning: other than when the checkpoint was written: {', '.join(changed)}")
-    start_tracker(accelerator, record)
-    batches = StepBatches(arguments, training, processor, recorded, accelerator)
-    if progress is None and adapter.head is not None:
-        with cost.phase("metric", every=1, episodes=arguments.lda_tasks), accelerator.autocast():
-            measure_lda(accelerator, task, batches, arguments.lda_tasks)
-        averaged.module.head.load_state_dict(adapter.head.state_dict())  # buffers are not averaged
-    if first < schedule.matching_steps + schedule.annealing_steps:
-        with cost.phase("preparation", every=1), accelerator.autocast():
-            batches.encode_support(adapter, split)
-
-    bar = tqdm(range(first, arguments.steps), disable=not accelerator.is_main_process, mininterval=10)
-    for step in bar:
-        weight, phase = schedule.weight(step), schedule.phase(step)
-        sizes = batches.sizes(step)
-        with cost.phase(phase, **sizes):
-            metrics = torch.zeros(len(METRICS), device=accelerator.device)
-            for part in range(arguments.gradient_accumulation_steps):
-                last = part + 1 == arguments.gradient_accumulation_steps
-                with contextlib.nullcontext() if last else accelerator.no_sync(objective):
-                    episodes, rows = batches.share(step, part)
-                    loss, measured = objective(episodes, rows, weight, sizes["episodes"], sizes["rows"])
-                    accelerator.backward(loss * accelerator.num_processes)  # DDP takes the mean of the processes
-                    metrics += measured
-            norm = float(accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm))
-            values = dict(zip(METRICS, accelerator.reduce(metrics).tolist(), strict=True))
-            # Half precision looks after infinite gradients itself: it leaves the step out and lowers its scale.
-            if not math.isfinite(values["loss"]) or (accelerator.scaler is None and not math.isfinite(norm)):
-                raise ValueError(
-                    f"the loss of step {step + 1} is {values['loss']}, the norm of its gradient {norm}. Lower "
-                    "--learning_rate, lengthen --warmup_steps or use --mixed_precision no, and go on from the last "
-                    "checkpoint."
-                )
-            optimizer.step()
-            optimizer.zero_grad()
-            if not accelerator.optimizer_step_was_skipped:
-                scheduler.step()
-                averaged.update_parameters(adapter)
-        unused = {"task_loss", "accuracy"} if weight == 1 else {"matching_loss"} if weight == 0 else set()
-        recent = {key: [*recent.get(key, [])[1 - WINDOW :], v] for key, v in values.items() if key not in unused}
-        means = {key: sum(column) / len(column) for key, column in recent.items()}
-        bar.set_postfix({key: f"{mean:.3f}" for key, mean in means.items()})
-        now = {key: column[-1] for key, column in recent.items()} | {"matching_weight": weight}
-        accelerator.log(now | {"learning_rate": scheduler.get_last_lr()[0]}, step=step + 1)
-        done = step + 1 == arguments.steps
-        if (step + 1) % arguments.validate_every == 0 or done:
-            n_episodes = arguments.validation_episodes
-            with cost.phase("validation", every=1, episodes=n_episodes * len(validation)):
-                accuracies = validate(accelerator, averaged.module, backbone, validation, n_episodes)
-            found = (
-                {"step": step + 1, "phase": phase} | means | {"scale": adapter.logit_scale.exp().item()} | accuracies
-            )
-            history.append(found)
-            accelerator.print(json.dumps(found))
-            accelerator.log(flat({"validation": accuracies}), step=step + 1)
-        if (step + 1) % arguments.checkpointing_steps == 0 or done:
-            state = {"history": history, "recent": recent, "cost": cost.state}
-            state |= {"arguments": record, "data": data}
-            save_checkpoint(accelerator, output, step + 1, state, arguments.checkpoints_total_limit)
-
-    if accelerator.is_main_process:
-        trained = averaged.module
-        trained.training_record = {
-            "arguments": record,
-            "history": history,
-            "phases": cost.summary(),
-            "trajectories": None if recorded is None else recorded.collection,
-            "hardware": hardware(accelerator),
-            "versions": versions(),
-        }
-        save_adapter(trained, output)
-        accelerator.print(f"wrote {output}")
-        if arguments.push_to_hub:
-            with tempfile.TemporaryDirectory() as folder:
-                save_adapter(trained, folder)
-                accelerator.print(f"pushed to {push_folder(folder, repo_id).commit_url}")
-    accelerator.wait_for_everyone()
+    """The command line of `training/train_drift.py`."""
+    with exit_on_error():
+        DriftTrainer(parse(DriftTrainingConfig, argv)).train()

@@ -7,15 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from hf_hyperflow.modeling.saving import CheckpointError
-from tests.helpers.training_runs import SCRIPTS
-
-
-@pytest.fixture
-def checkpoints(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
-    import checkpoints
-
-    return checkpoints
+from hf_hyperflow.training.checkpoints import load_checkpoint, save_checkpoint
 
 
 class Run:
@@ -37,12 +29,12 @@ class Run:
 
 
 @pytest.fixture
-def saved(checkpoints, tmp_path):
+def saved(tmp_path):
     """Checkpoints 1, 2 and 3 with as many in the model, and a run that is at none of them."""
     run = Run()
     for step in (1, 2, 3):
         run.value = float(step)
-        checkpoints.save_checkpoint(run.accelerator, tmp_path, step, {"note": f"at {step}"})
+        save_checkpoint(run.accelerator, tmp_path, step, {"note": f"at {step}"})
     run.value = 0.0
     return run
 
@@ -51,30 +43,30 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_latest_is_the_last(saved, checkpoints, tmp_path):
-    progress = checkpoints.load_checkpoint(saved.accelerator, tmp_path, "latest")
+def test_latest_is_the_last(saved, tmp_path):
+    progress = load_checkpoint(saved.accelerator, tmp_path, "latest")
     assert saved.value == 3.0
     assert (progress["step"], progress["note"]) == (3, "at 3")
 
 
 @pytest.mark.parametrize("by_name", [True, False])
-def test_a_checkpoint_by_its_name_or_folder(saved, checkpoints, by_name, tmp_path):
+def test_a_checkpoint_by_its_name_or_folder(saved, by_name, tmp_path):
     resume = "checkpoint-1" if by_name else str(tmp_path / "checkpoint-1")
-    assert checkpoints.load_checkpoint(saved.accelerator, tmp_path, resume)["step"] == 1
+    assert load_checkpoint(saved.accelerator, tmp_path, resume)["step"] == 1
     assert saved.value == 1.0
 
 
-def test_limit_keeps_the_last_and_drops_those_of_a_later_time(saved, checkpoints, tmp_path):
-    checkpoints.save_checkpoint(saved.accelerator, tmp_path, 4, {}, 2)
+def test_limit_keeps_the_last_and_drops_those_of_a_later_time(saved, tmp_path):
+    save_checkpoint(saved.accelerator, tmp_path, 4, {}, 2)
     assert names(tmp_path) == ["checkpoint-3", "checkpoint-4"]
-    checkpoints.save_checkpoint(saved.accelerator, tmp_path, 3, {}, 2)  # of a run resumed from before
+    save_checkpoint(saved.accelerator, tmp_path, 3, {}, 2)  # of a run resumed from before
     assert names(tmp_path) == ["checkpoint-3"]
 
 
-def test_ten_comes_after_nine(saved, checkpoints, tmp_path):
+def test_ten_comes_after_nine(saved, tmp_path):
     for step in (9, 10):
         saved.value = float(step)
-        checkpoints.save_checkpoint(saved.accelerator, tmp_path, step, {}, 1)
+        save_checkpoint(saved.accelerator, tmp_path, step, {}, 1)
     assert names(tmp_path) == ["checkpoint-10"]
 
 
@@ -97,32 +89,32 @@ def damage(folder, how: str) -> str:
 
 
 @pytest.mark.parametrize("how", ["truncated weights", "another number", "missing file", "cut checksums"])
-def test_damage_is_named_and_the_one_before_taken(saved, checkpoints, how, tmp_path, capsys):
+def test_damage_is_named_and_the_one_before_taken(saved, how, tmp_path, capsys):
     said = damage(tmp_path / "checkpoint-3", how)
-    assert checkpoints.load_checkpoint(saved.accelerator, tmp_path, "latest")["step"] == 2
+    assert load_checkpoint(saved.accelerator, tmp_path, "latest")["step"] == 2
     assert saved.value == 2.0
     printed = capsys.readouterr().out
     assert "checkpoint-3" in printed
     assert said in printed
     with pytest.raises(CheckpointError, match=r"checkpoint-3.*Resume from another one"):
-        checkpoints.load_checkpoint(saved.accelerator, tmp_path, "checkpoint-3")
+        load_checkpoint(saved.accelerator, tmp_path, "checkpoint-3")
 
 
-def test_nothing_whole_is_an_error(saved, checkpoints, tmp_path):
+def test_nothing_whole_is_an_error(saved, tmp_path):
     for step in (1, 2, 3):
         damage(tmp_path / f"checkpoint-{step}", "missing file")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
-        checkpoints.load_checkpoint(saved.accelerator, tmp_path, "latest")
+        load_checkpoint(saved.accelerator, tmp_path, "latest")
     assert saved.value == 0.0
 
 
-def test_unknown_checkpoint_lists_what_there_is(saved, checkpoints, tmp_path):
+def test_unknown_checkpoint_lists_what_there_is(saved, tmp_path):
     with pytest.raises(CheckpointError, match=r"no checkpoint checkpoint-7.*checkpoint-1, checkpoint-2, checkpoint-3"):
-        checkpoints.load_checkpoint(saved.accelerator, tmp_path, "checkpoint-7")
+        load_checkpoint(saved.accelerator, tmp_path, "checkpoint-7")
 
 
-def test_an_earlier_run_is_not_overwritten_unasked(saved, checkpoints, tmp_path):
+def test_an_earlier_run_is_not_overwritten_unasked(saved, tmp_path):
     with pytest.raises(CheckpointError, match=r"checkpoint-3.*--resume_from_checkpoint latest"):
-        checkpoints.load_checkpoint(saved.accelerator, tmp_path, None)
-    assert checkpoints.load_checkpoint(saved.accelerator, tmp_path / "empty", None) is None
-    assert checkpoints.load_checkpoint(saved.accelerator, tmp_path / "empty", "latest") is None
+        load_checkpoint(saved.accelerator, tmp_path, None)
+    assert load_checkpoint(saved.accelerator, tmp_path / "empty", None) is None
+    assert load_checkpoint(saved.accelerator, tmp_path / "empty", "latest") is None

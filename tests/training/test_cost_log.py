@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.helpers.training_runs import SCRIPTS
-
-
-@pytest.fixture
-def offline_cost(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
-    import offline_cost
-
-    return offline_cost
+from hf_hyperflow.training.cost_log import OfflineCost, hardware, versions
 
 
 @pytest.fixture
@@ -29,8 +22,8 @@ def work(size: int) -> None:
     torch.ones(size, size) @ torch.ones(size, size)
 
 
-def test_operations_of_counted_runs_stand_for_all(offline_cost, accelerator):
-    cost = offline_cost.OfflineCost(accelerator)
+def test_operations_of_counted_runs_stand_for_all(accelerator):
+    cost = OfflineCost(accelerator)
     for size in (4, 100, 8, 100, 4):  # the first, third and fifth are counted
         with cost.phase("products", every=2, products=3):
             work(size)
@@ -39,8 +32,8 @@ def test_operations_of_counted_runs_stand_for_all(offline_cost, accelerator):
     assert (found["runs"], found["products"]) == (5, 15)
 
 
-def test_seconds_are_those_of_the_block(offline_cost, accelerator):
-    cost = offline_cost.OfflineCost(accelerator)
+def test_seconds_are_those_of_the_block(accelerator):
+    cost = OfflineCost(accelerator)
     for _ in range(2):
         with cost.phase("sleep"):
             time.sleep(0.06)
@@ -48,15 +41,15 @@ def test_seconds_are_those_of_the_block(offline_cost, accelerator):
     assert 0.1 <= cost.summary()["sleep"]["seconds"] < 10
 
 
-def test_goes_on_from_its_state(offline_cost, accelerator):
-    whole, first = offline_cost.OfflineCost(accelerator), offline_cost.OfflineCost(accelerator)
+def test_goes_on_from_its_state(accelerator):
+    whole, first = OfflineCost(accelerator), OfflineCost(accelerator)
     for size in (4, 8, 4, 8):
         with whole.phase("products", every=2):
             work(size)
     for size in (4, 8, 4):
         with first.phase("products", every=2):
             work(size)
-    second = offline_cost.OfflineCost(accelerator, first.state)
+    second = OfflineCost(accelerator, json.loads(json.dumps(first.state())))  # as a checkpoint keeps it
     with second.phase("products", every=2):
         work(8)
     one, two = whole.summary()["products"], second.summary()["products"]
@@ -64,9 +57,9 @@ def test_goes_on_from_its_state(offline_cost, accelerator):
     assert one["runs"] == two["runs"]
 
 
-def test_hardware_and_versions(offline_cost, accelerator):
-    found = offline_cost.hardware(accelerator)
+def test_hardware_and_versions(accelerator):
+    found = hardware(accelerator)
     assert found["device"].endswith(f"CPU, {torch.get_num_threads()} threads")
     assert not found["gpu"]
     assert found["processes"] == 1
-    assert offline_cost.versions()["torch"].startswith(torch.__version__.split("+")[0])
+    assert versions()["torch"].startswith(torch.__version__.split("+")[0])

@@ -1,4 +1,4 @@
-"""`pretrain_backbone.py` as a user runs it: what it trains, and a killed run that goes on."""
+"""`pretrain_backbone.py`: what it trains, what it records, and a killed run that goes on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from tests.helpers.training_runs import die_while_saving, make_ground, run
+from tests.helpers.training_runs import die_while_saving, make_ground, run, run_here
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +28,11 @@ def arguments(ground: Path, output: Path) -> list:
 
 @pytest.fixture(scope="module")
 def whole(ground, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
-    done = run("pretrain_backbone", *arguments(ground, folder / "out"), log=folder / "log")
+    done = run_here("pretrain_backbone", *arguments(ground, folder))
     assert done.exitcode == 0, done.output
-    return folder / "out"
+    return folder
 
 
 def record(folder: Path) -> dict:
@@ -39,7 +40,7 @@ def record(folder: Path) -> dict:
 
 
 def test_learns_only_its_last_blocks(ground, whole):
-    before, after = (AutoModel.from_pretrained(f).state_dict() for f in (ground / "backbone", whole))
+    before, after = (AutoModel.from_pretrained(folder).state_dict() for folder in (ground / "backbone", whole))
     moved = {name for name in before if not torch.equal(before[name].half(), after[name].half())}
     assert moved
     assert all(name.startswith(("encoder.layer.2.", "layernorm.")) for name in moved)
@@ -56,6 +57,23 @@ def test_record_of_the_run(whole):
     assert phase["seconds"] > 0
 
 
+def assert_same_run(first: Path, second: Path) -> None:
+    weights, others = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert record(first)["history"] == record(second)["history"]
+
+
+def test_resumed_from_a_checkpoint_equals_uninterrupted(ground, whole, tmp_path):
+    done = run_here(
+        "pretrain_backbone", *arguments(ground, tmp_path), "--resume_from_checkpoint", whole / "checkpoint-2"
+    )
+    assert done.exitcode == 0, done.output
+    assert f"going on from {whole / 'checkpoint-2'}" in done.output
+    assert_same_run(whole, tmp_path)
+
+
+@pytest.mark.slow
 def test_killed_while_saving_and_resumed_equals_uninterrupted(ground, whole, tmp_path):
     resume = [*arguments(ground, tmp_path / "out"), "--resume_from_checkpoint", "latest"]
     killed = run("pretrain_backbone", *resume, fault=partial(die_while_saving, 2), log=tmp_path / "log")
@@ -63,7 +81,5 @@ def test_killed_while_saving_and_resumed_equals_uninterrupted(ground, whole, tmp
     done = run("pretrain_backbone", *resume, "--checkpoints_total_limit", 1, log=tmp_path / "log")
     assert done.exitcode == 0, done.output
     assert "checkpoint-1" in done.output
-    first, second = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "out"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert record(whole)["history"] == record(tmp_path / "out")["history"]
-    assert [f.name for f in (tmp_path / "out").glob("checkpoint*")] == ["checkpoint-3"]
+    assert_same_run(whole, tmp_path / "out")
+    assert [folder.name for folder in (tmp_path / "out").glob("checkpoint*")] == ["checkpoint-3"]
