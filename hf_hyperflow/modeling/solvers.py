@@ -85,7 +85,7 @@ def _adaptive(velocity: Velocity, start: torch.Tensor, times: list[float], metho
     try:
         from torchdiffeq import odeint
     except ImportError as error:
-        raise ImportError(f"solver {method!r} needs torchdiffeq: pip install hf_hyperflow[ode]") from error
+        raise ImportError(f'solver {method!r} needs torchdiffeq: pip install "hf-hyperflow[ode]"') from error
     count = 0
 
     def counted(time: torch.Tensor, state: torch.Tensor) -> torch.Tensor:

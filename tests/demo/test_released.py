@@ -12,23 +12,23 @@ import torch
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
-from hf_hyperflow.demo.quickstart import digits_episode
-from hf_hyperflow.demo.released import ADAPTER, BACKBONE, released
+from hf_hyperflow.demo.digits import sample_digits
+from hf_hyperflow.demo.released import ADAPTER, BACKBONE, find_released
 from hf_hyperflow.modeling.prototypes import PrototypeClassifier
 
 
 @pytest.fixture(scope="module")
 def backbone():
-    return AutoModel.from_pretrained(released(BACKBONE)).eval()
+    return AutoModel.from_pretrained(find_released(BACKBONE)).eval()
 
 
 @pytest.fixture(scope="module")
 def adapter():
-    return HyperFlowAdapter.from_pretrained(released(ADAPTER)).eval()
+    return HyperFlowAdapter.from_pretrained(find_released(ADAPTER)).eval()
 
 
 def test_both_fit_in_64_mb_of_half_precision():
-    folders = [released(BACKBONE), released(ADAPTER)]
+    folders = [find_released(BACKBONE), find_released(ADAPTER)]
     assert sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file()) < 64e6
     for folder in folders:
         assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"  # what it is loaded as
@@ -36,7 +36,7 @@ def test_both_fit_in_64_mb_of_half_precision():
 
 def test_backbone_loads_with_transformers_alone(backbone):
     assert next(backbone.parameters()).dtype == torch.float32
-    processor = AutoImageProcessor.from_pretrained(released(BACKBONE), backend="pil")
+    processor = AutoImageProcessor.from_pretrained(find_released(BACKBONE), backend="pil")
     pixels = processor([PIL.Image.new("RGB", (90, 64))], return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 70, 70)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_adapter_beats_direct_transfer_on_digits(backbone, adapter, recwarn):
     """On the mean of three episodes: single ones go either way."""
     adapted, direct, sure_hits, unsure_hits = [], [], [], []
     for seed in (0, 1, 2):
-        episode = digits_episode(n_query=15, seed=seed)
+        episode = sample_digits(n_query=15, seed=seed)
         labels = torch.from_numpy(episode.query_labels)
         task = adapter.adapt(backbone, episode.support)
         scores = task.scores(episode.query)
@@ -73,9 +73,9 @@ def test_adapter_beats_direct_transfer_on_digits(backbone, adapter, recwarn):
 
 
 def test_the_adapter_warns_about_other_weights(adapter):
-    other = AutoModel.from_config(AutoModel.from_pretrained(released(BACKBONE)).config)
+    other = AutoModel.from_config(AutoModel.from_pretrained(find_released(BACKBONE)).config)
     with pytest.warns(UserWarning, match="not those the adapter was trained for"):
-        adapter.adapt(other, digits_episode().support)
+        adapter.adapt(other, sample_digits().support)
 
 
 def test_quickstart_prints_saves_and_reloads(tmp_path):
