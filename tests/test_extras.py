@@ -81,11 +81,11 @@ def test_the_entry_point_without_typer(monkeypatch):
 
 
 def test_only_the_packages_of_the_extra_are_explained():
-    with pytest.raises(MissingExtraError, match=r'the plot needs matplotlib, .*: pip install "hf-hyperflow\[demo\]"$'):
-        with require_extra("demo", "the plot"):
-            raise ModuleNotFoundError("no", name="matplotlib.figure")
+    command = r'the plot needs matplotlib, .*: pip install "hf-hyperflow\[demo\]"$'
+    with pytest.raises(MissingExtraError, match=command), require_extra("demo", "the plot"):
+        raise ModuleNotFoundError("no", name="matplotlib.figure")
     for name in ("hf_hyperflow.nowhere", "pyarrow", None):  # a mistake of ours, a package that is not the demo's
-        with pytest.raises(ModuleNotFoundError, match="^no$"), require_extra("demo", "the plot"):
+        with pytest.raises(ModuleNotFoundError, match="no"), require_extra("demo", "the plot"):
             raise ModuleNotFoundError("no", name=name)
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel
+from transformers.utils.logging import disable_progress_bar
 
 from ..benchmark.cost import measure_cost, run_in_fresh_process
 from ..benchmark.methods import BiasTuning, Classifier, DirectTransfer, HyperFlow, Method, Target
@@ -153,11 +154,13 @@ def measure_method(method: Method, backbone_folder: Path, adapter_folder: Path) 
 
 
 def _load_target(backbone_folder: Path, adapter_folder: Path) -> Target:
+    disable_progress_bar()  # those of transformers; the console has its own
     backbone = AutoModel.from_pretrained(backbone_folder).float().eval()
     return Target(backbone, HyperFlowAdapter.from_pretrained(adapter_folder).eval())
 
 
 def _fit(method: Method, target: Target, episode: Digits) -> Classifier:
+    target.unload()  # or PEFT's adapter would be there already the second time
     pictures, labels = [], []
     for number, shots in enumerate(episode.support.values()):
         pictures += shots

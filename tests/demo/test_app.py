@@ -231,6 +231,7 @@ def scores(model, prototypes, scale, files: list[Path]) -> torch.Tensor:
 
 
 @needs_gradio
+@pytest.mark.browser
 def test_upload_adapt_predict_download(open_page, folder, browser):
     page = open_page()
     # One image per class: nothing can be left out, so the flow is followed to its end and the weights do differ.
@@ -267,6 +268,7 @@ def test_upload_adapt_predict_download(open_page, folder, browser):
 
 
 @needs_gradio
+@pytest.mark.browser
 def test_bad_input_is_explained_on_the_page(open_page, folder):
     page = open_page()
     assert "Press Adapt first" in page.alert("predict", "results")
@@ -288,6 +290,7 @@ def test_bad_input_is_explained_on_the_page(open_page, folder):
 
 
 @needs_gradio
+@pytest.mark.browser
 def test_a_bad_new_image_is_named(open_page, folder):
     page = open_page()
     page.adapt(support_files(folder, "red", "green"))
@@ -297,6 +300,7 @@ def test_a_bad_new_image_is_named(open_page, folder):
 
 
 @needs_gradio
+@pytest.mark.browser
 def test_example_set_on_a_phone(open_page, folder, browser):
     page = open_page(width=375, height=740)
     page.press("example")
@@ -328,6 +332,7 @@ def test_example_set_on_a_phone(open_page, folder, browser):
 
 
 @needs_gradio
+@pytest.mark.browser
 def test_keyboard_alone(open_page, browser):
     page = open_page()
     seen = []
@@ -347,6 +352,7 @@ def test_keyboard_alone(open_page, browser):
 
 
 @needs_gradio
+@pytest.mark.browser
 def test_two_windows_have_a_task_each(open_page, folder, browser):
     first = open_page()
     assert "2 classes" in first.adapt(support_files(folder, "red", "green"))
