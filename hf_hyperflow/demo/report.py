@@ -25,9 +25,12 @@ def _describe_stopping(session: Session) -> str:
             "give a class a second one."
         )
     if time == 0:
+        consequence = "before and after are the same"
+        if session.has_other_head:
+            consequence = "only the way that images are compared with classes is another one after it"
         return (
             f"Nowhere along the flow was the leave-one-out accuracy on your images above the {accuracies[0.0]:.0%} at "
-            "t = 0, so the weights of the backbone stay as they are."
+            f"t = 0, so the weights of the backbone stay as they are: {consequence}."
         )
     return (
         f"Leave-one-out accuracy on your images: {accuracies[0.0]:.0%} before (t = 0), {accuracies[time]:.0%} at "

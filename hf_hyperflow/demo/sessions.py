@@ -27,12 +27,14 @@ class Session:
         after: the task where the flow was stopped.
         n_images: size of the support set.
         seconds: from holding the images in memory to being able to classify.
+        has_other_head: whether `after` compares images with classes in another way than `before`.
     """
 
     before: AdaptedTask
     after: AdaptedTask
     n_images: int
     seconds: float
+    has_other_head: bool
     _folder: TemporaryDirectory = field(default_factory=lambda: TemporaryDirectory(prefix="hyperflow-"))
 
     @property
@@ -72,7 +74,7 @@ class SharedModels:
             _ = after.prototypes  # computed on first use, which belongs to the time
             seconds = time.perf_counter() - start
             before = self.adapter.direct_transfer(self.backbone, support)
-            session = Session(before, after, len(support.labels), seconds)
+            session = Session(before, after, len(support.labels), seconds, self.adapter.config.lda)
             return session, session.save()
 
     def compare(self, session: Session, images: list[PIL.Image.Image]) -> tuple[list, list]:

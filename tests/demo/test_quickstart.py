@@ -38,7 +38,6 @@ def test_measurements_are_those_of_the_library(folders):
         accuracy = 100 * np.mean([int(label) for label in predicted] == episode.query_labels)
         # A tiny random model has images on the border between two digits, which fall to either side.
         assert measurement.accuracy == pytest.approx(accuracy, abs=1)
-        assert measurement.accuracy > 10
         assert measurement.seconds > 0
 
 
