@@ -39,9 +39,8 @@ def main() -> None:
     result = trainer.progress.history[-1][domain]
     print(f"{domain}: direct transfer {result['direct']:.1f} %, HyperFlow {result['hyperflow']:.1f} %.")
     print(f"Of the difference of {result['difference']:.1f} points, {result['flow']:.1f} are the flow's.")
-    print(
-        f"Next: hyperflow adapt --adapter {arguments.output_dir} --backbone {arguments.backbone} --support FOLDER ..."
-    )
+    models = f"--adapter {arguments.output_dir} --backbone {arguments.backbone}"
+    print(f"Next: hyperflow adapt {models} --support FOLDER --output_dir my-task")
 
 
 if __name__ == "__main__":
