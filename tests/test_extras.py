@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -78,6 +79,13 @@ def test_the_entry_point_without_typer(monkeypatch):
     monkeypatch.delitem(sys.modules, "hf_hyperflow.cli", raising=False)
     with pytest.raises(SystemExit, match=r'^error: the command line needs typer, .* "hf-hyperflow\[cli\]"$'):
         main()
+
+
+def test_the_metric_without_evaluate(monkeypatch):
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    monkeypatch.delitem(sys.modules, "hf_hyperflow.benchmark.evaluate_metric", raising=False)
+    with pytest.raises(MissingExtraError, match=r'FewShotAccuracy needs evaluate, .* "hf-hyperflow\[benchmark\]"$'):
+        importlib.import_module("hf_hyperflow.benchmark.evaluate_metric")
 
 
 def test_only_the_packages_of_the_extra_are_explained():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from hf_hyperflow import HyperFlowAdapter
 from tests.helpers.tiny import tiny_dinov2, tiny_processor
 from tests.helpers.training_runs import make_images
 from training.demo import train_on_folders
 
 
+@pytest.mark.slow
 def test_two_folders_make_an_adapter(tmp_path, monkeypatch, capsys):
     tiny_dinov2(num_hidden_layers=6).save_pretrained(tmp_path / "backbone")
     tiny_processor().save_pretrained(tmp_path / "backbone")
