@@ -36,7 +36,9 @@ class Command:
     """`hyperflow ...` in a process forked from one that has imported the package: that takes seconds."""
 
     _context = multiprocessing.get_context("forkserver")
-    _context.set_forkserver_preload(["hf_hyperflow", "hf_hyperflow.cli", "hf_hyperflow.info"])
+    _context.set_forkserver_preload(
+        ["hf_hyperflow.cli", "hf_hyperflow.info", "transformers.models.dinov2.modeling_dinov2", "pydantic"]
+    )
 
     def __init__(self, folder: Path, *arguments: str | Path, missing: str | None = None):
         self.output = folder / f"output-{len(list(folder.glob('output-*')))}"
@@ -121,15 +123,17 @@ def names(folder: Path) -> set[str]:
 def test_the_installed_command(saved, tmp_path):
     """From pictures to predictions, as typed into a shell."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    hyperflow = Path(sys.executable).with_name("hyperflow")
+    hyperflow = [Path(sys.executable).with_name("hyperflow")]
+    module = [sys.executable, "-m", "hf_hyperflow"]
 
-    def shell(*arguments: str | Path) -> str:
-        found = subprocess.run([hyperflow, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert found.returncode == 0, found.stderr
-        assert found.stderr == "", "no progress bars where nobody watches"
-        return found.stdout
+    def shell(command: list[str | Path], *arguments: str | Path) -> str:
+        done = subprocess.run([*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == "", "no progress bars where nobody watches"
+        return done.stdout
 
     said = shell(
+        hyperflow,
         *("adapt", "--adapter", saved / "adapter", "--backbone", saved / "backbone"),
         *("--support", saved / "pictures", "--output_dir", "my/task", "--early_stopping"),
     )
@@ -138,7 +142,8 @@ def test_the_installed_command(saved, tmp_path):
     assert "Saved my/task" in said
     model = PeftModel.from_pretrained(AutoModel.from_pretrained(saved / "backbone"), tmp_path / "my/task")
     assert model.peft_config["default"].peft_type == "BEFT"
-    records = json.loads(shell("predict", "--task", "my/task", "--json", "--top_k", "2", *(saved / "new").iterdir()))
+    images = sorted((saved / "new").iterdir())
+    records = json.loads(shell(module, "predict", "--task", "my/task", "--json", "--top_k", "2", *images))
     assert len(records) == 3
     for record in records:
         assert record["predictions"][0]["label"] == Path(record["image"]).stem
