@@ -1,6 +1,21 @@
-"""`python -m hf_hyperflow` is the command `hyperflow`."""
+"""The command `hyperflow`, which is also `python -m hf_hyperflow`."""
 
-from .cli import main
+from __future__ import annotations
+
+import sys
+
+from .extras import MissingExtraError, require_extra
+
+
+def main() -> None:
+    """Run the command line, or say in one line how to install what it needs."""
+    try:
+        with require_extra("cli", "the command line"):
+            from .cli import main as run
+    except MissingExtraError as error:
+        sys.exit(f"error: {error}")
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """The command line: `hyperflow adapt`, `predict`, `info`, `push`, ...
 
-What a command needs is imported when it runs, so that `--help` and mistyped options answer at once.
+A command imports what it needs when it runs, so that `--help` and mistyped options are answered at once.
 """
 
 from __future__ import annotations
@@ -10,52 +10,71 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .extras import require_extra
+
 if TYPE_CHECKING:
+    import PIL.Image
     from transformers import PreTrainedModel
 
+    from .modeling.support import SupportSet
     from .modeling.task import AdaptedTask
 
 #: Images that are decoded and classified at once.
 BATCH_SIZE = 64
 
+
+def _use_underscores(token: str) -> str:
+    """Options are spelled as in Python and in the training scripts, `--n_steps`; `--n-steps` is the same option."""
+    return token.replace("-", "_")
+
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"max_content_width": 120},
+    context_settings={"max_content_width": 120, "token_normalize_func": _use_underscores},
 )
 
-Backbone = Annotated[str, typer.Option(help="Vision transformer the adapter was trained for: folder or Hub id.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, naming them.")]
+Backbone = Annotated[str, typer.Option(help="Vision transformer that the adapter was trained for: folder or Hub id.")]
+SkipBad = Annotated[bool, typer.Option("--skip_bad", help="Leave out images that cannot be read, naming them.")]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `predict` prints of an image: its best classes, `{"label", "score"}` each, best first."""
+
+    image: str
+    predictions: list[dict]
 
 
 @app.callback()
 def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     """Adapt vision transformers to your classes from a handful of images, without gradients.
 
-    Errors exit with code 1, wrong usage with 2, Ctrl-C with 130. A folder is written whole or not at all.
+    The exit code is 1 after an error, 2 after wrong usage and 130 after Ctrl-C. A folder is written whole or not at
+    all.
     """
 
 
 def main() -> None:
-    """Entry point: an error is one line on stderr and exit code 1, with `--debug` a traceback."""
+    """Run the command line: an error is one line on stderr and exit code 1, with `--debug` a traceback."""
     warnings.simplefilter("ignore", FutureWarning)  # of one library to another: nothing a user can do
     warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
-    sys.stdout.reconfigure(errors="surrogateescape")  # names of files are printed as they are, UTF-8 or not
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files are printed as they are, UTF-8 or not
     try:
         app(prog_name="hyperflow")
     except Exception as error:
         if "--debug" in sys.argv[1:]:
             raise
-        text = " ".join(str(error).split())
-        known = isinstance(error, OSError | ValueError) and text
-        _say(f"error: {text}" if known else f"error: {type(error).__name__}: {text} (hyperflow --debug shows where)")
+        _say(f"error: {_explain(error)}")
         sys.exit(1)
 
 
@@ -64,12 +83,14 @@ def adapt(
     adapter: Annotated[str, typer.Option(help="HyperFlow adapter: folder or Hub id.")],
     backbone: Backbone,
     support: Annotated[Path, typer.Option(help="Folder with one folder of images per class.")],
-    output: Annotated[Path, typer.Option(help="Folder for the adapted task.")],
-    n_steps: Annotated[int | None, typer.Option(min=1, help="Solver steps; by default the adapter's.")] = None,
+    output: Annotated[Path, typer.Option("--output_dir", "--output", help="Folder for the adapted task.")],
+    n_steps: Annotated[
+        int | None, typer.Option("--n_steps", min=1, help="Solver steps; by default the adapter's.")
+    ] = None,
     solver: Annotated[
         str | None,
         typer.Option(
-            help="euler, midpoint, heun, rk4; with torchdiffeq dopri5, dopri8, bosh3; default: the adapter's."
+            help="euler, midpoint, heun, rk4; with torchdiffeq dopri5, dopri8, bosh3; by default the adapter's."
         ),
     ] = None,
     early_stopping: Annotated[
@@ -83,41 +104,30 @@ def adapt(
 ) -> None:
     """Adapt a backbone to a folder of images and save the task, a plain PEFT adapter.
 
-    Example: hyperflow adapt --adapter ADAPTER --backbone BACKBONE --support pets/ --output my-task,
+    Example: hyperflow adapt --adapter ADAPTER --backbone BACKBONE --support pets/ --output_dir my-task,
     where pets/cat/ and pets/dog/ hold a few pictures each.
     """
-    _set_up()
-    from .info import size
+    _hide_progress_bars()
     from .modeling.adapter import HyperFlowAdapter
     from .modeling.saving import CheckpointError, exclusive
     from .modeling.support import read_support
 
     if format not in (None, "lora"):
-        raise typer.BadParameter("use 'lora', or leave it out.", param_hint="--format")
+        raise typer.BadParameter(f"{format!r} is unknown: use 'lora', or leave it out.", param_hint="--format")
     if (output / "config.json").exists():
         raise CheckpointError(f"{output} holds a model (config.json): choose another folder for the task.")
     with exclusive(output):
         flow = HyperFlowAdapter.from_pretrained(adapter).eval()
-        data = read_support(support, flow.processor, skip_bad=skip_bad)
-        for reason in data.skipped:
+        images = read_support(support, flow.processor, skip_bad=skip_bad)
+        for reason in images.skipped:
             _say(f"skipped: {reason}")
         model = _load_backbone(backbone)
         start = time.perf_counter()
-        task = flow.adapt(model, data, n_steps=n_steps, solver=solver, early_stopping=early_stopping)
-        _ = task.prototypes
+        task = flow.adapt(model, images, n_steps=n_steps, solver=solver, early_stopping=early_stopping)
+        _ = task.prototypes  # computed on first use, which belongs to the time
         seconds = time.perf_counter() - start
         task.save_pretrained(output, format=format)
-    typer.echo(
-        f"Adapted to {data.n_way} classes ({', '.join(data.class_names)}) from {len(data.labels)} images "
-        f"in {seconds:.2f} s."
-    )
-    if task.stopping_point.accuracies:
-        accuracies = task.stopping_point.accuracies
-        typer.echo(
-            f"The flow was followed to t = {task.stopping_point.time:.2f}: leave-one-out accuracy "
-            f"{accuracies[task.stopping_point.time]:.1%}, without adapting {accuracies[0.0]:.1%}."
-        )
-    typer.echo(f"Saved {output} ({size(output)}). Next: hyperflow predict --task {output} IMAGE ...")
+    _print_adapted(task, images, seconds, output)
 
 
 @app.command()
@@ -129,38 +139,35 @@ def predict(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV with a header.")] = False,
-    top_k: Annotated[int, typer.Option(min=1, help="How many of the best classes to print for an image.")] = 1,
+    top_k: Annotated[int, typer.Option("--top_k", min=1, help="How many of the best classes to print per image.")] = 1,
     skip_bad: SkipBad = False,
 ) -> None:
     """Classify images with an adapted task."""
-    _set_up()
+    _hide_progress_bars()
     if as_json and as_csv:
         raise typer.BadParameter("choose one of --json and --csv.")
     adapted = _load_task(task, backbone)
-    results = list(_classify(adapted, images, top_k, skip_bad))
+    # All images are classified before anything is printed: after an error, stdout is empty.
+    results = _classify(adapted, images, top_k, skip_bad)
     if as_json:
-        records = [{"image": image, "predictions": predictions} for image, predictions in results]
-        typer.echo(json.dumps(records, indent=1))
+        _print_json(results)
     elif as_csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(["image", "rank", "label", "score"])
-        for image, predictions in results:
-            writer.writerows([image, i, p["label"], f"{p['score']:.6f}"] for i, p in enumerate(predictions, start=1))
+        _print_csv(results)
     else:
-        for image, predictions in results:
-            typer.echo(f"{image}: " + ", ".join(f"{p['label']} {p['score']:.1%}" for p in predictions))
+        _print_lines(results)
 
 
 @app.command()
 def info(name: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="An adapter or an adapted task.")]) -> None:
     """Say what an adapter or an adapted task is, after checking that its files are whole."""
-    _set_up()
+    _hide_progress_bars()
     from .info import describe
 
-    properties = describe(name)
-    width = max(map(len, properties))
-    for key, value in properties.items():
-        typer.echo(f"{key:<{width}}  {value}")
+    rows = asdict(describe(name))
+    width = max(len(key) for key in rows)
+    for key, value in rows.items():
+        label = key.replace("_", " ")
+        typer.echo(f"{label:<{width}}  {value}")
 
 
 @app.command()
@@ -168,43 +175,47 @@ def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of an adapter or an adapted task.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="'owner/name', or 'name' for one of your own.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if need be. Default: main.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to push to, made if it is not there; by default main.")
+    ] = None,
 ) -> None:
     """Push an adapter or an adapted task to the Hugging Face Hub, as one commit.
 
     Log in with `hf auth login` first, or set HF_TOKEN.
     """
-    _set_up()
+    _hide_progress_bars()
     from .info import describe
     from .modeling.hub import push_folder
     from .modeling.saving import CheckpointError
 
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder} to push.")
-    what = describe(folder)["what"]
+    kind = describe(folder).kind
     commit = push_folder(folder, repo_id, private=private or None, revision=revision)
-    typer.echo(f"Pushed the {what} in {folder}: {commit.commit_url}")
+    typer.echo(f"Pushed the {kind} in {folder}: {commit.commit_url}")
 
 
 @app.command()
 def quickstart(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON and nothing else.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Folder for the picture and the task.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output_dir", "--output", help="Folder for the picture and the task.")
+    ] = Path("outputs/quickstart"),
 ) -> None:
     """Adapt the released backbone to ten handwritten digits and compare with fine-tuning, in about a minute."""
-    _set_up()
-    from .demo.quickstart import run
-
-    run(json_output=as_json, output=output)
+    _hide_progress_bars()
+    with require_extra("benchmark", "the quickstart"):
+        from .demo.quickstart import run
+    run(output, as_json=as_json)
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def benchmark(context: typer.Context) -> None:
     """Compare direct transfer, HyperFlow and fine-tuning on the same few-shot episodes, with what they cost."""
-    _set_up()
-    from .benchmark.runner import main
-
-    main(context.args)  # lists such as `--n_shot 1 5 20` are beyond typer: the arguments are those of the script
+    _hide_progress_bars()
+    with require_extra("benchmark", "the benchmark"):
+        from .benchmark.runner import main
+    main(context.args)  # lists such as `--n_shot 1 5 20` are beyond typer, so the benchmark parses its own options
 
 
 @app.command()
@@ -219,13 +230,9 @@ def demo(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
 ) -> None:
     """Serve a page on which to adapt to classes of your own and to compare before and after."""
-    _set_up()
-    try:
+    _hide_progress_bars()
+    with require_extra("demo", "the demo"):
         from .demo.app import main as serve
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise OSError("the demo needs Gradio, which is not installed: pip install hf-hyperflow[demo]") from error
     serve(adapter, backbone, host, port)
 
 
@@ -233,8 +240,17 @@ def _say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def _set_up() -> None:
-    """No progress bars where nobody watches."""
+def _explain(error: Exception) -> str:
+    """An error in one line; for those that nobody foresaw with their type and how to see more."""
+    text = " ".join(str(error).split())
+    is_foreseen = isinstance(error, OSError | ValueError | ImportError) and not isinstance(error, ModuleNotFoundError)
+    if text and is_foreseen:
+        return text
+    return f"{type(error).__name__}: {text} (hyperflow --debug shows where)"
+
+
+def _hide_progress_bars() -> None:
+    """No progress bars of the libraries where nobody watches."""
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 
@@ -261,42 +277,87 @@ def _load_backbone(name: str) -> PreTrainedModel:
 
 def _load_task(name: str, backbone: str | None) -> AdaptedTask:
     """A saved task on its backbone, by default the one that its PEFT config names."""
-    from .modeling.hub import fetch
-    from .modeling.saving import CheckpointError
     from .modeling.task import AdaptedTask
 
-    if backbone is None:
-        config = fetch(name, "*.json") / "adapter_config.json"
-        if not config.is_file():
-            raise CheckpointError(f"{name} is not an adapted task: it has no adapter_config.json.")
-        backbone = json.loads(config.read_text()).get("base_model_name_or_path")
-        if not backbone:
-            raise CheckpointError(f"{name} does not name its backbone: give it with --backbone.")
-    return AdaptedTask.from_pretrained(name, _load_backbone(backbone))
+    return AdaptedTask.from_pretrained(name, _load_backbone(backbone or _read_backbone_name(name)))
 
 
-def _classify(
-    task: AdaptedTask, images: list[str], top_k: int, skip_bad: bool
-) -> Iterator[tuple[str, list[dict[str, str | float]]]]:
-    """Name and best classes of each image that can be read."""
+def _read_backbone_name(task: str) -> str:
+    from .modeling.hub import fetch
+    from .modeling.saving import CheckpointError
+    from .modeling.task_files import CHECKSUMS, read_task
+
+    if not (fetch(task, "*.json") / CHECKSUMS).is_file():
+        raise CheckpointError(f"{task} is not an adapted task: it has no {CHECKSUMS}.")
+    name = read_task(task).peft_config.base_model_name_or_path
+    if not name:
+        raise CheckpointError(f"{task} does not name its backbone: give it with --backbone.")
+    return name
+
+
+def _classify(task: AdaptedTask, images: list[str], top_k: int, skip_bad: bool) -> list[Result]:
+    """The best classes of each image that can be read."""
     from tqdm import tqdm
 
-    from .modeling.images import ImageError, decode
+    from .modeling.images import ImageError
 
-    n_read = 0
+    results = []
     with tqdm(total=len(images), unit="image", disable=None, leave=False) as progress:
         for start in range(0, len(images), BATCH_SIZE):
-            names, decoded = [], []
-            for name in images[start : start + BATCH_SIZE]:
-                try:
-                    decoded.append(decode(name, name))
-                    names.append(name)
-                except ImageError as error:
-                    if not skip_bad:
-                        raise
-                    _say(f"skipped: {error}")
-                progress.update()
-            n_read += len(names)
-            yield from zip(names, task(decoded, top_k=top_k), strict=True)
-    if not n_read:
+            batch = images[start : start + BATCH_SIZE]
+            decoded = _decode_images(batch, skip_bad)
+            predictions = task(list(decoded.values()), top_k=top_k)
+            for number, best in zip(decoded, predictions, strict=True):
+                results.append(Result(batch[number], best))
+            progress.update(len(batch))
+    if not results:
         raise ImageError("none of the images can be read.")
+    return results
+
+
+def _decode_images(names: list[str], skip_bad: bool) -> dict[int, PIL.Image.Image]:
+    """The images that can be read, by their position in `names`: one file may be named twice."""
+    from .modeling.images import ImageError, decode
+
+    decoded = {}
+    for number, name in enumerate(names):
+        try:
+            decoded[number] = decode(name, name)
+        except ImageError as error:
+            if not skip_bad:
+                raise
+            _say(f"skipped: {error}")
+    return decoded
+
+
+def _print_adapted(task: AdaptedTask, images: SupportSet, seconds: float, folder: Path) -> None:
+    from .info import format_size
+
+    classes = f"{images.n_way} classes ({', '.join(images.class_names)})"
+    typer.echo(f"Adapted to {classes} from {len(images.labels)} images in {seconds:.2f} s.")
+    stopping_point = task.stopping_point
+    if stopping_point is not None and stopping_point.accuracies:
+        accuracies = stopping_point.accuracies
+        typer.echo(
+            f"The flow was followed to t = {stopping_point.time:.2f}: leave-one-out accuracy "
+            f"{accuracies[stopping_point.time]:.1%}, without adapting {accuracies[0.0]:.1%}."
+        )
+    typer.echo(f"Saved {folder} ({format_size(folder)}). Next: hyperflow predict --task {folder} IMAGE ...")
+
+
+def _print_json(results: list[Result]) -> None:
+    typer.echo(json.dumps([asdict(result) for result in results], indent=1))
+
+
+def _print_csv(results: list[Result]) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["image", "rank", "label", "score"])
+    for result in results:
+        for rank, prediction in enumerate(result.predictions, start=1):
+            writer.writerow([result.image, rank, prediction["label"], f"{prediction['score']:.6f}"])
+
+
+def _print_lines(results: list[Result]) -> None:
+    for result in results:
+        classes = ", ".join(f"{p['label']} {p['score']:.1%}" for p in result.predictions)
+        typer.echo(f"{result.image}: {classes}")

@@ -1,95 +1,123 @@
-"""What a saved adapter or task is, for people."""
+"""What a saved adapter or a saved task is, in words."""
 
 from __future__ import annotations
 
-import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from peft import PeftConfig
-from safetensors import SafetensorError, safe_open
+from peft import PeftConfig, PeftType
 from torch import nn
 
 from .modeling.adapter import HyperFlowAdapter
 from .modeling.hub import fetch
 from .modeling.model_card import describe_feature
-from .modeling.saving import CheckpointError, require_sha256
-from .modeling.task_files import ADAPTER_WEIGHTS, CHECKSUMS, PROTOTYPES
+from .modeling.saving import CheckpointError
+from .modeling.task_files import CHECKSUMS, TaskFiles, read_task
 
 
-def describe(name_or_folder: str | os.PathLike) -> dict[str, str]:
-    """Properties of an adapter or an adapted task, after a check that it is whole.
+@dataclass(frozen=True)
+class AdapterInfo:
+    """An adapter in words; every field is a row of `hyperflow info`."""
+
+    kind: str
+    backbone: str
+    generates: str
+    support_encoder: str
+    task_encoder: str
+    drift_network: str
+    solver: str
+    head: str
+    image_processor: str
+    size: str
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """An adapted task in words; every field is a row of `hyperflow info`."""
+
+    kind: str
+    classes: str
+    backbone: str
+    adapter: str
+    prototypes: str
+    size: str
+
+
+def describe(name_or_folder: str | os.PathLike) -> AdapterInfo | TaskInfo:
+    """Describe an adapter or an adapted task, after checking that its files are whole.
 
     Args:
         name_or_folder: a folder or a Hub id.
 
     Raises:
-        CheckpointError: neither of them is there, it is damaged, or the Hub does not give it.
+        CheckpointError: there is neither an adapter nor a task, its files are damaged, or the Hub does not give them.
     """
     folder = fetch(name_or_folder, "*.json", "*.safetensors")
+    size = format_size(folder)
     if (folder / CHECKSUMS).is_file():
-        return _describe_task(folder)
+        return _describe_task(read_task(folder), size)
     if (folder / "config.json").is_file():
-        adapter = HyperFlowAdapter.from_pretrained(folder)
-        return _describe_adapter(adapter) | {"size": size(folder)}
+        return _describe_adapter(HyperFlowAdapter.from_pretrained(folder), size)
     raise CheckpointError(
         f"{name_or_folder} is neither a HyperFlow adapter nor an adapted task: it has no config.json, no {CHECKSUMS}."
     )
 
 
-def size(folder: Path) -> str:
-    """How much disk the files of a folder take."""
+def format_size(folder: Path) -> str:
+    """The size of all files of a folder, in MB or kB."""
     n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:.1f} kB"
+    if n_bytes >= 1e6:
+        return f"{n_bytes / 1e6:.1f} MB"
+    return f"{n_bytes / 1e3:.1f} kB"
 
 
-def _describe_adapter(adapter: HyperFlowAdapter) -> dict[str, str]:
+def _describe_adapter(adapter: HyperFlowAdapter, size: str) -> AdapterInfo:
     config, space, backbone = adapter.config, adapter.space, adapter.config.backbone
-    if adapter.encoder is None:
-        encoder = "the first blocks of the backbone"
-    else:
-        encoder = f"a {config.encoder['model_type']} of its own, {_count(adapter.encoder)} parameters"
-    return {
-        "what": "HyperFlow adapter",
-        "backbone": f"{backbone['name_or_path'] or 'unnamed'} ({backbone['model_type']}, {backbone['num_blocks']} "
-        f"blocks of width {backbone['hidden_size']})",
-        "generates": f"a PEFT {space.peft_config.peft_type.value} adapter for the last {config.last_blocks} blocks, "
+    name = backbone["name_or_path"] or "unnamed"
+    encoder = "the first blocks of the backbone"
+    if adapter.encoder is not None:
+        encoder = f"a separate {config.encoder['model_type']}, {_count_parameters(adapter.encoder)} parameters"
+    head = "cosines to the class means"
+    if config.lda:
+        head = "a regularised LDA whose covariance was measured on the training domains"
+    processor = "none"
+    if adapter.processor is not None:
+        processor = type(adapter.processor).__name__
+    return AdapterInfo(
+        kind="HyperFlow adapter",
+        backbone=f"{name} ({backbone['model_type']}, {backbone['num_blocks']} blocks of width "
+        f"{backbone['hidden_size']})",
+        generates=f"a PEFT {_get_peft_name(space.peft_config)} adapter for the last {config.last_blocks} blocks, "
         f"{space.n_parameters:,} parameters in {space.n_tokens} tokens",
-        "support encoder": encoder,
-        "task encoder": f"{_count(adapter.task_encoder)} parameters",
-        "drift network": f"{_count(adapter.drift)} parameters: width {config.drift_width}, depth {config.drift_depth}, "
-        f"{config.drift_heads} heads",
-        "solver": f"{config.solver}, {config.n_steps} steps",
-        "classes compared": "by plain cosines"
-        if adapter.head is None
-        else "in a metric measured on the training domains",
-        "image processor": "none" if adapter.processor is None else type(adapter.processor).__name__,
-    }
+        support_encoder=encoder,
+        task_encoder=f"{_count_parameters(adapter.task_encoder)} parameters",
+        drift_network=f"{_count_parameters(adapter.drift)} parameters: width {config.drift_width}, "
+        f"depth {config.drift_depth}, {config.drift_heads} heads",
+        solver=f"{config.solver}, {config.n_steps} steps",
+        head=head,
+        image_processor=processor,
+        size=size,
+    )
 
 
-def _describe_task(folder: Path) -> dict[str, str]:
-    try:
-        for name, digest in json.loads((folder / CHECKSUMS).read_text()).items():
-            require_sha256(folder / name, digest)
-        peft_config = PeftConfig.from_pretrained(str(folder))
-        with safe_open(folder / PROTOTYPES, framework="pt") as file:
-            metadata, (n_way, width) = file.metadata(), file.get_slice("prototypes").get_shape()
-        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            n_parameters = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118 (not a dict)
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{folder} holds no readable HyperFlow task: {error}") from error
-    feature = describe_feature(metadata["pooling"], int(metadata["start"]), float(metadata.get("middle", 0)))
-    return {
-        "what": "adapted task",
-        "classes": f"{n_way}: {', '.join(json.loads(metadata['labels']))}",
-        "backbone": peft_config.base_model_name_or_path or "unnamed",
-        "adapter": f"PEFT {peft_config.peft_type.value}, {n_parameters:,} parameters",
-        "prototypes": f"{n_way} of width {width}, of {feature}",
-        "size": size(folder),
-    }
+def _describe_task(files: TaskFiles, size: str) -> TaskInfo:
+    n_way, width = files.prototypes.shape
+    n_parameters = sum(tensor.numel() for tensor in files.adapter_state.values())
+    feature = describe_feature(files.pooling, files.start, files.intermediate_weight)
+    return TaskInfo(
+        kind="adapted task",
+        classes=f"{n_way}: {', '.join(files.class_names)}",
+        backbone=files.peft_config.base_model_name_or_path or "unnamed",
+        adapter=f"PEFT {_get_peft_name(files.peft_config)}, {n_parameters:,} parameters",
+        prototypes=f"{n_way} of width {width}, of {feature}",
+        size=size,
+    )
 
 
-def _count(module: nn.Module) -> str:
+def _get_peft_name(peft_config: PeftConfig) -> str:
+    return PeftType(peft_config.peft_type).value
+
+
+def _count_parameters(module: nn.Module) -> str:
     return f"{sum(parameter.numel() for parameter in module.parameters()):,}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 from urllib.request import Request, urlopen
 
 import torch
 from huggingface_hub import CommitInfo
 from transformers import AutoModel, BatchFeature, Pipeline
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .modeling.adapter import HyperFlowAdapter
@@ -20,7 +22,7 @@ TASK = "few-shot-image-classification"
 class FewShotImageClassificationPipeline(Pipeline):
     """Classifies images into the classes of a support set.
 
-    Made by `transformers.pipeline`, once `hf_hyperflow` is imported:
+    `transformers.pipeline` makes it, once `hf_hyperflow` is imported:
 
         classify = pipeline("few-shot-image-classification", model=backbone, adapter=adapter, support=support)
         classify(["a.png", "https://..."], batch_size=32, top_k=2)
@@ -39,77 +41,95 @@ class FewShotImageClassificationPipeline(Pipeline):
     """
 
     # The images are processed as the adapter was trained, not as the backbone's own folder may say.
-    _load_processor = False
-    _load_image_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    _load_processor: Any = False
+    _load_image_processor: Any = False
+    _load_feature_extractor: Any = False
+    _load_tokenizer: Any = False
+
+    image_processor: BaseImageProcessor
 
     def __init__(
         self,
-        *args: object,
+        *args: Any,
         adapter: HyperFlowAdapter | str | os.PathLike,
-        support: object,
+        support: Any,
         n_steps: int | None = None,
         solver: str | None = None,
         early_stopping: bool = False,
         skip_bad: bool = False,
-        **kwargs: object,
+        **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        if not isinstance(adapter, HyperFlowAdapter):
-            adapter = HyperFlowAdapter.from_pretrained(adapter).eval().to(self.device)
-        if adapter.processor is None:
+        if isinstance(adapter, HyperFlowAdapter):
+            flow = adapter
+        else:
+            flow = HyperFlowAdapter.from_pretrained(adapter).eval()
+            flow.to(self.device)
+        if flow.processor is None:
             raise ValueError("this adapter was saved without an image processor: set adapter.processor to one.")
-        self.image_processor = adapter.processor
-        self.adapted = adapter.adapt(
+        self.image_processor = flow.processor
+        self.adapted = flow.adapt(
             self.model, support, n_steps=n_steps, solver=solver, early_stopping=early_stopping, skip_bad=skip_bad
         )
 
-    def __call__(self, inputs: object, **kwargs: object) -> list:
-        """Labels with scores, best first.
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> list:
+        """Classify an image or several; labels with scores, best first.
 
         Args:
             inputs: an image, or a list, generator or `torch` dataset of images: paths, http(s) and data URLs, PIL
                 images, `(h, w[, 1|3|4])` arrays, encoded bytes.
-            batch_size: images that go through the backbone at once (1).
+            batch_size: how many images go through the backbone at once (1).
             top_k: how many of the best classes to give (5).
-            timeout: seconds to wait for a URL to answer (30).
+            timeout: how many seconds to wait for a URL to answer (30).
 
         Returns:
-            `[{"label", "score"}, ...]` of an image, a list of those of several.
+            `[{"label", "score"}, ...]` for an image, a list of such lists for several.
 
         Raises:
             ImageError: an image cannot be fetched or read; it is named.
         """
-        return super().__call__(inputs, **kwargs)
+        return super().__call__(inputs, *args, **kwargs)
 
-    def _sanitize_parameters(self, top_k: int | None = None, timeout: float | None = None) -> tuple[dict, dict, dict]:
-        return {"timeout": timeout} if timeout else {}, {}, {"top_k": top_k} if top_k else {}
+    # The base class declares these four with arbitrary keywords; like transformers' own pipelines, this one names them.
 
-    def preprocess(self, image: object, timeout: float = 30) -> BatchFeature:
+    def _sanitize_parameters(  # type: ignore[override]
+        self, top_k: int | None = None, timeout: float | None = None
+    ) -> tuple[dict, dict, dict]:
+        preprocess_options, postprocess_options = {}, {}
+        if timeout:
+            preprocess_options["timeout"] = timeout
+        if top_k:
+            postprocess_options["top_k"] = top_k
+        return preprocess_options, {}, postprocess_options
+
+    def preprocess(self, image: Any, timeout: float = 30) -> BatchFeature:  # type: ignore[override]
         """Pixel values `(1, 3, height, width)` of an image."""
-        name = str(image)[:200] if isinstance(image, str | os.PathLike) else "an image"
+        name = "an image"
+        if isinstance(image, str | os.PathLike):
+            name = str(image)[:200]
         if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
             image = _fetch(image, name, timeout)
         return self.image_processor(decode(image, name), return_tensors="pt")
 
-    def _forward(self, model_inputs: BatchFeature) -> dict[str, torch.Tensor]:
+    def _forward(self, model_inputs: BatchFeature) -> dict[str, torch.Tensor]:  # type: ignore[override]
         return {"logits": self.adapted.logits(model_inputs["pixel_values"])}
 
-    def postprocess(self, model_outputs: dict[str, torch.Tensor], top_k: int = 5) -> list[dict]:
+    def postprocess(  # type: ignore[override]
+        self, model_outputs: dict[str, torch.Tensor], top_k: int = 5
+    ) -> list[dict]:
         """The best classes of an image, from its logits `(1, n_way)`."""
         names = self.adapted.class_names
         best = model_outputs["logits"][0].softmax(-1).topk(min(top_k, len(names)))
-        return [
-            {"label": names[i], "score": score}
-            for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
+        predictions = []
+        for score, label in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            predictions.append({"label": names[label], "score": score})
+        return predictions
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: object) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write the adapted task; see `AdaptedTask.save_pretrained`."""
         self.adapted.save_pretrained(save_directory, **kwargs)
 
-    def push_to_hub(self, repo_id: str, **kwargs: object) -> CommitInfo:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
         """Push the adapted task to the Hub; see `AdaptedTask.push_to_hub`."""
         return self.adapted.push_to_hub(repo_id, **kwargs)
 

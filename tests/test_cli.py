@@ -22,7 +22,7 @@ from transformers import AutoModel
 from hf_hyperflow import AdaptedTask, HyperFlowAdapter, cli
 from hf_hyperflow.modeling.peft_configs import layernorm_config
 from tests.helpers.hub_server import Hub
-from tests.helpers.tiny import pictures, tiny_adapter, tiny_dinov2, tiny_vit
+from tests.helpers.tiny import pictures, tiny_adapter, tiny_dinov2, tiny_vit, write_pictures
 
 
 @dataclass
@@ -36,13 +36,15 @@ class Command:
     """`hyperflow ...` in a process forked from one that has imported the package: that takes seconds."""
 
     _context = multiprocessing.get_context("forkserver")
-    _context.set_forkserver_preload(["hf_hyperflow", "hf_hyperflow.cli", "hf_hyperflow.info"])
+    _context.set_forkserver_preload(
+        ["hf_hyperflow.cli", "hf_hyperflow.info", "transformers.models.dinov2.modeling_dinov2", "pydantic"]
+    )
 
-    def __init__(self, folder: Path, *arguments: str | Path):
+    def __init__(self, folder: Path, *arguments: str | Path, missing: str | None = None):
         self.output = folder / f"output-{len(list(folder.glob('output-*')))}"
         self.output.mkdir()
         arguments = ["hyperflow", *map(str, arguments)]
-        self.process = self._context.Process(target=run, args=(self.output, folder, arguments))
+        self.process = self._context.Process(target=run, args=(self.output, folder, arguments, missing))
         self.process.start()
 
     def end(self) -> Outcome:
@@ -51,12 +53,14 @@ class Command:
         return Outcome(self.process.exitcode, out, err)
 
 
-def run(output: Path, cwd: Path, arguments: list[str]) -> None:
+def run(output: Path, cwd: Path, arguments: list[str], missing: str | None) -> None:
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT), stream.fileno())
     os.chdir(cwd)
     sys.argv = arguments
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests started in the background inherit that it is off
+    if missing is not None:
+        sys.modules[missing] = None  # what makes an import fail
     cli.main()
 
 
@@ -68,10 +72,7 @@ def saved(tmp_path_factory):
     backbone.save_pretrained(folder / "backbone")
     tiny_adapter(AutoModel.from_pretrained(folder / "backbone")).save_pretrained(folder / "adapter")
     tiny_vit().save_pretrained(folder / "vit")
-    for name, images in pictures(n_way=3, n_shot=3).items():
-        (folder / "pictures" / name).mkdir(parents=True)
-        for i, image in enumerate(images):
-            image.save(folder / "pictures" / name / f"{i}.png")
+    write_pictures(folder / "pictures", pictures(n_way=3, n_shot=3))
     (folder / "new").mkdir()
     for name, images in pictures(n_way=3, n_shot=1, seed=7).items():
         images[0].save(folder / "new" / f"{name}.png")
@@ -84,7 +85,7 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def hyperflow(tmp_path):
     """Runs a command in `tmp_path` to its end."""
-    return lambda *arguments: Command(tmp_path, *arguments).end()
+    return lambda *arguments, **options: Command(tmp_path, *arguments, **options).end()
 
 
 @pytest.fixture
@@ -118,27 +119,31 @@ def names(folder: Path) -> set[str]:
     return {p.name for p in folder.iterdir() if not p.name.startswith("output-")}
 
 
+@pytest.mark.slow
 def test_the_installed_command(saved, tmp_path):
     """From pictures to predictions, as typed into a shell."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    hyperflow = Path(sys.executable).with_name("hyperflow")
+    hyperflow = [Path(sys.executable).with_name("hyperflow")]
+    module = [sys.executable, "-m", "hf_hyperflow"]
 
-    def shell(*arguments: str | Path) -> str:
-        found = subprocess.run([hyperflow, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert found.returncode == 0, found.stderr
-        assert found.stderr == "", "no progress bars where nobody watches"
-        return found.stdout
+    def shell(command: list[str | Path], *arguments: str | Path) -> str:
+        done = subprocess.run([*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == "", "no progress bars where nobody watches"
+        return done.stdout
 
     said = shell(
+        hyperflow,
         *("adapt", "--adapter", saved / "adapter", "--backbone", saved / "backbone"),
-        *("--support", saved / "pictures", "--output", "my/task", "--guard", "loo"),
+        *("--support", saved / "pictures", "--output_dir", "my/task", "--early_stopping"),
     )
     assert "Adapted to 3 classes (blue, green, red) from 9 images in " in said
     assert "leave-one-out accuracy" in said
     assert "Saved my/task" in said
     model = PeftModel.from_pretrained(AutoModel.from_pretrained(saved / "backbone"), tmp_path / "my/task")
     assert model.peft_config["default"].peft_type == "BEFT"
-    records = json.loads(shell("predict", "--task", "my/task", "--json", "--top-k", "2", *(saved / "new").iterdir()))
+    images = sorted((saved / "new").iterdir())
+    records = json.loads(shell(module, "predict", "--task", "my/task", "--json", "--top_k", "2", *images))
     assert len(records) == 3
     for record in records:
         assert record["predictions"][0]["label"] == Path(record["image"]).stem
@@ -149,24 +154,65 @@ def test_predictions_are_those_of_the_library(saved, hyperflow):
     images = sorted(str(p) for p in (saved / "new").iterdir())
     backbone = AutoModel.from_pretrained(saved / "backbone").eval()
     expected = AdaptedTask.from_pretrained(saved / "task", backbone)(images)
-    printed = hyperflow("predict", "--task", saved / "task", "--top-k", "9", "--json", *images)
+    printed = hyperflow("predict", "--task", saved / "task", "--top_k", "9", "--json", *images)
     assert printed.code == 0, printed.err
-    for record, image, predictions in zip(json.loads(printed.out), images, expected, strict=True):
-        assert record["image"] == image
-        for found, prediction in zip(record["predictions"], predictions, strict=True):
-            assert found["label"] == prediction["label"]
-            assert found["score"] == pytest.approx(prediction["score"], abs=1e-5)
+    records = json.loads(printed.out)
+    assert [record["image"] for record in records] == images
+    for record, predictions in zip(records, expected, strict=True):
+        scores = {p["label"]: p["score"] for p in record["predictions"]}
+        assert scores == pytest.approx({p["label"]: p["score"] for p in predictions}, abs=1e-5)
+        assert list(scores.values()) == sorted(scores.values(), reverse=True)
+
+    # The other formats say the same of the best class, which is ahead by far in these pictures of one colour each.
     rows = list(csv.DictReader(io.StringIO(hyperflow("predict", "--task", saved / "task", "--csv", *images).out)))
-    assert [(r["image"], r["rank"], r["label"]) for r in rows] == [
-        (image, "1", predictions[0]["label"]) for image, predictions in zip(images, expected, strict=True)
-    ]
-    assert float(rows[0]["score"]) == pytest.approx(expected[0][0]["score"], abs=1e-5)
-    plain = hyperflow("predict", "--task", saved / "task", images[0], images[0]).out.splitlines()
-    assert plain == [f"{images[0]}: {expected[0][0]['label']} {expected[0][0]['score']:.1%}"] * 2
+    assert len(rows) == len(images)
+    for row, image, predictions in zip(rows, images, expected, strict=True):
+        best, second = predictions[:2]
+        assert best["score"] > second["score"] + 0.01
+        assert (row["image"], row["rank"], row["label"]) == (image, "1", best["label"])
+        assert float(row["score"]) == pytest.approx(best["score"], abs=1e-5)
+    lines = hyperflow("predict", "--task", saved / "task", images[0], images[0]).out.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        name, label, score = line.rsplit(" ", 2)
+        assert (name, label) == (f"{images[0]}:", expected[0][0]["label"])
+        assert float(score.removesuffix("%")) == pytest.approx(100 * expected[0][0]["score"], abs=0.06)
+
+
+def test_dashes_are_underscores(hyperflow, adapting, tmp_path):
+    """`--n-steps` is `--n_steps`; names of files and folders keep their dashes."""
+    arguments = ["--n-steps", "2", "--output-dir", "my-task", "--skip-bad", "--early-stopping"]
+    done = hyperflow(*adapting, *arguments)
+    assert done.code == 0, done.err
+    assert names(tmp_path) == {"my-task"}
+    done = hyperflow("predict", "--task", "my-task", "--top-k=2", "--json", adapting[-1] / "red" / "0.png")
+    [record] = json.loads(done.out)
+    assert len(record["predictions"]) == 2
+    said = hyperflow("adapt", "--help").out
+    for option in ("--n_steps", "--skip_bad", "--early_stopping", "--output_dir"):
+        assert option in said
+    assert "--n-steps" not in said
+
+
+@pytest.mark.parametrize(
+    ("command", "missing", "extra"),
+    [
+        ("quickstart", "rich", "benchmark"),
+        ("quickstart", "sklearn", "benchmark"),
+        ("benchmark", "matplotlib", "benchmark"),
+        ("demo", "gradio", "demo"),
+        ("demo", "matplotlib", "demo"),
+    ],
+)
+def test_a_missing_extra_is_named(hyperflow, tmp_path, command, missing, extra):
+    done = hyperflow(command, missing=missing)
+    expected = f'error: the {command} needs {missing}, which is not installed: pip install "hf-hyperflow[{extra}]"\n'
+    assert (done.code, done.out, done.err) == (1, "", expected)
+    assert names(tmp_path) == set()
 
 
 def test_adapt_takes_solver_and_format(hyperflow, adapting, tmp_path):
-    arguments = ["--solver", "heun", "--n-steps", "3", "--format", "lora"]
+    arguments = ["--solver", "heun", "--n_steps", "3", "--format", "lora"]
     assert hyperflow(*adapting, "--output", "task", *arguments).code == 0
     assert json.loads((tmp_path / "task/adapter_config.json").read_text())["peft_type"] == "LORA"
     assert hyperflow("predict", "--task", "task", "--json", adapting[-1] / "red/0.png").code == 0
@@ -177,17 +223,17 @@ def test_a_corrupt_image_in_the_middle(hyperflow, adapting, support, tmp_path):
     bad.write_bytes(bad.read_bytes()[:99])
     fails(hyperflow(*adapting, "--support", support, "--output", "task"), bad, "cannot be read as an image")
     assert not (tmp_path / "task").exists()
-    found = hyperflow(*adapting, "--support", support, "--output", "task", "--skip-bad")
+    found = hyperflow(*adapting, "--support", support, "--output", "task", "--skip_bad")
     assert found.code == 0, found.err
     assert found.err.startswith(f"skipped: {bad} cannot be read")
     assert found.err.count("\n") == 1
     assert "from 8 images" in found.out
     good = support / "red" / "0.png"
     fails(hyperflow("predict", "--task", "task", good, bad, good), bad)
-    found = hyperflow("predict", "--task", "task", "--skip-bad", "--json", good, bad, good)
+    found = hyperflow("predict", "--task", "task", "--skip_bad", "--json", good, bad, good)
     assert [record["image"] for record in json.loads(found.out)] == [str(good), str(good)]
     assert f"skipped: {bad}" in found.err
-    found = hyperflow("predict", "--task", "task", "--skip-bad", bad, "nowhere.png")
+    found = hyperflow("predict", "--task", "task", "--skip_bad", bad, "nowhere.png")
     assert found.code == 1
     assert found.err.splitlines()[-1] == "error: none of the images can be read."
 
@@ -232,10 +278,10 @@ def test_wrong_usage(hyperflow, adapting, saved, tmp_path):
         (["adap"], "No such command"),
         (["adapt", "--adapter", "x"], "Missing option"),
         ([*adapting, "--output", "task", "--format", "onnx"], "'lora'"),
-        ([*adapting, "--output", "task", "--n-steps", "0"], "n-steps"),
+        ([*adapting, "--output", "task", "--n_steps", "0"], "n_steps"),
         (["predict", "--task", saved / "task"], "IMAGES"),
         (["predict", "--task", saved / "task", "--json", "--csv", image], "--json and --csv"),
-        (["predict", "--task", saved / "task", "--top-k", "0", image], "top-k"),
+        (["predict", "--task", saved / "task", "--top_k", "0", image], "top_k"),
     ]:
         found = hyperflow(*arguments)
         assert found.code == 2, found
@@ -270,7 +316,7 @@ def test_info(hyperflow, saved, tmp_path):
     rows = dict(line.split("  ", 1) for line in found.out.splitlines())
     rows = {key: value.strip() for key, value in rows.items()}
     adapter = HyperFlowAdapter.from_pretrained(saved / "adapter")
-    assert rows["what"] == "HyperFlow adapter"
+    assert rows["kind"] == "HyperFlow adapter"
     assert rows["backbone"] == f"{saved / 'backbone'} (dinov2, 4 blocks of width 32)"
     assert f"{adapter.space.n_parameters:,} parameters in {adapter.space.n_tokens} tokens" in rows["generates"]
     assert rows["drift network"].startswith(f"{sum(p.numel() for p in adapter.drift.parameters()):,} parameters")
@@ -321,6 +367,7 @@ def opened_by_a_reader(fifo: Path) -> int:
     raise TimeoutError(fifo)
 
 
+@pytest.mark.hub
 def test_push(saved, tmp_path):
     """With the real client over HTTP; with and without a token."""
     with Hub() as hub:

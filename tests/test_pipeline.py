@@ -15,7 +15,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 import hf_hyperflow
 from hf_hyperflow import AdaptedTask, ImageError, IncompatibleBackboneError, SupportSetError
-from tests.helpers.tiny import Snapshot, pictures, tiny_resnet
+from tests.helpers.tiny import Snapshot, pictures, tiny_resnet, write_pictures
 
 TASK = "few-shot-image-classification"
 
@@ -46,9 +46,12 @@ def site(tmp_path):
         server.shutdown()
 
 
-def same(found: list[dict], expected: list[dict]) -> None:
-    assert [p["label"] for p in found] == [p["label"] for p in expected]
-    assert [p["score"] for p in found] == pytest.approx([p["score"] for p in expected], abs=1e-5)
+def same(predictions: list[dict], expected: list[dict]) -> None:
+    """The same scores of the same labels, best first; not bit for bit, for the size of a batch matters to the last."""
+    values = [prediction["score"] for prediction in predictions]
+    assert values == sorted(values, reverse=True)
+    scores = {prediction["label"]: prediction["score"] for prediction in predictions}
+    assert scores == pytest.approx({e["label"]: e["score"] for e in expected}, abs=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 64])
@@ -110,10 +113,7 @@ def test_from_folders(classify, images, backbone, adapter, support, tmp_path):
     classify.adapted.reset()
     backbone.save_pretrained(tmp_path / "backbone")
     adapter.save_pretrained(tmp_path / "adapter")
-    for name, shots in support.items():
-        (tmp_path / "support" / name).mkdir(parents=True)
-        for i, image in enumerate(shots):
-            image.save(tmp_path / "support" / name / f"{i}.png")
+    write_pictures(tmp_path / "support", support)
     loaded = pipeline(
         TASK, model=str(tmp_path / "backbone"), adapter=tmp_path / "adapter", support=tmp_path / "support", device="cpu"
     )
@@ -127,8 +127,8 @@ def test_options_of_adapt(backbone, adapter, support):
     expected = adapter.adapt(backbone, support, n_steps=3, solver="rk4")
     assert torch.equal(exact.adapted.theta, expected.theta)
     assert exact.adapted.nfe == 12
-    guarded = pipeline(TASK, model=backbone, adapter=adapter, support=support, early_stopping=True, device="cpu")
-    assert guarded.adapted.stopping_point == adapter.adapt(backbone, support, early_stopping=True).stopping_point
+    stopped = pipeline(TASK, model=backbone, adapter=adapter, support=support, early_stopping=True, device="cpu")
+    assert stopped.adapted.stopping_point == adapter.adapt(backbone, support, early_stopping=True).stopping_point
     spoiled = {name: [*shots, b"not an image"] for name, shots in support.items()}
     with pytest.raises(ImageError, match="image 2 of class 'red'"):
         pipeline(TASK, model=backbone, adapter=adapter, support=spoiled, device="cpu")

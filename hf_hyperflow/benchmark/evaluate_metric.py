@@ -1,12 +1,15 @@
-"""`FewShotAccuracy`: few-shot accuracy as a metric of the `evaluate` library (the extra `evaluate`)."""
+"""`FewShotAccuracy`: few-shot accuracy as a metric of the `evaluate` library."""
 
 from __future__ import annotations
 
 import datasets
-import evaluate
 import numpy as np
 
+from ..extras import require_extra
 from .evaluation import mean_ci95
+
+with require_extra("benchmark", "FewShotAccuracy"):
+    import evaluate
 
 _DESCRIPTION = "Mean accuracy over few-shot episodes with its 95 % interval, and the difference paired by episode."
 

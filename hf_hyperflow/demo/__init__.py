@@ -1,1 +1,1 @@
-"""The demo page, the quickstart, and where the released checkpoints are."""
+"""The demo page, the quickstart, and where the released checkpoints lie."""

@@ -1,4 +1,4 @@
-"""The fragments of the demo's page that are its own: style, messages, and predictions side by side."""
+"""The parts of the page that Gradio does not bring: style, messages, and predictions side by side."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ STYLE = """<style>
   color: #1e3a8a; background: #dbeafe; }
 </style>"""
 
-#: Gradio gives the buttons of every gallery the same names: put the gallery's label before them, now and on changes.
+#: Gradio gives the buttons of every gallery the same names. This puts the gallery's label before them, now and whenever
+#: the page changes.
 NAME_BUTTONS = """() => {
   const name = () => document.querySelectorAll(".hf-gallery").forEach((gallery) => {
     const label = gallery.querySelector("[data-testid=block-label]").textContent.trim();
@@ -54,12 +55,12 @@ NAME_BUTTONS = """() => {
 }"""
 
 
-def note(message: object) -> str:
+def note(message: str) -> str:
     """A message that screen readers announce when they are done."""
-    return f'<p class="hf-note" role="status">{escape(str(message))}</p>'
+    return f'<p class="hf-note" role="status">{escape(message)}</p>'
 
 
-def alert(message: object) -> str:
+def alert(message: str | Exception) -> str:
     """A message of what is wrong, announced at once."""
     text = str(message)
     return f'<p class="hf-alert" role="alert">{escape(text[:1].upper() + text[1:])}</p>'
@@ -72,31 +73,35 @@ def comparison(names: list[str], images: list[PIL.Image.Image], before: list[lis
         names: file names, one per image.
         before, after: for each image `[{"label", "score"}, ...]`, best first.
     """
-    changed = sum(b[0]["label"] != a[0]["label"] for b, a in zip(before, after, strict=True))
-    body = "".join(
-        f'<tr><th scope="row">{_thumbnail(image, name)}<small>{escape(name)}</small></th>'
-        f"<td>{_scores(b)}</td><td>{_scores(a)}{_change(b, a)}</td></tr>"
-        for name, image, b, a in zip(names, images, before, after, strict=True)
-    )
+    rows, n_changed = [], 0
+    for name, image, scores_before, scores_after in zip(names, images, before, after, strict=True):
+        badge = ""
+        if scores_before[0]["label"] != scores_after[0]["label"]:
+            n_changed += 1
+            badge = '<span class="hf-changed">changed</span>'
+        rows.append(
+            f'<tr><th scope="row">{_thumbnail(image, name)}<small>{escape(name)}</small></th>'
+            f"<td>{_bars(scores_before)}</td><td>{_bars(scores_after)}{badge}</td></tr>"
+        )
     return (
-        f"{note(f'The adaptation changed the label of {changed} of {len(images)} images.')}"
+        f"{note(f'The adaptation changed the label of {n_changed} of {len(images)} images.')}"
         '<table class="hf-results"><thead><tr><th scope="col" class="hf-image">Image</th>'
         '<th scope="col">Before<br><small>direct transfer</small></th>'
         '<th scope="col">After<br><small>adapted</small></th></tr></thead>'
-        f"<tbody>{body}</tbody></table>"
+        f"<tbody>{''.join(rows)}</tbody></table>"
     )
 
 
-def _scores(predictions: list[dict]) -> str:
-    return "".join(
-        f'<div class="hf-score" style="--share: {p["score"]:.0%}">'
-        f"<span>{escape(p['label'])}</span><span>{p['score']:.0%}</span></div>"
-        for p in predictions
-    )
-
-
-def _change(before: list[dict], after: list[dict]) -> str:
-    return "" if before[0]["label"] == after[0]["label"] else '<span class="hf-changed">changed</span>'
+def _bars(predictions: list[dict]) -> str:
+    """A bar for each class, as long as its score."""
+    bars = []
+    for prediction in predictions:
+        percentage = f"{prediction['score']:.0%}"
+        bars.append(
+            f'<div class="hf-score" style="--share: {percentage}">'
+            f"<span>{escape(prediction['label'])}</span><span>{percentage}</span></div>"
+        )
+    return "".join(bars)
 
 
 def _thumbnail(image: PIL.Image.Image, name: str) -> str:

@@ -1,25 +1,25 @@
-"""The released checkpoints, as folders of a clone of this repository."""
+"""Where the released checkpoints lie: in a clone of this repository."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-#: The backbone: a ViT-S/14 at 70 px.
+#: The backbone: a ViT-S/14 for images of 70 x 70 pixels.
 BACKBONE = "vit-s14-focus-70"
 
-#: The adapter trained for it.
+#: The adapter that was trained for it.
 ADAPTER = "hyperflow-vit-s14-70"
 
-_FOLDER = Path(__file__).resolve().parent.parent / "model_cards"
+_MODEL_CARDS = Path(__file__).resolve().parents[2] / "model_cards"
 
 
-def released(name: str) -> Path:
-    """Folder of a released checkpoint.
+def find_released(name: str) -> Path:
+    """The folder of a released checkpoint, `BACKBONE` or `ADAPTER`.
 
     Raises:
         FileNotFoundError: this is not an editable install of a clone; the message says what to do.
     """
-    folder = _FOLDER / name
+    folder = _MODEL_CARDS / name
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"the released checkpoint {name} is not at {folder}: it comes with a clone of the repository "

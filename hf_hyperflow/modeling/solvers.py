@@ -92,7 +92,7 @@ def _integrate_adaptively(velocity: Velocity, start: torch.Tensor, times: list[f
     try:
         from torchdiffeq import odeint
     except ImportError as error:
-        raise ImportError(f"solver {method!r} needs torchdiffeq: pip install hf_hyperflow[ode]") from error
+        raise ImportError(f'solver {method!r} needs torchdiffeq: pip install "hf-hyperflow[ode]"') from error
     nfe = 0
 
     def count(time: torch.Tensor, state: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -102,6 +103,15 @@ def pictures(n_way: int = 3, n_shot: int = 2, seed: int = 0) -> dict[str, list[P
     return {
         names[c]: [picture(1000 * seed + 100 * c + i, colour=colours[c]) for i in range(n_shot)] for c in range(n_way)
     }
+
+
+def write_pictures(folder: Path, images: dict[str, list[PIL.Image.Image]]) -> Path:
+    """Write a support set as an image folder: `red/0.png`, `red/1.png`, ..."""
+    for name, shots in images.items():
+        (folder / name).mkdir(parents=True)
+        for i, shot in enumerate(shots):
+            shot.save(folder / name / f"{i}.png")
+    return folder
 
 
 class Snapshot:

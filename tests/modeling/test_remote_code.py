@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
@@ -15,6 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 from hf_hyperflow import AdaptedTask, HyperFlowAdapter, HyperFlowConfig
+from tests.helpers.environments import Environment
+from tests.helpers.tiny import write_pictures
 
 ADAPT = """
 import sys
@@ -40,33 +38,6 @@ AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)
 """
 
 
-class Environment:
-    """A virtual environment with all that is installed here but `hf_hyperflow`."""
-
-    def __init__(self, folder: Path):
-        venv.create(folder / "venv", with_pip=False, symlinks=True)
-        self.python = folder / "venv" / "bin" / "python"
-        packages = folder / "packages"
-        packages.mkdir()
-        for source in {Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib"))}:
-            for entry in source.iterdir():
-                if "hf_hyperflow" not in entry.name and entry.suffix != ".pth":  # neither installed nor editable
-                    (packages / entry.name).symlink_to(entry)
-        own = subprocess.check_output(
-            [self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
-        )
-        Path(own.strip(), "packages.pth").write_text(f"{packages}\n")
-        self.env = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("PYTHON")},
-            **{"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        }
-        self.cwd = folder
-
-    def run(self, code: str, *arguments: str | Path) -> subprocess.CompletedProcess:
-        command = [self.python, "-c", code, *map(str, arguments)]
-        return subprocess.run(command, env=self.env, cwd=self.cwd, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory) -> Environment:
     environment = Environment(tmp_path_factory.mktemp("elsewhere"))
@@ -80,10 +51,7 @@ def folders(tmp_path, backbone, adapter, support):
     """Saved backbone, adapter and support pictures."""
     backbone.save_pretrained(tmp_path / "backbone")
     adapter.save_pretrained(tmp_path / "adapter")
-    for name, images in support.items():
-        (tmp_path / "pictures" / name).mkdir(parents=True)
-        for i, image in enumerate(images):
-            image.save(tmp_path / "pictures" / name / f"{i}.png")
+    write_pictures(tmp_path / "pictures", support)
     return tmp_path
 
 

@@ -146,5 +146,5 @@ except ImportError as error:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-2:] == [
         "8",
-        "solver 'dopri5' needs torchdiffeq: pip install hf_hyperflow[ode]",
+        "solver 'dopri5' needs torchdiffeq: pip install \"hf-hyperflow[ode]\"",
     ]

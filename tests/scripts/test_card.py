@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_hyperflow.demo.released import ADAPTER, released
+from hf_hyperflow.demo.released import ADAPTER, find_released
 from tests.benchmark.test_runner import ENVIRONMENT, with_known_costs
 from tests.helpers.tiny import tiny_dinov2, tiny_processor
 from tests.helpers.training_runs import SCRIPTS, make_images
@@ -27,7 +27,7 @@ DRAWN = {name for names in FIGURES.values() for name in names}
 
 @pytest.fixture(scope="module")
 def adapter() -> Path:
-    return Path(released(ADAPTER))
+    return Path(find_released(ADAPTER))
 
 
 @pytest.mark.parametrize("card", ["README.md", "training/README.md", f"model_cards/{ADAPTER}/README.md"])

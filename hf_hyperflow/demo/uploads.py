@@ -1,0 +1,57 @@
+"""Class names and images as a person gives them to the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeAlias
+
+import PIL.Image
+
+from ..modeling.images import ImageError, decode
+
+#: The value of a Gradio gallery: `(path, caption)` of each file.
+Files: TypeAlias = list[tuple[str, str | None]]
+
+
+class PageError(ValueError):
+    """Something that a person gave cannot be used; the message is shown on the page."""
+
+
+def read_files(files: Files) -> list[PIL.Image.Image]:
+    """The images of a gallery.
+
+    Raises:
+        PageError: a file is not an image; it is named as the person knows it.
+    """
+    images = []
+    for path, _ in files:
+        name = Path(path).name
+        try:
+            images.append(decode(path, name))
+        except ImageError as error:
+            raise PageError(str(error).replace(path, name)) from error
+    return images
+
+
+def read_classes(names: list[str | None], galleries: list[Files | None]) -> dict[str, list[PIL.Image.Image]]:
+    """Class names and images of the rows of the page; rows with neither are passed over.
+
+    Raises:
+        PageError: images without a class name, a name without images, two rows of one name, a file that is no image.
+    """
+    classes: dict[str, list[PIL.Image.Image]] = {}
+    for row, (typed, files) in enumerate(zip(names, galleries, strict=True), start=1):
+        name = (typed or "").strip()
+        if not name and not files:
+            continue
+        if not name:
+            raise PageError(f"Class {row} has images but no name. Give it one.")
+        if not files:
+            raise PageError(f"Class {name!r} has no images. Give it at least one, or clear its name.")
+        if name in classes:
+            raise PageError(f"Two classes are called {name!r}. Rename one, or put their images together.")
+        try:
+            classes[name] = read_files(files)
+        except PageError as error:
+            raise PageError(f"Class {name!r}: {error}") from error
+    return classes
