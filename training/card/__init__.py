@@ -1,1 +1,1 @@
-"""What serves the cards of the released checkpoints: run from the root as `python -m training.card.NAME`."""
+"""What the cards of the released checkpoints rest on: run from the repository root as `python -m training.card.NAME`."""
