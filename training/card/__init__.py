@@ -1,1 +1,1 @@
-"""What the cards of the released checkpoints rest on: run from the repository root as `python -m training.card.NAME`."""
+"""The research behind the cards of the released checkpoints: `python -m training.card.NAME` from the root."""

@@ -1,6 +1,7 @@
 """The offline cost of an adapter, and the number of tasks after which it breaks even with fine-tuning.
 
-    python -m training.card.break_even --adapter ADAPTER --cost cost.json [--backbone BACKBONE] --output offline_cost.json
+    python -m training.card.break_even --adapter ADAPTER --cost cost.json [--backbone BACKBONE] \
+        --output offline_cost.json
 
 A method that adapts by gradients costs nothing beforehand and much for every task. HyperFlow is the other way round. It
 breaks even after `offline cost / (a task by the method - a task by HyperFlow)` tasks, rounded up.
@@ -21,7 +22,7 @@ from hf_hyperflow.arguments import parse
 from hf_hyperflow.modeling.hub import fetch
 from hf_hyperflow.modeling.saving import CheckpointError, write_json
 
-from .costs import BIAS, FULL, READY
+from .costs import BIAS, COST_LABELS, FULL, READY
 from .markdown import markdown_table
 
 UNITS = ("seconds", "flops")
@@ -230,7 +231,7 @@ def _break_even_table(record: dict[str, Any]) -> str:
         own = record["per_task"][size][READY]
         for rival, tasks in rivals.items():
             other = record["per_task"][size][rival]
-            row = [size, rival, _cost(other), _cost(own), _tasks(tasks["seconds"]), _tasks(tasks["flops"])]
+            row = [size, COST_LABELS[rival], _cost(other), _cost(own), _tasks(tasks["seconds"]), _tasks(tasks["flops"])]
             rows.append(row)
     headings = ["images", "against", "a task with it", "a task with HyperFlow", "break-even in time", "in FLOPs"]
     return markdown_table(headings, rows)

@@ -46,8 +46,8 @@ BENCHMARK, FINE_TUNING = "benchmark", "fine-tuning"
 #: Figures by the benchmark that draws them.
 FIGURES = {BENCHMARK: ("gain.png", "shots.png"), FINE_TUNING: ("accuracy_cost.png", "flow.png")}
 #: Methods and numbers of shots of the benchmark without gradients, then of the one with.
-FORWARD = (("direct,no-flow,logistic,hyperflow,easyfsl", (1, 5, 20)),)
-GRADIENT = (
+FORWARD: tuple[tuple[str, tuple[int, ...]], ...] = (("direct,no-flow,logistic,hyperflow,easyfsl", (1, 5, 20)),)
+GRADIENT: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("direct,no-flow,logistic,hyperflow,hyperflow-early-stopping", (1, 5, 20)),
     ("direct,hyperflow,bias", (1, 5, 20)),
     ("direct,hyperflow,lora,layernorm,full", (5,)),
@@ -110,9 +110,7 @@ class Build:
             *("--max_steps", a.max_steps, "--output", self.path("hyperparameters")),
         )
 
-    def benchmark(
-        self, folder: str, methods: str, shots: tuple[int, ...], n_episodes: int, flow_episodes: int
-    ) -> None:
+    def benchmark(self, folder: str, methods: str, shots: tuple[int, ...], n_episodes: int, flow_episodes: int) -> None:
         run(
             f"Benchmark: {methods}",
             "hf_hyperflow",

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_hyperflow.benchmark.evaluation import mean_ci95
 from hf_hyperflow.benchmark.methods import NoFlow, list_labels
@@ -348,8 +348,9 @@ def fill_tables(text: str, tables: Mapping[str, str]) -> str:
 def add_model_index(text: str, results: dict[str, Any], name: str) -> str:
     """A card whose metadata tell what HyperFlow reaches, by domain and number of shots (the Hub's model-index)."""
     card = ModelCard(text)
+    assert isinstance(card.data, ModelCardData)
     card.data.model_name = name
-    card.data.eval_results = []
+    eval_results = []
     for record in select(results["records"], method=HYPERFLOW):
         episodes = f"{record['n_episodes']} episodes"
         metrics = (
@@ -367,5 +368,6 @@ def add_model_index(text: str, results: dict[str, Any], name: str) -> str:
                 metric_value=round(value, 2),
                 metric_name=metric_name,
             )
-            card.data.eval_results.append(result)
+            eval_results.append(result)
+    card.data.eval_results = eval_results
     return str(card)
