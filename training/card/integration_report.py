@@ -27,13 +27,8 @@ from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.arguments import parse, short_name
 from hf_hyperflow.data.domains import Domain
 from hf_hyperflow.data.tasks import load_domains
-from hf_hyperflow.finetuning.trajectories import (
-    COLLECTION,
-    Trajectories,
-    describe_space,
-    load_trajectories,
-    read_collection,
-)
+from hf_hyperflow.finetuning.collection import COLLECTION, describe_space, read_collection
+from hf_hyperflow.finetuning.trajectories import Trajectories, load_trajectories
 from hf_hyperflow.modeling.fingerprint import compute_fingerprint, fingerprints_match
 from hf_hyperflow.modeling.hub import fetch
 from hf_hyperflow.modeling.saving import CheckpointError, exclusive, write_json
