@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -122,16 +121,19 @@ def measure_flow(
     start, end = points[:, 0], points[:, -1]
     teacher_way = _norm(end)
     states = adapter.flow(tasks, n_steps=len(GRID) - 1, solver="rk4", end_time=GRID[-1]).states
-    velocity = partial(adapter.velocity, tasks=tasks)
+
+    def velocity(z: torch.Tensor, t: float) -> torch.Tensor:
+        return adapter.velocity(z, t, tasks)
+
     end_from_start = integrate(velocity, start, n_steps=ARRIVAL, method="rk4").end
     cosines_on_path, cosines_on_flow, speeds, recorded_speeds = [], [], [], []
     for t, z in zip(GRID, states, strict=True):
         place, target = INTERPOLANTS[interpolant](points, times, times.new_full((len(z),), t))
-        on_flow = adapter.velocity(z, t, tasks)
+        on_flow = velocity(z, t)
         speeds.append(_norm(on_flow) / teacher_way)
         recorded_speeds.append(_norm(target) / teacher_way)
         if t < 1:
-            cosines_on_path.append(_cosine(adapter.velocity(place, t, tasks), target))
+            cosines_on_path.append(_cosine(velocity(place, t), target))
             cosines_on_flow.append(_cosine(on_flow, target))
     return FlowMeasures(
         deltas=(torch.stack(states[::2], dim=1) * adapter.token_scale).cpu(),
