@@ -29,56 +29,34 @@ parser.add_argument("--output", default="outputs/digits-task", help="folder for 
 arguments, _ = parser.parse_known_args()  # a notebook has arguments of its own
 
 # %% [markdown]
-# ## The data: 8x8 pixels, five support images of each digit, twenty others to classify
+# ## The data: 8 x 8 pixels, five support images of each digit, twenty others to classify
 
 # %%
 digits = load_digits()
 images = [PIL.Image.fromarray((image * (255 / 16)).astype(np.uint8)) for image in digits.images]
 generator = np.random.default_rng(0)
-rows = {digit: generator.permutation(np.flatnonzero(digits.target == digit)) for digit in range(10)}
-support = {str(digit): [images[i] for i in rows[digit][:5]] for digit in rows}
-queries = [images[i] for digit in rows for i in rows[digit][5:25]]
-truth = [str(digit) for digit in rows for _ in range(20)]
+support, queries, true_labels = {}, [], []
+for digit in range(10):
+    rows = generator.permutation(np.flatnonzero(digits.target == digit))
+    support[str(digit)] = [images[row] for row in rows[:5]]
+    queries += [images[row] for row in rows[5:25]]
+    true_labels += [str(digit)] * 20
 
 
 def accuracy(predicted: list[str]) -> str:
-    hits = [a == b for a, b in zip(predicted, truth, strict=True)]
-    return f"{100 * np.mean(hits):.1f} %"
+    correct = np.array(predicted) == np.array(true_labels)
+    return f"{100 * correct.mean():.1f} %"
 
 
 # %% [markdown]
 # ## Before: direct transfer
-# The class of the nearest mean feature, with the backbone as it is.
+# The backbone is used as it is, with plain cosines to the class means.
 
 # %%
 backbone = AutoModel.from_pretrained(arguments.backbone).eval()
 adapter = HyperFlowAdapter.from_pretrained(arguments.adapter)
-
-
-@torch.no_grad()
-def features(
-    model: torch.nn.Module, pictures: list[PIL.Image.Image], *, start: int = 0, middle: float = 0.0
-) -> torch.Tensor:
-    """The first token of the last hidden state of each picture, `(n, width)`; with a `middle` also the mean of the
-    others before block `start`, at so many times its length.
-    """
-    rgb = [picture.convert("RGB") for picture in pictures]
-    chunks = []
-    for pixel_values in adapter.processor(rgb, return_tensors="pt")["pixel_values"].split(50):
-        output = model(pixel_values, output_hidden_states=True)
-        halves = [normalize(output.last_hidden_state[:, 0], dim=-1)]
-        if middle:
-            halves.append(middle * normalize(output.hidden_states[start][:, 1:].mean(dim=1), dim=-1))
-        chunks.append(torch.cat(halves, dim=-1))
-    return torch.cat(chunks)
-
-
-def nearest(found: torch.Tensor, prototypes: torch.Tensor) -> list[str]:
-    return [list(support)[i] for i in (normalize(found, dim=-1) @ prototypes.T).argmax(-1)]
-
-
-means = normalize(torch.stack([features(backbone, pictures).mean(dim=0) for pictures in support.values()]), dim=-1)
-print("direct transfer:", accuracy(nearest(features(backbone, queries), means)))
+direct = adapter.direct_transfer(backbone, support)
+print("direct transfer:", accuracy(direct.predict(queries)))
 
 # %% [markdown]
 # ## Adapt
@@ -92,14 +70,14 @@ print("HyperFlow:", accuracy(task.predict(queries)))
 print("the first query:", task(queries[0], top_k=3))
 
 # %% [markdown]
-# Fewer or more steps of the solver, and a guard that follows the flow only as far as leave-one-out accuracy on the
-# support set says. Several tasks share the backbone: each puts its own weights in when it is used.
+# The solver can take fewer or more steps. With early stopping, the flow is followed only as far as the leave-one-out
+# accuracy on the support set improves. Several tasks share the backbone: each puts its own weights in when it is used.
 
 # %%
 for n_steps in (1, 2, 8):
     print(f"{n_steps} steps:", accuracy(adapter.adapt(backbone, support, n_steps=n_steps).predict(queries)))
-guarded = adapter.adapt(backbone, support, guard="loo")
-print(f"guarded, stopped at t = {guarded.choice.time}:", accuracy(guarded.predict(queries)))
+stopped = adapter.adapt(backbone, support, early_stopping=True)
+print(f"stopped at t = {stopped.stopping_point.time}:", accuracy(stopped.predict(queries)))
 
 # %% [markdown]
 # ## The same as a pipeline of transformers
@@ -109,15 +87,47 @@ classify = pipeline("few-shot-image-classification", model=backbone, adapter=ada
 print("pipeline:", accuracy([best["label"] for (best,) in classify(queries, batch_size=50, top_k=1)]))
 
 # %% [markdown]
-# ## Save, take the adaptation out, and load the task with `peft` alone
+# ## Save the task, and take the adaptation out
+# The backbone is what it was before. Nearest class means, computed by hand, show it.
 
 # %%
 task.save_pretrained(arguments.output)
 task.reset()
-print("after reset:", accuracy(nearest(features(backbone, queries), means)))
 
+
+@torch.no_grad()
+def features(
+    model: torch.nn.Module, pictures: list[PIL.Image.Image], block: int = 0, weight: float = 0.0
+) -> torch.Tensor:
+    """The CLS token of the last hidden state of each picture, `(n, width)`; with a `weight`, also the mean of the patch
+    tokens before a block, at `weight` times the length of the CLS token.
+    """
+    rgb = [picture.convert("RGB") for picture in pictures]
+    batches = []
+    for pixel_values in adapter.processor(rgb, return_tensors="pt")["pixel_values"].split(50):
+        output = model(pixel_values, output_hidden_states=True)
+        batch = output.last_hidden_state[:, 0]
+        if weight:
+            patches = output.hidden_states[block][:, 1:].mean(dim=1)
+            batch = torch.cat([normalize(batch, dim=-1), weight * normalize(patches, dim=-1)], dim=-1)
+        batches.append(batch)
+    return torch.cat(batches)
+
+
+def nearest(query_features: torch.Tensor, prototypes: torch.Tensor) -> list[str]:
+    best = (normalize(query_features, dim=-1) @ prototypes.T).argmax(-1)
+    return [list(support)[i] for i in best.tolist()]
+
+
+means = [normalize(features(backbone, pictures).mean(dim=0), dim=-1) for pictures in support.values()]
+print("after reset:", accuracy(nearest(features(backbone, queries), torch.stack(means))))
+
+# %% [markdown]
+# ## Load the task with `peft` alone
+
+# %%
 model = PeftModel.from_pretrained(backbone, arguments.output).eval()
 with safe_open(Path(arguments.output, "prototypes.safetensors"), "pt") as file:
-    prototypes, about = file.get_tensor("prototypes"), file.metadata()
-found = features(model, queries, start=int(about["start"]), intermediate_weight=float(about["middle"]))
-print("with peft:", accuracy(nearest(found, prototypes)))
+    prototypes, metadata = file.get_tensor("prototypes"), file.metadata()
+block, weight = int(metadata["start"]), float(metadata["intermediate_weight"])
+print("with peft:", accuracy(nearest(features(model, queries, block, weight), prototypes)))

@@ -5,40 +5,58 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_hyperflow.demo.released import ADAPTER, find_released
-from tests.benchmark.test_runner import ENVIRONMENT, with_known_costs
+from hf_hyperflow.benchmark.episode_log import EPISODES, EpisodeLog
+from tests.helpers.costs import write_known_costs
+from tests.helpers.modules import ROOT, run_module
 from tests.helpers.tiny import tiny_dinov2, tiny_processor
-from tests.helpers.training_runs import SCRIPTS, make_images
+from tests.helpers.training_runs import make_images
+from training.card.build import FIGURES, FILES, FINE_TUNING_EPISODES, read_results, write_cards
+from training.card.tables import conditioning_table, fill_tables, make_tables, methods_table, summary_table
 
-sys.path.insert(0, str(SCRIPTS))  # the scripts of training/ find each other so
-from training.card.build import FIGURES, FILES, FINE_TUNING_EPISODES, read, write_cards
-from training.card.tables import filled, methods_table
-
-ROOT = SCRIPTS.parent
 DRAWN = {name for names in FIGURES.values() for name in names}
+ADAPTER = "hyperflow-vit-s14-70"
+CARD = f"model_cards/{ADAPTER}/README.md"
+REPORT = f"model_cards/{ADAPTER}/results/REPORT.md"
 
 
 @pytest.fixture(scope="module")
 def adapter() -> Path:
-    return Path(find_released(ADAPTER))
+    return ROOT / "model_cards" / ADAPTER
 
 
-@pytest.mark.parametrize("card", ["README.md", "training/README.md", f"model_cards/{ADAPTER}/README.md"])
+@pytest.mark.parametrize("card", ["README.md", CARD, REPORT])
 def test_tables_are_those_of_the_results(card, adapter, tmp_path):
     copy = tmp_path / adapter.name / "README.md"
     copy.parent.mkdir()
     shutil.copy(ROOT / card, copy)
     assert "<!-- table: " in copy.read_text()
-    own = (ROOT / card).parent == adapter
-    write_cards([copy], copy.parent if own else adapter, read(adapter / "results"))
+    own = card == CARD
+    write_cards([copy], copy.parent if own else adapter, read_results(adapter / "results"))
     assert copy.read_text() == (ROOT / card).read_text()
+
+
+def test_every_table_is_in_the_report(adapter):
+    shown = re.findall(r"<!-- table: ([a-z-]+) -->", (ROOT / REPORT).read_text() + (ROOT / CARD).read_text())
+    assert set(shown) == set(make_tables(read_results(adapter / "results")))
+
+
+def test_every_episode_of_fine_tuning_is_there_undamaged(adapter, tmp_path):
+    """The log checks its digest, and the means of its accuracies are those of the results."""
+    shutil.copy(adapter / "results" / FINE_TUNING_EPISODES, tmp_path / EPISODES)
+    rows = EpisodeLog(tmp_path, {}).rows
+    results = json.loads((adapter / "results" / FILES["fine_tuning"]).read_text())
+    assert results["records"]
+    for record in results["records"]:
+        key = (record["domain"], record["n_shot"], record["method"])
+        accuracies = [row.accuracy for row in rows if (row.domain, row.n_shot, row.method) == key]
+        assert len(accuracies) == record["n_episodes"]
+        assert sum(accuracies) / len(accuracies) == pytest.approx(record["accuracy"], abs=1e-3)
 
 
 def test_model_index_has_every_domain_and_number_of_shots(adapter):
@@ -54,55 +72,87 @@ def test_model_index_has_every_domain_and_number_of_shots(adapter):
     assert found == expected
 
 
-def test_figures_of_the_card_are_there(adapter):
-    shown = set(re.findall(r"\(results/(\w+\.png)\)", (adapter / "README.md").read_text()))
-    assert shown
-    assert shown <= DRAWN
+def test_figures_of_the_report_are_there(adapter):
+    shown = set(re.findall(r"\((\w+\.png)\)", (ROOT / REPORT).read_text()))
+    assert shown == DRAWN
     for name in shown:
         assert (adapter / "results" / name).stat().st_size > 10_000
 
 
 def test_a_table_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="there is no table 'magic': use one of costs"):
-        filled("<!-- table: magic -->\n<!-- end -->\n", {"costs": "| a |"})
-    assert filled("a\n<!-- table: costs -->\nold\n<!-- end -->\nb", {"costs": "| a |"}) == (
+        fill_tables("<!-- table: magic -->\n<!-- end -->\n", {"costs": "| a |"})
+    assert fill_tables("a\n<!-- table: costs -->\nold\n<!-- end -->\nb", {"costs": "| a |"}) == (
         "a\n<!-- table: costs -->\n| a |\n<!-- end -->\nb"
     )
 
 
+def mean_record(method: str, n_shot: int, n_domains: int = 2, accuracy: float = 50.0) -> dict[str, Any]:
+    gain = None if method == "direct" else 1.25
+    return {
+        "method": method,
+        "n_shot": n_shot,
+        "n_domains": n_domains,
+        "accuracy": accuracy,
+        "diff_vs_direct": gain,
+        "diff_ci95": 0.5,
+    }
+
+
+def against_record(method: str) -> dict[str, Any]:
+    return {"method": method, "domain": None, "n_shot": 1, "diff": 2.0, "diff_ci95": None}
+
+
 def test_a_table_of_methods_names_steps_and_leaves_out_what_is_unfinished():
-    def mean(method: str, n_shot: int, n_domains: int = 2) -> dict:
-        found = {"method": method, "n_shot": n_shot, "n_domains": n_domains}
-        return found | {"diff_vs_direct": None if method == "direct" else 1.25, "diff_ci95": 0.5}
-
-    def against(method: str) -> dict:
-        return {"method": method, "domain": None, "n_shot": 1, "diff": 2.0, "diff_ci95": None}
-
     few = {
-        "means": [mean("direct", 1), mean("bias", 1), mean("bias-metric", 1), mean("lora", 1, n_domains=1)],
-        "hyperflow_against": [against(m) for m in ("direct", "bias", "lora")],
-        "arguments": {"recipes": {"bias": {"steps": 7, "learning_rate": 0.1}}},
+        "means": [
+            mean_record("direct", 1),
+            mean_record("bias", 1),
+            mean_record("bias-head", 1),
+            mean_record("lora", 1, n_domains=1),
+        ],
+        "hyperflow_against": [against_record(method) for method in ("direct", "bias", "lora")],
+        "arguments": {"hyperparameters": {"bias": {"steps": 7, "learning_rate": 0.1}}},
     }
     more = {
-        "means": [mean("direct", 5), mean("full", 5)],
+        "means": [mean_record("direct", 5), mean_record("full", 5)],
         "hyperflow_against": [],
-        "arguments": {"recipes": {"full": {"steps": 3}}},
+        "arguments": {"hyperparameters": {"full": {"steps": 3}}},
     }
-    lines = methods_table((few, ["direct", "bias", "bias-metric", "lora", "layernorm"]), (more, ["full"])).splitlines()
+    lines = methods_table((few, ["direct", "bias", "bias-head", "lora", "layernorm"]), (more, ["full"])).splitlines()
     assert lines[0].count("-shot") == 2
     assert lines[2:] == [
-        "| direct transfer (cosines to class means) |  | +2.00 |  |  |",
+        "| direct transfer |  | +2.00 |  |  |",
         "| bias and norm tuning, 7 steps | +1.25 ± 0.50 | +2.00 |  |  |",
-        "| bias and norm tuning, 7 steps, in the metric | +1.25 ± 0.50 |  |  |  |",
+        "| bias and norm tuning, in HyperFlow's head, 7 steps | +1.25 ± 0.50 |  |  |  |",
         "| LoRA tuning |  |  |  |  |",
         "| full fine-tuning, 3 steps |  |  | +1.25 ± 0.50 |  |",
     ]
 
 
+def test_the_summary_tells_the_head_and_the_flow_apart():
+    means = [mean_record(method, 1, accuracy=a) for method, a in (("direct", 40), ("no-flow", 41), ("hyperflow", 43))]
+    lines = summary_table({"means": means, "hyperflow_against": [against_record("no-flow")]}).splitlines()
+    assert lines[2:] == ["| 1 | 40.0 | 43.0 | **+1.25 ± 0.50** | +1.25 ± 0.50 | +2.00 |"]
+
+
+def test_a_table_of_conditions_has_no_difference_of_the_own_support_set_to_itself():
+    records = []
+    for condition, advantage in (("own support set", 0.0), ("other episode", 0.5)):
+        record = {"condition": condition, "domain": None, "gain": 1.0, "gain_ci95": 0.25}
+        records.append(record | {"own_advantage": advantage, "own_advantage_ci95": 0.75})
+    lines = conditioning_table(("unseen domains", {"records": records})).splitlines()
+    assert lines[2:] == [
+        "| own support set | +1.00 ± 0.25 |  |",
+        "| other episode | +1.00 ± 0.25 | +0.50 ± 0.75 |",
+    ]
+
+
 #: Tables that the card of the test asks for.
-ASKED = ("methods", "fine-tuning", "time", "steps", "conditioning", "ablations", "bill")
+ASKED = ("methods", "fine-tuning", "time", "steps", "conditioning", "ablations", "offline-cost")
 
 
+@pytest.mark.slow
 def test_one_command_measures_and_writes(tmp_path, adapter):
     pytest.importorskip("easyfsl")
     backbone = tmp_path / "backbone"
@@ -110,28 +160,33 @@ def test_one_command_measures_and_writes(tmp_path, adapter):
     tiny_processor().save_pretrained(backbone)
     for seed, name in enumerate(("alpha", "beta", "unseen")):
         make_images(tmp_path / name, n_classes=6, n_images=40, seed=seed)
-    domains = ["--dataset", tmp_path / "alpha", tmp_path / "beta", "--tuning", tmp_path / "alpha"]
-    sizes = ["--drift_width", 12, "--drift_depth", 1, "--metric_tasks", 4, "--episodes_per_step", 2]
-    training = [SCRIPTS / "train_drift.py", "--backbone", backbone, "--dataset", tmp_path / "alpha", *sizes]
-    run([*training, "--steps", 1, "--output_dir", tmp_path / "made"])
+    run(
+        "training.train_drift",
+        *("--backbone", backbone, "--dataset", tmp_path / "alpha", "--drift_width", 12, "--drift_depth", 1),
+        *("--lda_tasks", 4, "--episodes_per_step", 2, "--steps", 1, "--output_dir", tmp_path / "made"),
+    )
     output, card = tmp_path / "output", tmp_path / "made" / "README.md"
     card.write_text("---\nlicense: mit\n---\n# Mine\n" + "".join(f"<!-- table: {t} -->\n<!-- end -->\n" for t in ASKED))
     for folder in ("benchmark", "fine-tuning"):
-        with_known_costs(output / folder, largest=121)
-    with_known_costs(output / "ablations" / "task-objective" / "benchmark")
+        write_known_costs(output / folder, largest=121)
+    write_known_costs(output / "ablations" / "episodic-loss" / "benchmark")
     shutil.copy(adapter / "results" / FILES["cost"], output)
-    numbers = ["--n_episodes", 2, "--max_episodes_gradient", 1, "--tuning_episodes", 1, "--ablation_steps", 1]
-    command = [SCRIPTS / "card.py", "--backbone", backbone, "--adapter", tmp_path / "made", *domains]
-    command += ["--unseen", tmp_path / "unseen", "--ablation_episodes", 2, "--variants", "task objective", *numbers]
-    run([*command, "--output_dir", output, "--card", card])
+    run(
+        "training.card.build",
+        *("--backbone", backbone, "--adapter", tmp_path / "made", "--unseen", tmp_path / "unseen"),
+        *("--dataset", tmp_path / "alpha", tmp_path / "beta", "--tuning", tmp_path / "alpha"),
+        *("--ablation_episodes", 2, "--variants", "episodic loss", "--ablation_steps", 1),
+        *("--n_episodes", 2, "--max_episodes_gradient", 1, "--tuning_episodes", 1),
+        *("--output_dir", output, "--card", card),
+    )
     text = card.read_text()
-    assert re.search(r"\| bias and norm tuning, \d+ steps, in the metric \| ", text)
+    assert re.search(r"\| bias and norm tuning, in HyperFlow's head, \d+ steps \| ", text)
     assert "| t | 0 | 0.25 |" in text
     assert "| solver steps to t = 1 | 1 |" in text
     assert "| 5-shot, minus HyperFlow as it is | " in text
     assert "| other domain | " in text
-    assert "| task objective | " in text
-    assert "| task | " in text
+    assert "| episodic loss | " in text
+    assert "| episodic | " in text  # the stage of the training, in the offline cost
     (gain,) = {e.metric_type for e in ModelCard.load(card).data.eval_results} - {"accuracy"}
     assert gain == "gain"
     assert {path.name for path in (tmp_path / "made" / "results").iterdir()} == {
@@ -141,8 +196,6 @@ def test_one_command_measures_and_writes(tmp_path, adapter):
     }
 
 
-def run(command: list) -> None:
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+def run(module: str, *arguments: object) -> None:
+    done = run_module(module, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,28 +10,28 @@ import torch
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
+from hf_hyperflow.benchmark.methods import NoFlow, Target
 from hf_hyperflow.data.domains import load_domain
 from hf_hyperflow.data.episodes import cdfsl_episode
 from hf_hyperflow.modeling.saving import CheckpointError
 from tests.helpers.tiny import tiny_adapter
-from tests.helpers.training_runs import SCRIPTS, make_ground, make_images
-
-sys.path.insert(0, str(SCRIPTS))  # the scripts of training/ find each other so
+from tests.helpers.training_runs import make_ground, make_images
 from training.card.conditioning import (
     CONDITIONS,
-    NEXT,
-    NOTHING,
-    OTHER,
+    OTHER_DOMAIN,
+    OTHER_EPISODE,
     OWN,
     SHUFFLED,
-    WITHOUT,
+    UNCONDITIONAL,
     Arguments,
-    Flow,
+    Experiment,
     main,
-    records,
-    shuffled,
+    shuffle_labels,
+    summarise,
 )
 from training.card.tables import conditioning_table
+
+WITHOUT = NoFlow.name
 
 
 @pytest.fixture(scope="module")
@@ -46,67 +45,116 @@ def ground(tmp_path_factory):
 
 
 @pytest.fixture
-def measure(ground, tmp_path, monkeypatch):
-    """Runs the script with more options; the file it is to write."""
+def measure(ground, tmp_path):
+    """Runs the command with more options, and returns the file it is to write."""
 
     def run(*more: object) -> Path:
         output = tmp_path / "conditioning.json"
         command = ["--backbone", ground / "backbone", "--adapter", ground / "adapter", "--dataset", ground / "alpha"]
         command += ["--unseen", ground / "beta", ground / "gamma", "--output", output, *more]
-        monkeypatch.setattr(sys, "argv", ["conditioning.py", *map(str, command)])
-        main()
+        main([str(part) for part in command])
         return output
 
     return run
 
 
+@pytest.fixture
+def make_experiment(ground):
+    def make(n_shot: int) -> Experiment:
+        backbone = AutoModel.from_pretrained(ground / "backbone").eval()
+        adapter = HyperFlowAdapter.from_pretrained(ground / "adapter").eval()
+        arguments = Arguments("", "", [str(ground / "alpha")], ["beta"], "", n_shot=n_shot, n_training_episodes=2)
+        return Experiment(Target(backbone, adapter), arguments)
+
+    return make
+
+
 def test_a_record_for_every_condition_and_domain(measure):
-    found = json.loads(measure("--n_shot", 1, "--n_episodes", 6).read_text())["records"]
-    assert [r["condition"] for r in found if r["domain"] is None] == list(CONDITIONS)
-    assert {(r["domain"], r["n_episodes"]) for r in found} == {("beta", 6), ("gamma", 6), (None, 12)}
-    more = {r["condition"]: r["own_has_more"] for r in found if r["domain"] is None}
-    assert more[OWN] == 0
-    assert any(more[condition] != 0 for condition in (NEXT, OTHER, NOTHING))
-    assert "| next episode | " in conditioning_table(("unseen domains", {"records": found}))
+    records = json.loads(measure("--n_shot", 1, "--n_episodes", 2).read_text())["records"]
+    assert [r["condition"] for r in records if r["domain"] is None] == list(CONDITIONS)
+    assert {(r["domain"], r["n_episodes"]) for r in records} == {("beta", 2), ("gamma", 2), (None, 4)}
+    own = [r for r in records if r["condition"] == OWN]
+    assert [(r["own_advantage"], r["own_advantage_ci95"]) for r in own] == [(0, 0)] * 3
+    assert "| other episode | " in conditioning_table(("unseen domains", {"records": records}))
 
 
 @torch.no_grad()
-def test_shuffled_labels_lead_elsewhere_but_at_one_shot(ground):
+def test_every_condition_generates_other_weights(ground, make_experiment):
+    """Told of weights and not of accuracies, which may agree by chance."""
+    experiment = make_experiment(n_shot=5)
+    beta, gamma = experiment.load(str(ground / "beta")), experiment.load(str(ground / "gamma"))
+    episode = experiment.draw_episode(beta, 0)
+    thetas = {
+        OWN: experiment.generate(beta, episode),
+        OTHER_EPISODE: experiment.generate(beta, experiment.draw_episode(beta, 1)),
+        SHUFFLED: experiment.generate(beta, shuffle_labels(episode, seed=0)),
+        OTHER_DOMAIN: experiment.generate(gamma, experiment.draw_episode(gamma, 0)),
+        UNCONDITIONAL: experiment.compute_unconditional(),
+    }
+    injection = experiment.target.adapter.space.inject(experiment.target.backbone)
+    way = (thetas[OWN] - injection.start).norm()
+    assert way > 1e-3
+    for condition in (OTHER_EPISODE, SHUFFLED, OTHER_DOMAIN, UNCONDITIONAL):
+        assert (thetas[condition] - thetas[OWN]).norm() > 0.001 * way, condition
+
+
+@torch.no_grad()
+def test_accuracies_are_those_of_the_weights(ground, make_experiment):
+    """With no flow at all, every condition classifies as the head alone does."""
+    experiment = make_experiment(n_shot=1)
+    experiment.target.adapter.token_scale.zero_()
+    beta, gamma = experiment.load(str(ground / "beta")), experiment.load(str(ground / "gamma"))
+    unconditional = experiment.compute_unconditional()
+    accuracies = experiment.evaluate_episode(beta, gamma, 0, unconditional)
+    assert set(accuracies) == {WITHOUT, *CONDITIONS}
+    assert set(accuracies.values()) == {accuracies[WITHOUT]}
+
+
+@torch.no_grad()
+def test_shuffled_labels_lead_elsewhere_but_at_one_shot(ground, make_experiment):
     """The flow does not depend on the order of the classes, but it does on what is in them."""
-    backbone = AutoModel.from_pretrained(ground / "backbone").eval()
-    adapter = HyperFlowAdapter.from_pretrained(ground / "adapter").eval()
-    for n_shot, elsewhere in ((1, False), (5, True)):
-        flow = Flow(adapter, backbone, Arguments("", "", ["alpha"], ["beta"], "", n_shot=n_shot))
-        features = flow.load(str(ground / "beta"))
-        episode = flow.episode(features, 0)
-        ends = [flow.end(features, e) - flow.injection.start for e in (episode, shuffled(episode, seed=0))]
-        assert torch.allclose(*ends, rtol=1e-3, atol=1e-5) is not elsewhere
+    distances = {}
+    for n_shot in (1, 5):
+        experiment = make_experiment(n_shot)
+        domain = experiment.load(str(ground / "beta"))
+        episode = experiment.draw_episode(domain, 0)
+        shuffled = experiment.generate(domain, shuffle_labels(episode, seed=0))
+        own = experiment.generate(domain, episode)
+        start = experiment.target.adapter.space.inject(experiment.target.backbone).start
+        distances[n_shot] = ((shuffled - own).norm() / (own - start).norm()).item()
+    assert distances[1] < 1e-4
+    assert distances[5] > 1e-3
 
 
 def test_labels_are_shuffled_by_seed_and_episode_alone(ground):
     processor = AutoImageProcessor.from_pretrained(ground / "backbone", backend="pil")
     episode = cdfsl_episode(load_domain(ground / "beta", processor), 3, n_way=5, n_shot=5)
-    one, again = shuffled(episode, seed=0), shuffled(episode, seed=0)
+    one, again = shuffle_labels(episode, seed=0), shuffle_labels(episode, seed=0)
     assert torch.equal(one.support_labels, again.support_labels)
     assert not torch.equal(one.support_labels, episode.support_labels)
     assert torch.equal(one.support_labels.bincount(), episode.support_labels.bincount())
     assert torch.equal(one.support, episode.support)
-    assert not torch.equal(one.support_labels, shuffled(episode, seed=1).support_labels)
+    assert not torch.equal(one.support_labels, shuffle_labels(episode, seed=1).support_labels)
 
 
-def test_figures_are_paired_by_episode_and_mean_over_domains():
-    def rows(own, other):
-        same = dict.fromkeys((NEXT, SHUFFLED, NOTHING), 50.0)
-        return [{WITHOUT: 50.0, OWN: a, OTHER: b} | same for a, b in zip(own, other, strict=True)]
+def test_records_are_paired_by_episode_and_mean_over_domains():
+    def episodes(own: list[float], other: list[float]) -> list[dict[str, float]]:
+        same = dict.fromkeys((OTHER_EPISODE, SHUFFLED, UNCONDITIONAL), 50.0)
+        return [{WITHOUT: 50.0, OWN: a, OTHER_DOMAIN: b} | same for a, b in zip(own, other, strict=True)]
 
-    found = records({"a": rows([52, 54], [50, 52]), "b": rows([50, 60], [50, 50])})
-    by = {(r["condition"], r["domain"]): r for r in found}
+    records = summarise({"a": episodes([52, 54], [50, 52]), "b": episodes([50, 60], [50, 50])})
+    by = {(r["condition"], r["domain"]): r for r in records}
     assert by[OWN, "a"]["gain"] == 3
-    assert by[OTHER, "a"]["own_has_more"] == 2
-    assert by[OTHER, "a"]["own_has_more_ci95"] == 0
-    assert by[OTHER, None]["own_has_more"] == (2 + 5) / 2
-    assert by[OTHER, None]["own_has_more_ci95"] == pytest.approx(1.96 * 5 / 2, abs=1e-3)
-    assert by[OWN, None]["own_has_more"] == 0
+    assert by[OTHER_DOMAIN, "a"]["own_advantage"] == 2
+    assert by[OTHER_DOMAIN, "a"]["own_advantage_ci95"] == 0
+    assert by[OTHER_DOMAIN, None]["own_advantage"] == (2 + 5) / 2
+    assert by[OTHER_DOMAIN, None]["own_advantage_ci95"] == pytest.approx(1.96 * 5 / 2, abs=1e-3)
+    assert by[OWN, None]["own_advantage"] == 0
+
+
+def test_a_single_episode_has_no_interval():
+    one = dict.fromkeys((WITHOUT, *CONDITIONS), 50.0)
+    assert {record["gain_ci95"] for record in summarise({"a": [one], "b": [one]})} == {None}
 
 
 def test_no_episodes_no_other_domain_or_too_few_images_are_named(measure, tmp_path):

@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
+import pytest
+from safetensors.torch import load_file
 from transformers import AutoModel
 
+from tests.helpers.modules import ENVIRONMENT, ROOT
 from tests.helpers.tiny import tiny_adapter, tiny_dinov2
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "model_cards" / "hyperflow-vit-s14-70" / "example.py"
+EXAMPLE = ROOT / "model_cards" / "hyperflow-vit-s14-70" / "example.py"
 
 
+@pytest.mark.slow
 def test_example(tmp_path):
     tiny_dinov2().save_pretrained(tmp_path / "backbone")
     tiny_adapter(AutoModel.from_pretrained(tmp_path / "backbone")).save_pretrained(tmp_path / "adapter")
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, EXAMPLE, "--backbone", "backbone", "--adapter", "adapter", "--output", "out/task"],
         cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
+        check=False,
     )
-    assert found.returncode == 0, found.stderr
-    said = dict(line.split(": ", 1) for line in found.stdout.splitlines() if ": " in line)
-    # The same task through three doors, and the same backbone before and after it.
-    assert said["HyperFlow"] == said["pipeline"] == said["with peft"]
-    assert said["after reset"] == said["direct transfer"] != said["HyperFlow"]
-    for value in (said["direct transfer"], said["HyperFlow"], said["8 steps"]):
-        assert 10 < float(value.removesuffix(" %")) <= 100  # better than one in ten
-    assert (tmp_path / "out/task/adapter_model.safetensors").is_file()
+    assert done.returncode == 0, done.stderr
+    said = {}
+    for line in done.stdout.splitlines():
+        key, colon, value = line.partition(": ")
+        if colon:
+            said[key] = value
+    accuracies = {}
+    for key in ("direct transfer", "HyperFlow", "8 steps", "pipeline", "after reset", "with peft"):
+        accuracies[key] = float(said[key].removesuffix(" %"))
+    # The same task through three doors, and the same backbone before and after it; two of 200 queries may be ties.
+    assert accuracies["pipeline"] == pytest.approx(accuracies["HyperFlow"], abs=1)
+    assert accuracies["with peft"] == pytest.approx(accuracies["HyperFlow"], abs=1)
+    assert accuracies["after reset"] == pytest.approx(accuracies["direct transfer"], abs=1)
+    assert min(accuracies.values()) > 12  # better than one in ten
+    saved = load_file(tmp_path / "out/task/adapter_model.safetensors")
+    assert max(tensor.abs().max().item() for tensor in saved.values()) > 1e-3  # the flow has moved something
 
 
 def test_cells_are_marked():

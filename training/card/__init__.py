@@ -1,1 +1,1 @@
-"""What serves the cards of the released checkpoints: run from the root as `python -m training.card.NAME`."""
+"""The research behind the cards of the released checkpoints: `python -m training.card.NAME` from the root."""

@@ -1,34 +1,264 @@
-"""What an adapter took to make, and after how many tasks it has paid for itself.
+"""The offline cost of an adapter, and the number of tasks after which it breaks even with fine-tuning.
 
-    python training/bill.py --adapter ADAPTER --cost cost.json [--backbone BACKBONE] --output bill.json
+    python -m training.card.break_even --adapter ADAPTER --cost cost.json [--backbone BACKBONE] \
+        --output offline_cost.json
 
-Reads the adapter's `training.json` (with the totals of the trajectories it was trained on), the JSON of
-`training/benchmark_cost.py` and the backbone's `pretraining.json`; prints Markdown.
+A method that adapts by gradients costs nothing beforehand and much for every task. HyperFlow is the other way round. It
+breaks even after `offline cost / (a task by the method - a task by HyperFlow)` tasks, rounded up.
+
+The command reads the adapter's `training.json` (with the totals of the trajectories it was trained on), the JSON of
+`training.card.costs` and the backbone's `pretraining.json`. It prints Markdown.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hf_hyperflow.arguments import parse
 from hf_hyperflow.modeling.hub import fetch
 from hf_hyperflow.modeling.saving import CheckpointError, write_json
 
-from .offline_cost import bill, bill_markdown
+from .costs import BIAS, COST_LABELS, FULL, READY
+from .markdown import markdown_table
+
+UNITS = ("seconds", "flops")
+#: What HyperFlow is compared with.
+RIVALS = (BIAS, FULL)
 
 
 @dataclass
 class Arguments:
     adapter: str = field(metadata={"help": "the HyperFlow adapter: Hub id or folder"})
-    cost: str = field(metadata={"help": "the JSON of benchmark_cost.py for it"})
+    cost: str = field(metadata={"help": "the JSON of training.card.costs for it"})
     output: str = field(metadata={"help": "JSON file to write"})
     backbone: str | None = field(default=None, metadata={"help": "its backbone: Hub id or folder"})
 
 
-def read(path: Path) -> dict:
-    """A JSON file.
+@dataclass(frozen=True)
+class Stage:
+    """A part of the work that was done before the first task.
+
+    Attributes:
+        stage: its name.
+        hardware: the device in words.
+        gpu: whether that is a GPU.
+        seconds: of all processes together.
+        flops: floating-point operations, None where they were not counted.
+        trajectories: how many were recorded, or read in training.
+        episodes: how many were run.
+        recorded: whether this stage recorded its trajectories.
+    """
+
+    stage: str
+    hardware: str
+    gpu: bool
+    seconds: float
+    flops: float | None
+    trajectories: int = 0
+    episodes: int = 0
+    recorded: bool = False
+
+
+def compute_break_even(offline: float, rival: float, hyperflow: float) -> int | None:
+    """The number of tasks n from which `offline + n * hyperflow <= n * rival`; None if there is no such number.
+
+    All three have the same unit: seconds, or floating-point operations.
+    """
+    saved = rival - hyperflow
+    return math.ceil(offline / saved) if saved > 0 else None
+
+
+def compute_offline_cost(
+    training: dict[str, Any], cost: dict[str, Any], backbone: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Offline cost and break-even, ready for JSON.
+
+    Args:
+        training: `training.json` of an adapter.
+        cost: the JSON of `training.card.costs` for the adapter.
+        backbone: `pretraining.json` of its backbone. It is listed but counts for no break-even: every method, direct
+            transfer included, needs the backbone.
+
+    Returns:
+        `offline`: the stages (see `Stage`); `total`: their sums without the backbone, and the `bytes` of stored
+        trajectories; `break_even`: tasks in `seconds` and in `flops` for each image size of `cost` and each rival,
+        None where it is never reached; `same_hardware`: whether all stages and `cost` name one device, without which
+        seconds do not compare.
+
+    Raises:
+        ValueError: one of the files lacks what is needed; the message names it and what to do.
+    """
+    if "phases" not in training:
+        raise ValueError(
+            "training.json has no `phases`: it was written by a version that did not count the offline cost. "
+            "Train again with training/train_drift.py."
+        )
+    sizes = [size for size, rows in cost.items() if isinstance(rows, dict) and READY in rows]
+    if not sizes:
+        raise ValueError(f"the costs have no row {READY!r}: give the JSON of training.card.costs.")
+    collections = (training.get("trajectories") or {}).get("collections", [])
+    stages = [_collection_stage(collection) for collection in collections]
+    for name, phase in training["phases"].items():
+        stages.append(_training_stage(name, phase, training["hardware"]))
+    total = _sum(stages)
+    total["bytes"] = sum(collection["totals"]["bytes"] for collection in collections)
+    per_task, tasks = {}, {}
+    for size in sizes:
+        per_task[size] = {method: _costs_of(cost[size][method]) for method in (READY, *RIVALS)}
+        tasks[size] = {rival: _break_even_with(rival, total, per_task[size]) for rival in RIVALS}
+    devices = {stage.hardware for stage in stages}
+    devices.add(cost.get("hardware", "unknown"))
+    return {
+        "backbone": None if backbone is None else asdict(_pretraining_stage(backbone)),
+        "offline": [asdict(stage) for stage in stages],
+        "total": total,
+        "per_task": per_task,
+        "per_task_hardware": cost.get("hardware", "unknown"),
+        "break_even": tasks,
+        "same_hardware": len(devices) == 1,
+    }
+
+
+def _collection_stage(collection: dict[str, Any]) -> Stage:
+    """The seconds of a collection are already those of all its processes together."""
+    totals, hardware = collection["totals"], collection["hardware"]
+    return Stage(
+        stage=f"collecting {collection['name']}",
+        hardware=hardware["device"],
+        gpu=hardware["gpu"],
+        seconds=totals["seconds"],
+        flops=totals["flops"],
+        trajectories=totals["rows"] - totals["diverged"],
+        recorded=True,
+    )
+
+
+def _training_stage(name: str, phase: dict[str, Any], hardware: dict[str, Any]) -> Stage:
+    """The seconds of a phase are wall-clock: its processes ran side by side."""
+    return Stage(
+        stage=name,
+        hardware=hardware["device"],
+        gpu=hardware["gpu"],
+        seconds=phase["seconds"] * hardware["processes"],
+        flops=phase["flops"],
+        trajectories=phase.get("rows", 0),
+        episodes=phase.get("episodes", 0),
+    )
+
+
+def _pretraining_stage(record: dict[str, Any]) -> Stage:
+    """The backbone's own training."""
+    name = "pretraining the backbone"
+    if "phases" in record:
+        return _training_stage(name, record["phases"]["pretraining"], record["hardware"])
+    # Older records have a clock only, which begins anew wherever the run was resumed: add up its last readings.
+    clock = [entry["seconds"] for entry in record["history"] if "seconds" in entry]
+    seconds = 0
+    for reading, following in zip(clock, [*clock[1:], -1], strict=True):
+        if following < reading:
+            seconds += reading
+    return Stage(stage=name, hardware="not recorded", gpu=False, seconds=seconds, flops=None)
+
+
+def _sum(stages: list[Stage]) -> dict[str, float]:
+    """Sums over the stages; trajectories are counted where they were recorded."""
+    total: dict[str, float] = {"seconds": 0.0, "flops": 0.0, "episodes": 0, "trajectories": 0}
+    for stage in stages:
+        assert stage.flops is not None, "only the backbone's training may be uncounted"
+        total["seconds"] += stage.seconds
+        total["flops"] += stage.flops
+        total["episodes"] += stage.episodes
+        if stage.recorded:
+            total["trajectories"] += stage.trajectories
+    return total
+
+
+def _costs_of(row: dict[str, float]) -> dict[str, float]:
+    return {unit: row[unit] for unit in UNITS}
+
+
+def _break_even_with(
+    rival: str, total: dict[str, float], per_task: dict[str, dict[str, float]]
+) -> dict[str, int | None]:
+    tasks = {}
+    for unit in UNITS:
+        tasks[unit] = compute_break_even(total[unit], per_task[rival][unit], per_task[READY][unit])
+    return tasks
+
+
+def format_offline_cost(record: dict[str, Any]) -> str:
+    """The offline cost and the break-even as two Markdown tables, with notes on how to read them."""
+    parts = [_stages_table(record)]
+    parts.append(f"Stored trajectories: {record['total']['bytes'] / 1e6:,.1f} MB.")
+    parts.append(_break_even_table(record))
+    if len(record["break_even"]) > 1:
+        parts.append(
+            "The offline cost is that of the image size the adapter was trained at. Rows of other sizes tell when that "
+            "same offline cost would break even there."
+        )
+    if not record["same_hardware"]:
+        parts.append(
+            f"Not all times were measured on one machine (those per task: {record['per_task_hardware']}). The "
+            "break-even in time holds for this mixture only, the one in FLOPs anywhere."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _stages_table(record: dict[str, Any]) -> str:
+    stages = list(record["offline"])
+    if record["backbone"]:
+        stages.insert(0, record["backbone"])
+    rows = []
+    for stage in stages:
+        row = [stage["stage"], stage["hardware"], _hours(stage["seconds"]), _flops(stage["flops"])]
+        rows.append([*row, _count(stage["trajectories"]), _count(stage["episodes"])])
+    total = record["total"]
+    title = "**offline cost**"
+    if record["backbone"]:
+        title += " (without the backbone, which every method needs)"
+    sums = [f"**{_hours(total['seconds'])}**", f"**{_flops(total['flops'])}**"]
+    rows.append([title, "", *sums, f"{total['trajectories']:,} recorded", f"{total['episodes']:,}"])
+    return markdown_table(["stage", "hardware", "hours", "FLOPs", "trajectories", "episodes"], rows)
+
+
+def _break_even_table(record: dict[str, Any]) -> str:
+    rows = []
+    for size, rivals in record["break_even"].items():
+        own = record["per_task"][size][READY]
+        for rival, tasks in rivals.items():
+            other = record["per_task"][size][rival]
+            row = [size, COST_LABELS[rival], _cost(other), _cost(own), _tasks(tasks["seconds"]), _tasks(tasks["flops"])]
+            rows.append(row)
+    headings = ["images", "against", "a task with it", "a task with HyperFlow", "break-even in time", "in FLOPs"]
+    return markdown_table(headings, rows)
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.2f} h"
+
+
+def _flops(flops: float | None) -> str:
+    return "not recorded" if flops is None else f"{flops / 1e12:,.1f} T"
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number else ""
+
+
+def _cost(cost: dict[str, float]) -> str:
+    return f"{cost['seconds']:.3g} s, {cost['flops'] / 1e9:,.0f} G"
+
+
+def _tasks(number: int | None) -> str:
+    return "never" if number is None else f"after {number:,} tasks"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file.
 
     Raises:
         ValueError: it is missing or no JSON; it is named.
@@ -42,17 +272,17 @@ def read(path: Path) -> dict:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(Arguments, argv)
     try:
-        training = read(fetch(arguments.adapter, "training.json") / "training.json")
+        training = read_json(fetch(arguments.adapter, "training.json") / "training.json")
         backbone = None
         if arguments.backbone is not None:
-            backbone = read(fetch(arguments.backbone, "pretraining.json") / "pretraining.json")
-        found = bill(training, read(Path(arguments.cost)), backbone)
-        write_json(arguments.output, found)
+            backbone = read_json(fetch(arguments.backbone, "pretraining.json") / "pretraining.json")
+        record = compute_offline_cost(training, read_json(Path(arguments.cost)), backbone)
+        write_json(arguments.output, record)
     except KeyError as error:
         raise SystemExit(f"error: one of the files has no {error}: it was written by something else.") from error
     except (CheckpointError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
-    print(bill_markdown(found))
+    print(format_offline_cost(record))
 
 
 if __name__ == "__main__":

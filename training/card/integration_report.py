@@ -1,12 +1,12 @@
 """Does the flow arrive where the teacher went? A report on trained adapters: JSON and figures.
 
-    python training/integration_report.py --backbone BACKBONE --adapter L=adapter-linear C=adapter-cubic \
+    python -m training.card.integration_report --backbone BACKBONE --adapter L=adapter-linear C=adapter-cubic \
         --trajectories trajectories --unseen trajectories-unseen --dataset FILE_OR_HUB_ID [...] --output_dir report
 
-`--trajectories` are what the adapters were matched to, `--unseen` are tasks that they were not: a collection of
-`collect_trajectories.py` with another `--seed`, or of domains kept apart. The recorded velocity that an adapter is
-compared with is that of the path it was trained on. The report is in `integration.json`; `distance.png`, `cosine.png`,
-`loss.png` and `solvers.png` are drawn from it, and a summary is printed.
+`--trajectories` are the collections that the adapters were matched to. `--unseen` are collections of other tasks, made
+by `training/collect_trajectories.py` with another `--seed`, or of domains that were kept apart. An adapter is compared
+with the velocity of the interpolant that it was trained on. The report is in `integration.json`; `distance.png`,
+`cosine.png`, `loss.png` and `solvers.png` are drawn from it, and a summary is printed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.arguments import parse, short_name
@@ -27,27 +29,41 @@ from hf_hyperflow.data.domains import Domain
 from hf_hyperflow.data.tasks import load_domains
 from hf_hyperflow.finetuning.collection import COLLECTION, describe_space, read_collection
 from hf_hyperflow.finetuning.trajectories import Trajectories, load_trajectories
-from hf_hyperflow.modeling.fingerprint import compute_fingerprint
+from hf_hyperflow.modeling.fingerprint import compute_fingerprint, fingerprints_match
 from hf_hyperflow.modeling.hub import fetch
 from hf_hyperflow.modeling.saving import CheckpointError, exclusive, write_json
 from hf_hyperflow.training.cost_log import hardware, versions
 from hf_hyperflow.training.objectives import encode_recorded_support
 from hf_hyperflow.training.precision import HELP, MixedPrecision, resolve_precision
 
-from .integration import (
-    Record,
-    along_records,
-    arrival_record,
+from .arrival import (
+    FlowMeasures,
     compare_solvers,
-    follow,
-    query_curves,
-    some_of,
-    some_rows,
-    task_tokens,
-    teacher_records,
-    training_interpolant,
+    encode_tasks,
+    get_interpolant,
+    measure_flow,
+    measure_queries,
+    select_rows,
+    select_tasks,
+    summarise_along_flow,
+    summarise_arrival,
+    summarise_teacher,
 )
-from .integration_figures import draw_integration
+from .arrival_figures import Report, draw_integration
+from .markdown import format_interval, markdown_table
+
+#: Columns of the summary: heading, key of an arrival record, number format.
+COLUMNS = (
+    ("distance to the endpoint", "distance", ".3f"),
+    ("from the teacher's start", "distance_from_start", ".3f"),
+    ("of the mean displacement", "distance_of_mean", ".3f"),
+    ("moves after t = 1", "drifted", ".3f"),
+    ("query loss", "loss_gain", "+.3f"),
+    ("after t = 1", "loss_after", "+.3f"),
+    ("teacher's", "teacher_loss_gain", "+.3f"),
+    ("query accuracy", "accuracy_gain", "+.2f"),
+    ("teacher's", "teacher_accuracy_gain", "+.2f"),
+)
 
 
 @dataclass
@@ -59,7 +75,7 @@ class Arguments:
     output_dir: str = field(metadata={"help": "folder for integration.json and the figures"})
     unseen: list[str] = field(default_factory=list, metadata={"help": "collections of tasks they were not matched to"})
     n_tasks: int = field(default=64, metadata={"help": "tasks of each collection, spread evenly over it"})
-    solver_tasks: int = field(default=16, metadata={"help": "of them, those that all solvers are compared on"})
+    solver_tasks: int = field(default=16, metadata={"help": "tasks of them that all solvers are compared on"})
     mixed_precision: MixedPrecision = field(default="auto", metadata={"help": f"{HELP}; the drift is in float32"})
     cpu: bool = field(default=False, metadata={"help": "stay on the CPU also where there is a GPU"})
 
@@ -71,155 +87,171 @@ class Arguments:
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f"--mixed_precision must be no or bf16, not {self.mixed_precision!r}.")
         names = [entry.partition("=")[0] for entry in self.adapter]
-        wrong = [entry for entry in self.adapter if not all(entry.partition("="))]
-        if wrong or len(set(names)) < len(names):
+        incomplete = [entry for entry in self.adapter if not all(entry.partition("="))]
+        if incomplete or len(set(names)) < len(names):
             raise ValueError(f"--adapter takes NAME=FOLDER_OR_HUB_ID with names of their own, not {self.adapter}.")
 
 
 @dataclass(frozen=True)
 class TaskSet:
-    """Some tasks of a collection, and how the report calls them."""
+    """Some tasks of a collection, and their name in the report."""
 
     name: str
     recorded: Trajectories
     domains: list[Domain]
 
 
-def load_adapters(entries: list[str], backbone: torch.nn.Module) -> dict[str, HyperFlowAdapter]:
+def load_adapters(entries: list[str], backbone: PreTrainedModel) -> dict[str, HyperFlowAdapter]:
     """The adapters by name, in single precision on the backbone's device.
 
     Raises:
         ValueError: they move other parameters than the first, or were trained for another backbone.
     """
-    found: dict[str, HyperFlowAdapter] = {}
-    expected = compute_fingerprint(backbone)
-    for name, _, source in (entry.partition("=") for entry in entries):
+    adapters: dict[str, HyperFlowAdapter] = {}
+    fingerprint = compute_fingerprint(backbone)
+    for entry in entries:
+        name, _, source = entry.partition("=")
         adapter = HyperFlowAdapter.from_pretrained(source).float().eval().to(backbone.device)
-        adapter.split(backbone)  # of the same width and depth
-        there = adapter.config.backbone["fingerprint"]
-        if any(abs(a - b) > 0.01 * abs(a) for a, b in zip(there, expected, strict=True)):
+        adapter.split(backbone)  # raises where width or depth differ
+        if not fingerprints_match(adapter.config.backbone["fingerprint"], fingerprint):
             raise ValueError(f"adapter {name!r} was trained for a backbone of other weights: report it with its own.")
-        first = next(iter(found.values()), adapter)
+        first = next(iter(adapters.values()), adapter)
         if describe_space(adapter.space) != describe_space(first.space):
             raise ValueError(
                 f"adapter {name!r} moves other parameters than the first one: make a report for each kind."
             )
-        found[name] = adapter
-    return found
+        adapters[name] = adapter
+    return adapters
 
 
 class DomainStore:
-    """The domains of collections, read as each was, those alike only once."""
+    """The domains of collections, loaded as each collection had them; those of equal settings are loaded once."""
 
-    def __init__(self, sources: list[str], processor: object):
+    def __init__(self, sources: list[str], processor: BaseImageProcessor):
         self.sources, self.processor = sources, processor
-        self._known: dict[tuple, list[Domain]] = {}
+        self._loaded: dict[tuple[Any, ...], list[Domain]] = {}
 
-    def of(self, source: str, collection: dict) -> list[Domain]:
+    def load(self, source: str, collection: dict[str, Any]) -> list[Domain]:
         """The domains that a collection was made from.
 
         Raises:
             ValueError: one is not among the datasets.
         """
         needed = [domain["name"] for domain in collection["domains"]]
-        missing = sorted(set(needed) - {Path(s).stem for s in self.sources})
+        sources = [source for source in self.sources if Path(source).stem in needed]
+        missing = sorted(set(needed) - {Path(source).stem for source in sources})
         if missing:
             raise ValueError(f"{source} was made from {needed}: give {missing} with --dataset, too.")
-        holdout = [entry for entry in collection["arguments"]["holdout"] if entry.partition(":")[0] in needed]
-        key = (*needed, *holdout, collection["arguments"]["max_per_class"])
-        if key not in self._known:
-            sources = [s for s in self.sources if Path(s).stem in needed]
-            self._known[key], _ = load_domains(sources, self.processor, holdout=holdout, max_per_class=key[-1])
-        return self._known[key]
+        arguments = collection["arguments"]
+        holdout = [entry for entry in arguments["holdout"] if entry.partition(":")[0] in needed]
+        key = (*needed, *holdout, arguments["max_per_class"])
+        if key not in self._loaded:
+            self._loaded[key], _ = load_domains(
+                sources, self.processor, holdout=holdout, max_per_class=arguments["max_per_class"]
+            )
+        return self._loaded[key]
 
 
-def load_sets(arguments: Arguments, adapter: HyperFlowAdapter, processor: object) -> tuple[list[TaskSet], torch.Tensor]:
+def load_sets(
+    arguments: Arguments, adapter: HyperFlowAdapter, processor: BaseImageProcessor
+) -> tuple[list[TaskSet], torch.Tensor]:
     """The tasks to report on, and the mean displacement `(n_tokens, token_dim)` of all training trajectories.
 
     Raises:
-        ValueError, CheckpointError: a collection is of something else, too small or damaged.
+        ValueError, CheckpointError: a collection belongs to something else, is too small or damaged.
     """
-    store, sets, ends = DomainStore(arguments.dataset, processor), [], []
+    store = DomainStore(arguments.dataset, processor)
+    fingerprint = adapter.config.backbone["fingerprint"]
+    sets, ends = [], []
     for kind, sources in (("training", arguments.trajectories), ("unseen", arguments.unseen)):
         for source in sources:
             collection = read_collection(fetch(source, COLLECTION, repo_type="dataset"))
-            domains = store.of(source, collection)
-            expected = adapter.config.backbone["fingerprint"]
-            recorded = load_trajectories(source, adapter.space, domains=domains, fingerprint=expected)
+            domains = store.load(source, collection)
+            recorded = load_trajectories(source, adapter.space, domains=domains, fingerprint=fingerprint)
             if len(recorded) < 2:
                 raise ValueError(f"{source} has {len(recorded)} usable trajectories: a report needs two or more.")
             name = kind if len(sources) == 1 else f"{kind}: {short_name(source)}"
-            sets.append(TaskSet(name, some_of(recorded, arguments.n_tasks), domains))
+            sets.append(TaskSet(name, select_tasks(recorded, arguments.n_tasks), domains))
             if kind == "training":
                 ends.append(recorded.deltas[:, -1])
     return sets, torch.cat(ends).float().mean(dim=0)
 
 
-def report_on(
-    adapters: dict[str, HyperFlowAdapter],
-    tasks: TaskSet,
-    backbone: torch.nn.Module,
-    mean_end: torch.Tensor,
-    n_solver_tasks: int,
-    autocast: AbstractContextManager,
-    bar: tqdm,
-) -> dict[str, list[Record]]:
-    """The records of all adapters on one set of tasks."""
-    recorded, few = tasks.recorded, some_of(tasks.recorded, n_solver_tasks)
-    followed, solvers = {}, []
-    for name, adapter in adapters.items():
-        with autocast:
-            support = encode_recorded_support(adapter, adapter.split(backbone), recorded, tasks.domains)
-        path = training_interpolant(adapter)
-        followed[name] = follow(adapter, task_tokens(adapter, support), recorded, path=path, mean_end=mean_end)
-        some = task_tokens(adapter, [support[row] for row in some_rows(len(support), n_solver_tasks)])
-        labels = {"adapter": name, "tasks": tasks.name, "n_tasks": len(few)}
-        solvers += [labels | record for record in compare_solvers(adapter, some, few)]
+class Reporter:
+    """Measures adapters on sets of tasks.
+
+    Args:
+        adapters: by name.
+        mean_end: see `measure_flow`.
+        n_solver_tasks: tasks of a set that the solvers are compared on.
+        autocast: the precision that the backbone runs in.
+
+    Attributes:
+        report: the records, filled by `add`.
+    """
+
+    def __init__(
+        self,
+        adapters: dict[str, HyperFlowAdapter],
+        backbone: PreTrainedModel,
+        mean_end: torch.Tensor,
+        n_solver_tasks: int,
+        autocast: AbstractContextManager,
+    ):
+        self.adapters, self.backbone = adapters, backbone
+        self.mean_end, self.n_solver_tasks, self.autocast = mean_end, n_solver_tasks, autocast
+        self.report: Report = {"arrival": [], "along": [], "teacher": [], "solvers": []}
+
+    def add(self, tasks: TaskSet, bar: tqdm) -> None:
+        """Measure all adapters on one set of tasks; `bar` advances once per adapter, and once for the queries."""
+        measures = {}
+        for name in self.adapters:
+            measures[name] = self._measure_flow(name, tasks)
+            bar.update()
+        first = next(iter(self.adapters.values()))
+        assert first.processor is not None, "trained adapters have the processor of their backbone"
+        deltas = [tasks.recorded.deltas, *(measure.deltas for measure in measures.values())]
+        with self.autocast:
+            split = first.split(self.backbone)
+            teacher, *curves = measure_queries(
+                split, first.space, first.processor, tasks.recorded, tasks.domains, deltas
+            )
         bar.update()
-    first = next(iter(adapters.values()))
-    with autocast:
-        teacher, *curves = query_curves(
-            first.split(backbone),
-            first.space,
-            first.processor,
-            recorded,
-            tasks.domains,
-            [recorded.deltas, *(found.deltas for found in followed.values())],
-        )
-    bar.update()
-    arrival, along = [], []
-    for (name, found), curve in zip(followed.items(), curves, strict=True):
-        labels = {"adapter": name, "tasks": tasks.name}
-        arrival.append(labels | arrival_record(found, curve, teacher))
-        along += [labels | record for record in along_records(found, curve)]
-    reference = [{"tasks": tasks.name} | record for record in teacher_records(teacher, recorded.times)]
-    return {"arrival": arrival, "along": along, "teacher": reference, "solvers": solvers}
+        for record in summarise_teacher(teacher, tasks.recorded.times):
+            self._append("teacher", record, tasks=tasks.name)
+        for (name, measure), curve in zip(measures.items(), curves, strict=True):
+            self._append("arrival", summarise_arrival(measure, curve, teacher), adapter=name, tasks=tasks.name)
+            for record in summarise_along_flow(measure, curve):
+                self._append("along", record, adapter=name, tasks=tasks.name)
+
+    def _measure_flow(self, name: str, tasks: TaskSet) -> FlowMeasures:
+        """Measure the flow of one adapter, and add the records of the solvers."""
+        adapter, recorded = self.adapters[name], tasks.recorded
+        with self.autocast:
+            support = encode_recorded_support(adapter, adapter.split(self.backbone), recorded, tasks.domains)
+        solver_rows = select_rows(len(support), self.n_solver_tasks)
+        solver_tokens = encode_tasks(adapter, [support[row] for row in solver_rows])
+        for record in compare_solvers(adapter, solver_tokens, select_tasks(recorded, self.n_solver_tasks)):
+            self._append("solvers", record, adapter=name, tasks=tasks.name, n_tasks=len(solver_rows))
+        interpolant, tokens = get_interpolant(adapter), encode_tasks(adapter, support)
+        return measure_flow(adapter, tokens, recorded, interpolant=interpolant, mean_end=self.mean_end)
+
+    def _append(self, kind: str, record: dict[str, Any], **labels: Any) -> None:
+        """Add a record, its labels first."""
+        labels.update(record)
+        self.report[kind].append(labels)
 
 
-def summary(report: dict[str, list[Record]]) -> str:
-    """Markdown: where each adapter's flow arrives."""
-    lines = [
-        "| adapter | tasks | distance to the endpoint | from the teacher's start | of the mean displacement | "
-        "moves after t = 1 | query loss | after t = 1 | teacher's | query accuracy | teacher's |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def format_summary(report: Report) -> str:
+    """Where the flow of each adapter arrives, in Markdown."""
+    rows = []
     for record in report["arrival"]:
-        cells = [
-            f"{record[key]:{style}} ± {record[f'{key}_ci95']:{style.lstrip('+')}}"
-            for key, style in {
-                "distance": ".3f",
-                "distance_from_start": ".3f",
-                "distance_of_mean": ".3f",
-                "drifted": ".3f",
-                "loss_gain": "+.3f",
-                "loss_after": "+.3f",
-                "teacher_loss_gain": "+.3f",
-                "accuracy_gain": "+.2f",
-                "teacher_accuracy_gain": "+.2f",
-            }.items()
-        ]
-        lines.append(f"| {record['adapter']} | {record['tasks']} ({record['n_tasks']}) | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        row = [record["adapter"], f"{record['tasks']} ({record['n_tasks']})"]
+        for _, key, style in COLUMNS:
+            row.append(format_interval(record[key], record[f"{key}_ci95"], style))
+        rows.append(row)
+    headings = ["adapter", "tasks", *(heading for heading, _, _ in COLUMNS)]
+    return markdown_table(headings, rows)
 
 
 def run(arguments: Arguments) -> None:
@@ -229,26 +261,30 @@ def run(arguments: Arguments) -> None:
     backbone = AutoModel.from_pretrained(arguments.backbone).float().eval().requires_grad_(False)
     adapters = load_adapters(arguments.adapter, backbone.to(accelerator.device))
     sets, mean_end = load_sets(arguments, next(iter(adapters.values())), processor)
-    report: dict[str, list[Record]] = {"arrival": [], "along": [], "teacher": [], "solvers": []}
-    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=arguments.mixed_precision == "bf16")
+    use_bf16 = arguments.mixed_precision == "bf16"
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=use_bf16)
+    reporter = Reporter(adapters, backbone, mean_end, arguments.solver_tasks, autocast)
     with tqdm(total=len(sets) * (len(adapters) + 1), desc="flows, then queries") as bar:
         for tasks in sets:
-            found = report_on(adapters, tasks, backbone, mean_end, arguments.solver_tasks, autocast, bar)
-            for key, records in found.items():
-                report[key] += records
-    about = {
+            reporter.add(tasks, bar)
+    content: dict[str, Any] = {
         "backbone": short_name(arguments.backbone),
-        "adapters": {name: {"path": training_interpolant(adapter)} for name, adapter in adapters.items()},
-        "tasks": {s.name: sorted({task.episode.domain for task in s.recorded.tasks}) for s in sets},
+        "adapters": {name: {"interpolant": get_interpolant(adapter)} for name, adapter in adapters.items()},
+        "tasks": {tasks.name: _domain_names(tasks) for tasks in sets},
         "seconds": round(time.monotonic() - started, 1),
         "hardware": hardware(accelerator),
         "versions": versions(),
     }
+    content.update(reporter.report)
     folder = Path(arguments.output_dir)
-    write_json(folder / "integration.json", about | report)
-    draw_integration(report, folder)
-    print(summary(report))
+    write_json(folder / "integration.json", content)
+    draw_integration(reporter.report, folder)
+    print(format_summary(reporter.report))
     print(f"wrote {folder}")
+
+
+def _domain_names(tasks: TaskSet) -> list[str]:
+    return sorted({task.episode.domain for task in tasks.recorded.tasks})
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Scripts of this folder run one after another, each shown as it could be typed."""
+"""Commands that run one after another, each shown as it could be typed."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ import shlex
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Mapping
 
-HERE = Path(__file__).resolve().parent
-#: One progress bar per Parquet file would hide what is said.
+#: `datasets` would draw one progress bar per Parquet file and push everything else off the screen.
 QUIET = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
-def run(short: dict[str, str], title: str, script: str, *options: object) -> None:
-    """Announce a stage, show its command, run it, and say how long it took.
+def run(title: str, module: str, *options: object, abbreviations: Mapping[str, str] | None = None) -> None:
+    """Announce a stage, show its command, run `python -m module ...` and say how long it took.
 
     Args:
-        short: parts of commands -> how a shell would let one write them.
+        abbreviations: long parts of a command, and the shorter pattern that a shell would let one type for each.
 
     Raises:
-        SystemExit: it failed or was interrupted.
+        SystemExit: the stage failed or was interrupted.
     """
-    command = [sys.executable, str(HERE / script), *map(str, options)]
-    shown = shlex.join(["python", f"training/{script}", *command[2:]])
-    for part, pattern in short.items():
-        shown = shown.replace(part, pattern)
-    print(f"\n=== {title}\n$ {shown}", flush=True)
+    arguments = [str(option) for option in options]
+    command = shlex.join(["python", "-m", module, *arguments])
+    for part, pattern in (abbreviations or {}).items():
+        command = command.replace(part, pattern)
+    print(f"\n=== {title}\n$ {command}", flush=True)
     started = time.monotonic()
+    environment = os.environ.copy()
+    environment.update(QUIET)
     try:
-        status = subprocess.run(command, check=False, env=os.environ | QUIET).returncode
+        status = subprocess.run([sys.executable, "-m", module, *arguments], check=False, env=environment).returncode
     except KeyboardInterrupt:
         status = 130
     if status != 0:
-        raise SystemExit(f"error: {script} ended with status {status}. The same command goes on where it was.")
+        raise SystemExit(f"error: {module} ended with status {status}. Run the same command again to go on.")
     print(f"--- {time.monotonic() - started:.0f} s", flush=True)

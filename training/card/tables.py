@@ -1,289 +1,373 @@
-"""The numbers of a model card: tables and metadata from the JSON files that `card.py` collects.
+"""The numbers of a model card: tables and metadata from the JSON files that `training.card.build` collects.
 
-A card keeps its prose; what stands between `<!-- table: NAME -->` and `<!-- end -->` is written anew.
+A card keeps its prose. What stands between `<!-- table: NAME -->` and `<!-- end -->` is written anew.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_hyperflow.benchmark.evaluation import mean_ci95
-from hf_hyperflow.benchmark.methods import GRADIENT_METHODS, IN_METRIC
-from hf_hyperflow.benchmark.results import ORDER, over_domains
+from hf_hyperflow.benchmark.methods import NoFlow, list_labels
+from hf_hyperflow.benchmark.results import HYPERFLOW, REFERENCE, TUNED_METHODS, over_domains
 
-from .offline_cost import bill_markdown
+from .break_even import format_offline_cost
+from .costs import COST_LABELS
+from .markdown import format_interval, markdown_table
+
+#: Records of a JSON file: one dict each.
+Records = list[dict[str, Any]]
 
 TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-LABELS = {
-    "direct": "direct transfer (cosines to class means)",
-    "metric": "the metric and features of HyperFlow, without the flow",
-    "head": "logistic regression",
-    "hyperflow": "**HyperFlow**",
-    "hyperflow-guard": "HyperFlow, with the guard",
-    "bias": "bias and norm tuning",
-    "lora": "LoRA tuning",
-    "layernorm": "LayerNorm tuning",
-    "full": "full fine-tuning",
-}
-WITH_GRADIENTS = [*GRADIENT_METHODS, *IN_METRIC.values()]
-COSTS = {
-    "direct": "direct transfer",
-    "hyperflow integrate": "HyperFlow, the flow alone, of images that are encoded",
-    "hyperflow adapt": "HyperFlow, the adaptation alone",
-    "hyperflow ready": "**HyperFlow, ready to predict**",
-}
+NO_FLOW = NoFlow.name
 
 
-def label(method: str, steps: int | None = None) -> str:
-    """A method in words, with its gradient steps; `bias-metric` is bias tuning, classified in the metric."""
-    of_steps = "" if steps is None else f", {steps} steps"
-    if method.endswith("-metric"):
-        return f"{LABELS[method.removesuffix('-metric')]}{of_steps}, in the metric"
-    return LABELS.get(method, f"`{method}`") + of_steps
+def select(records: Records, **values: object) -> Records:
+    """The records with these values."""
+    return [record for record in records if all(record[key] == value for key, value in values.items())]
 
 
-def interval(value: float | None, half: float | None, digits: str = "+.2f") -> str:
-    """A number with its 95 % half-width, which a single episode has not."""
-    if value is None:
-        return ""
-    return f"{value:{digits}}" if half is None else f"{value:{digits}} ± {half:{digits.removeprefix('+')}}"
+def find(records: Records, **values: object) -> dict[str, Any] | None:
+    """The record with these values, None if there is none."""
+    selected = select(records, **values)
+    return selected[0] if selected else None
 
 
-def _one(records: list[dict], **values: object) -> dict | None:
-    """The record with these values, if there is one."""
-    return next((r for r in records if all(r[key] == value for key, value in values.items())), None)
+def get(records: Records, **values: object) -> dict[str, Any]:
+    """The record with these values.
+
+    Raises:
+        ValueError: there is none.
+    """
+    record = find(records, **values)
+    if record is None:
+        raise ValueError(f"there is no record with {values}: run the benchmark with this method, domain and shots.")
+    return record
 
 
-def _shots(results: dict) -> list[int]:
-    return sorted({r["n_shot"] for r in results["records"]})
+def list_shots(records: Records) -> list[int]:
+    return sorted({record["n_shot"] for record in records})
 
 
-def domains_table(results: dict, n_shot: int) -> str:
-    """A row per domain: direct transfer and HyperFlow, their difference, and what of it is the flow's."""
-    lines = [
-        "| domain | ways | direct transfer | HyperFlow | difference, points | of it the flow |",
-        "|---|" + 5 * "---|",
-    ]
-    domains = sorted({r["domain"] for r in results["records"]})
+def list_domains(results: dict[str, Any]) -> list[str]:
+    return sorted({record["domain"] for record in results["records"]})
+
+
+def format_gain(record: dict[str, Any] | None) -> str:
+    """What a method gains over direct transfer."""
+    return "" if record is None else format_interval(record["diff_vs_direct"], record["diff_ci95"])
+
+
+def format_difference(record: dict[str, Any] | None) -> str:
+    """What HyperFlow has more than a method."""
+    return "" if record is None else format_interval(record["diff"], record["diff_ci95"])
+
+
+def summary_table(results: dict[str, Any]) -> str:
+    """A row per number of shots: means over the domains, and which part of the gain is the head's and the flow's."""
+    rows = []
+    for shots in list_shots(results["means"]):
+        direct = get(results["means"], n_shot=shots, method=REFERENCE)
+        head = get(results["means"], n_shot=shots, method=NO_FLOW)
+        hyperflow = get(results["means"], n_shot=shots, method=HYPERFLOW)
+        flow = get(results["hyperflow_against"], domain=None, n_shot=shots, method=NO_FLOW)
+        accuracies = [f"{direct['accuracy']:.1f}", f"{hyperflow['accuracy']:.1f}"]
+        parts = [format_gain(head), format_difference(flow)]
+        rows.append([f"{shots}", *accuracies, f"**{format_gain(hyperflow)}**", *parts])
+    headings = ["images per class", "direct transfer", "HyperFlow", "gain, points", "of it the head", "of it the flow"]
+    return markdown_table(headings, rows)
+
+
+def domains_table(results: dict[str, Any], n_shot: int) -> str:
+    """A row per domain: direct transfer, HyperFlow, the gain, and which part of it is the flow's."""
+    domains = list_domains(results)
+    rows = []
     for domain in domains:
-        direct, flow = (
-            _one(results["records"], domain=domain, n_shot=n_shot, method=m) for m in ("direct", "hyperflow")
-        )
-        alone = _one(results["hyperflow_against"], domain=domain, n_shot=n_shot, method="metric")
-        accuracies = [interval(r["accuracy"], r["ci95"], ".1f") for r in (direct, flow)]
-        gain = interval(flow["diff_vs_direct"], flow["diff_ci95"])
-        row = [domain, f"{flow['n_way']:g}", *accuracies, gain, interval(alone["diff"], alone["diff_ci95"])]
-        lines.append(f"| {' | '.join(row)} |")
-    direct, flow = (_one(results["means"], n_shot=n_shot, method=m) for m in ("direct", "hyperflow"))
-    alone = _one(results["hyperflow_against"], domain=None, n_shot=n_shot, method="metric")
-    gain, share = interval(flow["diff_vs_direct"], flow["diff_ci95"]), interval(alone["diff"], alone["diff_ci95"])
-    lines.append(
-        f"| **mean of {len(domains)}** | | {direct['accuracy']:.1f} | {flow['accuracy']:.1f} | **{gain}** | {share} |"
-    )
-    return "\n".join(lines)
+        direct = get(results["records"], domain=domain, n_shot=n_shot, method=REFERENCE)
+        hyperflow = get(results["records"], domain=domain, n_shot=n_shot, method=HYPERFLOW)
+        flow = get(results["hyperflow_against"], domain=domain, n_shot=n_shot, method=NO_FLOW)
+        accuracies = [format_interval(record["accuracy"], record["ci95"], ".1f") for record in (direct, hyperflow)]
+        ways = f"{hyperflow['n_way']:g}"
+        rows.append([domain, ways, *accuracies, format_gain(hyperflow), format_difference(flow)])
+    direct = get(results["means"], n_shot=n_shot, method=REFERENCE)
+    hyperflow = get(results["means"], n_shot=n_shot, method=HYPERFLOW)
+    flow = get(results["hyperflow_against"], domain=None, n_shot=n_shot, method=NO_FLOW)
+    accuracies = [f"{direct['accuracy']:.1f}", f"{hyperflow['accuracy']:.1f}"]
+    gain = f"**{format_gain(hyperflow)}**"
+    rows.append([f"**mean of {len(domains)}**", "", *accuracies, gain, format_difference(flow)])
+    return markdown_table(["domain", "ways", "direct transfer", "HyperFlow", "gain, points", "of it the flow"], rows)
 
 
-def methods_table(*sources: tuple[dict, list[str]]) -> str:
+def shots_table(results: dict[str, Any]) -> str:
+    """A row per domain and one for the mean: the gain at each number of shots, and which part of it is the flow's."""
+    shots_there = list_shots(results["records"])
+    headings = ["gain, points"]
+    for shots in shots_there:
+        headings += [f"{shots}-shot", "of it the flow"]
+    rows = []
+    for domain in list_domains(results):
+        row = [domain]
+        for shots in shots_there:
+            where = {"domain": domain, "n_shot": shots}
+            row.append(format_gain(find(results["records"], method=HYPERFLOW, **where)))
+            row.append(format_difference(find(results["hyperflow_against"], method=NO_FLOW, **where)))
+        rows.append(row)
+    row = ["**mean**"]
+    for shots in shots_there:
+        row.append(format_gain(find(results["means"], n_shot=shots, method=HYPERFLOW)))
+        against = find(results["hyperflow_against"], domain=None, n_shot=shots, method=NO_FLOW)
+        row.append(format_difference(against))
+    rows.append(row)
+    return markdown_table(headings, rows)
+
+
+def methods_table(*sources: tuple[dict[str, Any], list[str]]) -> str:
     """A row per method: its mean gain over direct transfer at each number of shots, and what HyperFlow has more.
 
-    Means over some of the domains only, of a benchmark that was interrupted, are left out.
+    Means over only some of the domains, which an interrupted benchmark has, are left out.
 
     Args:
-        sources: results of a benchmark, and the methods to take from it.
+        sources: results of a benchmark, and the names of the methods to take from it.
     """
-    rows = [(results, m) for results, methods in sources for m in methods if _one(results["means"], method=m)]
-    shots_there = sorted({mean["n_shot"] for results, m in rows for mean in results["means"] if mean["method"] == m})
-    head = [f"{shots}-shot | HyperFlow has more" for shots in shots_there]
-    lines = [f"| gain over direct transfer, points | {' | '.join(head)} |", "|---|" + 2 * len(shots_there) * "---|"]
-    for results, method in rows:
-        cells, all_domains = [], max(mean["n_domains"] for mean in results["means"])
-        for shots in shots_there:
-            mean = _one(results["means"], n_shot=shots, method=method, n_domains=all_domains)
-            against = _one(results["hyperflow_against"], domain=None, n_shot=shots, method=method) if mean else None
-            cells.append(interval(mean["diff_vs_direct"], mean["diff_ci95"]) if mean else "")
-            cells.append(interval(against["diff"], against["diff_ci95"]) if against else "")
-        recipe = results["arguments"]["recipes"].get(method.removesuffix("-metric"), {})
-        lines.append(f"| {label(method, recipe.get('steps'))} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows_of: list[tuple[dict[str, Any], str]] = []
+    shots_there: set[int] = set()
+    for results, methods in sources:
+        for method in methods:
+            means = select(results["means"], method=method)
+            if means:
+                rows_of.append((results, method))
+                shots_there.update(list_shots(means))
+    headings = ["gain over direct transfer, points"]
+    for shots in sorted(shots_there):
+        headings += [f"{shots}-shot", "HyperFlow has more"]
+    rows = []
+    for results, method in rows_of:
+        all_domains = max(mean["n_domains"] for mean in results["means"])
+        row = [_method_label(results, method)]
+        for shots in sorted(shots_there):
+            mean = find(results["means"], n_shot=shots, method=method, n_domains=all_domains)
+            against = find(results["hyperflow_against"], domain=None, n_shot=shots, method=method)
+            row.append(format_gain(mean))
+            row.append("" if mean is None else format_difference(against))
+        rows.append(row)
+    return markdown_table(headings, rows)
 
 
-def shots_table(results: dict) -> str:
-    """A row per domain and one for the mean: the gain at each number of shots, and what of it is the flow's."""
-    shots_there = _shots(results)
-    head = " | ".join(f"{shots}-shot | of it the flow" for shots in shots_there)
-    lines = [f"| HyperFlow minus direct transfer | {head} |", "|---|" + 2 * len(shots_there) * "---|"]
-    rows = [
-        (domain, results["records"], {"domain": domain}) for domain in sorted({r["domain"] for r in results["records"]})
-    ]
-    for name, records, where in [*rows, ("**mean**", results["means"], {})]:
-        cells = []
-        for shots in shots_there:
-            flow = _one(records, n_shot=shots, method="hyperflow", **where)
-            alone = _one(results["hyperflow_against"], n_shot=shots, method="metric", **(where or {"domain": None}))
-            cells.append(interval(flow["diff_vs_direct"], flow["diff_ci95"]) if flow else "")
-            cells.append(interval(alone["diff"], alone["diff_ci95"]) if alone else "")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def _method_label(results: dict[str, Any], method: str) -> str:
+    """A method in words, with its gradient steps in this benchmark."""
+    label = list_labels()[method]
+    settings = results["arguments"]["hyperparameters"].get(TUNED_METHODS.get(method, method), {})
+    if "steps" in settings:
+        label += f", {settings['steps']} steps"
+    return f"**{label}**" if method == HYPERFLOW else label
 
 
-def flow_table(results: dict, along: str) -> str:
-    """Means over domains at points of the flow (`along` "t") or by solver `steps`: gains over direct transfer, and over
-    HyperFlow as it is on the same episodes.
+def flow_table(results: dict[str, Any], along: str) -> str:
+    """Means over domains at points of the flow (`along` "t") or by the number of solver steps (`along` "steps").
+
+    Each is told as the gain over direct transfer, and as the difference to HyperFlow as it is on the same episodes.
     """
-    points = [r for r in results["flow"] if r["along"] == along]
-    values = sorted({r["value"] for r in points})
+    points = select(results["flow"], along=along)
+    values = sorted({point["value"] for point in points})
+    rows = []
+    for shots in list_shots(points):
+        gains, differences = [f"{shots}-shot, minus direct transfer"], [f"{shots}-shot, minus HyperFlow as it is"]
+        for value in values:
+            at_value = select(points, n_shot=shots, value=value)
+            gains.append(_mean_over_domains(at_value, "diff_vs_direct", "diff_ci95"))
+            differences.append(_mean_over_domains(at_value, "diff_vs_hyperflow", "diff_vs_hyperflow_ci95"))
+        rows += [gains, differences]
     title = "t" if along == "t" else "solver steps to t = 1"
-    lines = [f"| {title} | {' | '.join(f'{value:g}' for value in values)} |", "|---|" + len(values) * "---|"]
-    rows = (("direct transfer", "diff_vs_direct", "diff_ci95"),)
-    rows += (("HyperFlow as it is", "diff_vs_hyperflow", "diff_vs_hyperflow_ci95"),)
-    for shots in sorted({r["n_shot"] for r in points}):
-        for other, diff, half in rows:
-            cells = []
-            for value in values:
-                mine = [r for r in points if (r["n_shot"], r["value"]) == (shots, value)]
-                cells.append(interval(*over_domains([r[diff] for r in mine], [r[half] for r in mine])))
-            lines.append(f"| {shots}-shot, minus {other} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown_table([title, *(f"{value:g}" for value in values)], rows)
 
 
-def conditioning_table(*sources: tuple[str, dict]) -> str:
-    """What the flow gains by what it reads, means over domains.
+def _mean_over_domains(records: Records, key: str, half_width_key: str) -> str:
+    values = [record[key] for record in records]
+    half_widths = [record[half_width_key] for record in records]
+    return format_interval(*over_domains(values, half_widths))
+
+
+def conditioning_table(*sources: tuple[str, dict[str, Any]]) -> str:
+    """What the flow gains by what it is conditioned on, means over domains.
 
     Args:
-        sources: what kind of domains, and the JSON of `conditioning.py` of them.
+        sources: the kind of domains, and the JSON of `training.card.conditioning` of them.
     """
-    heads, lines = ["the flow reads"], {}
-    for kind, found in sources:
-        own, *others = (r for r in found["records"] if r["domain"] is None)
-        heads += [f"{kind}: minus the metric without the flow", f"{own['condition']} has more"]
-        for r in (own, *others):
-            more = "" if r is own else interval(r["own_has_more"], r["own_has_more_ci95"])
-            lines.setdefault(r["condition"], []).extend([interval(r["gain"], r["gain_ci95"]), more])
-    rows = [f"| {' | '.join([condition, *cells])} |" for condition, cells in lines.items()]
-    return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows])
+    headings = ["the flow is conditioned on"]
+    rows: dict[str, list[str]] = {}
+    for kind, content in sources:
+        means = select(content["records"], domain=None)
+        own = means[0]["condition"]
+        headings += [f"{kind}: minus the head without the flow", f"{own} has more"]
+        for mean in means:
+            row = rows.setdefault(mean["condition"], [mean["condition"]])
+            row.append(format_interval(mean["gain"], mean["gain_ci95"]))
+            advantage = format_interval(mean["own_advantage"], mean["own_advantage_ci95"])
+            row.append("" if mean["condition"] == own else advantage)
+    return markdown_table(headings, rows.values())
 
 
-def cost_table(cost: dict) -> str:
-    """Time, memory and operations of getting ready for a task, from the JSON of `benchmark_cost.py`."""
-    sizes = [key for key in cost if key != "hardware"]
-    head = " | ".join(f"{size}: time | memory | FLOPs | of full fine-tuning's time, memory" for size in sizes)
-    lines = [f"| 25 images, 5 ways | {head} |", "|---|" + 4 * len(sizes) * "---|"]
-    for method in cost[sizes[0]]:
-        cells = []
+def cost_table(cost: dict[str, Any]) -> str:
+    """Time, memory and operations until a task is ready, from the JSON of `training.card.costs`."""
+    sizes = [size for size in cost if size != "hardware"]
+    headings = ["25 images, 5 classes"]
+    for size in sizes:
+        headings += [f"{size}: time", "memory", "FLOPs", "of full fine-tuning's time, memory"]
+    rows = []
+    for name in cost[sizes[0]]:
+        row = [COST_LABELS[name]]
         for size in sizes:
-            c = cost[size][method]
-            cells += [f"{c['seconds']:.3g} s", f"{c['peak_memory_mb']:,.0f} MB", f"{c['flops'] / 1e9:,.0f} G"]
-            cells.append(f"{100 * c['time_share_of_full']:.3g} %, {100 * c['memory_share_of_full']:.3g} %")
-        lines.append(f"| {COSTS.get(method, method)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            costs = cost[size][name]
+            row += [f"{costs['seconds']:.3g} s", f"{costs['peak_memory_mb']:,.0f} MB", f"{costs['flops'] / 1e9:,.0f} G"]
+            time_share, memory_share = 100 * costs["time_share_of_full"], 100 * costs["memory_share_of_full"]
+            row.append(f"{time_share:.3g} %, {memory_share:.3g} %")
+        rows.append(row)
+    return markdown_table(headings, rows)
 
 
-def recipes_table(recipes: dict) -> str:
-    """What was chosen for the baselines, and how it and the best and the worst setting of the grid did."""
-    lines = ["| baseline | chosen | accuracy | best of the grid | worst |", "|---|---|---|---|---|"]
-    for method, chosen in recipes["recipes"].items():
-        entries = [entry for entry in recipes["grid"] if entry["method"] == method]
-        best, worst = (choose(entries, key=lambda e: e["accuracy"]) for choose in (max, min))
-        mine = _one(entries, **chosen)
-        cells = [label(method), _settings(chosen, chosen), f"{mine['accuracy']:.1f} %", f"{best['accuracy']:.1f} %"]
-        if mine is not best:
-            cells[-1] += f" ({_settings(best, chosen)})"
-        lines.append(f"| {' | '.join([*cells, format(worst['accuracy'], '.1f') + ' %'])} |")
-    return "\n".join(lines)
+def hyperparameters_table(content: dict[str, Any]) -> str:
+    """What was chosen for the baselines, and how well it and the best and the worst setting of the grid do."""
+    labels = list_labels()
+    rows = []
+    for method, chosen in content["hyperparameters"].items():
+        entries = select(content["grid"], method=method)
+        entry = get(entries, **chosen)
+        best = max(entries, key=_accuracy)
+        worst = min(entries, key=_accuracy)
+        best_cell = _percent(best)
+        if best is not entry:
+            best_cell += f" ({_format_settings(best, chosen)})"
+        rows.append([labels[method], _format_settings(chosen, chosen), _percent(entry), best_cell, _percent(worst)])
+    return markdown_table(["baseline", "chosen", "accuracy", "best of the grid", "worst"], rows)
 
 
-def _settings(entry: dict, keys: dict) -> str:
-    return ", ".join(f"{key.replace('_', ' ')} {entry[key]:g}" for key in keys)
+def _accuracy(entry: dict[str, Any]) -> float:
+    return entry["accuracy"]
 
 
-def ablations_table(rows: list[dict]) -> str:
-    """A row per variant, from the JSON of `ablations.py`: its gain, and what it has more than the first on the same
-    episodes.
+def _percent(entry: dict[str, Any]) -> str:
+    return f"{entry['accuracy']:.1f} %"
+
+
+def _format_settings(entry: Mapping[str, Any], names: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {entry[name]:g}" for name in names)
+
+
+def ablations_table(rows: Records) -> str:
+    """A row per variant, from the JSON of `training.card.ablations`.
+
+    It has the variant's gain, and what it has more than the first on the same episodes.
     """
-    heads = ["variant", "gain over direct transfer", "of it the flow", f"minus {rows[0]['variant']}"]
-    heads.append("minutes of training")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    first = rows[0]
+    headings = ["variant", "gain over direct transfer", "of it the flow", f"minus {first['variant']}"]
+    headings.append("minutes of training")
+    cells = []
     for row in rows:
-        gain, flow = (interval(row[key], row[f"{key}_ci95"]) for key in ("gain", "gain_of_the_flow"))
-        minus = "" if row is rows[0] else interval(*_minus(row["accuracies"], rows[0]["accuracies"]))
-        lines.append(f"| {row['variant']} | {gain} | {flow} | {minus} | {row['training_minutes']} |")
-    return "\n".join(lines)
+        gain = format_interval(row["gain"], row["gain_ci95"])
+        flow = format_interval(row["gain_of_the_flow"], row["gain_of_the_flow_ci95"])
+        difference = ""
+        if row is not first:
+            difference = _paired_difference(row["accuracies"], first["accuracies"])
+        cells.append([row["variant"], gain, flow, difference, str(row["training_minutes"])])
+    return markdown_table(headings, cells)
 
 
-def _minus(one: dict[str, list[float]], other: dict[str, list[float]]) -> tuple[float, float | None]:
-    """Mean over the domains of the differences on the same episodes, and its half-width."""
-    pairs = [list(zip(one[domain], other[domain], strict=False)) for domain in sorted(one.keys() & other.keys())]
-    found = [mean_ci95([a - b for a, b in episodes]) for episodes in pairs]
-    return over_domains([mean for mean, _ in found], [half for _, half in found])
+def _paired_difference(one: dict[str, list[float]], other: dict[str, list[float]]) -> str:
+    """Mean over the domains of the differences on the episodes that both have."""
+    means, half_widths = [], []
+    for domain in sorted(one.keys() & other.keys()):
+        pairs = zip(one[domain], other[domain], strict=False)
+        mean, half_width = mean_ci95([a - b for a, b in pairs])
+        means.append(mean)
+        half_widths.append(half_width)
+    return format_interval(*over_domains(means, half_widths))
 
 
-def tables(found: dict[str, dict | list]) -> dict[str, str]:
-    """The tables by name, of what was measured.
+def make_tables(contents: Mapping[str, Any]) -> dict[str, str]:
+    """The tables by name.
 
     Args:
-        found: `results` (of the benchmark), `fine_tuning` (of the one with gradients), `conditioning` (on unseen
-            domains), `conditioning_training`, `cost`, `bill`, `recipes`, and `ablations`, or some.
+        contents: of the JSON files, by the names of `training.card.build.FILES`; those that there are.
     """
-    by_name = {}
-    if "results" in found:
-        by_name["domains"] = domains_table(found["results"], 5)
-        by_name["shots"] = shots_table(found["results"])
-        by_name["methods"] = methods_table((found["results"], [m for m in ORDER if m not in WITH_GRADIENTS]))
-    if "fine_tuning" in found:
-        also = [(found["results"], WITH_GRADIENTS)] if "results" in found else []
-        by_name["fine-tuning"] = methods_table((found["fine_tuning"], [*ORDER]), *also)
-        if found["fine_tuning"]["flow"]:
-            by_name["time"] = flow_table(found["fine_tuning"], "t")
-            by_name["steps"] = flow_table(found["fine_tuning"], "steps")
-    if "conditioning" in found:
-        kinds = {"conditioning": "unseen domains", "conditioning_training": "training and validation domains"}
-        by_name["conditioning"] = conditioning_table(
-            *((kind, found[key]) for key, kind in kinds.items() if key in found)
-        )
-    if "cost" in found:
-        by_name["cost"] = cost_table(found["cost"])
-    if "bill" in found:
-        by_name["bill"] = bill_markdown(found["bill"]).rstrip()
-    if "recipes" in found:
-        by_name["recipes"] = recipes_table(found["recipes"])
-    if "ablations" in found:
-        by_name["ablations"] = ablations_table(found["ablations"])
-    return by_name
+    tables = {}
+    if "results" in contents:
+        results = contents["results"]
+        tables["summary"] = summary_table(results)
+        tables["domains"] = domains_table(results, 5)
+        tables["shots"] = shots_table(results)
+        tables["methods"] = methods_table((results, [name for name in list_labels() if not _is_tuned(name)]))
+    if "fine_tuning" in contents:
+        sources = [(contents["fine_tuning"], list(list_labels()))]
+        if "results" in contents:
+            sources.append((contents["results"], [name for name in list_labels() if _is_tuned(name)]))
+        tables["fine-tuning"] = methods_table(*sources)
+        if contents["fine_tuning"]["flow"]:
+            tables["time"] = flow_table(contents["fine_tuning"], "t")
+            tables["steps"] = flow_table(contents["fine_tuning"], "steps")
+    if "conditioning" in contents:
+        kinds = [("unseen domains", contents["conditioning"])]
+        if "conditioning_training" in contents:
+            kinds.append(("training and validation domains", contents["conditioning_training"]))
+        tables["conditioning"] = conditioning_table(*kinds)
+    if "cost" in contents:
+        tables["cost"] = cost_table(contents["cost"])
+    if "offline_cost" in contents:
+        tables["offline-cost"] = format_offline_cost(contents["offline_cost"]).rstrip()
+    if "hyperparameters" in contents:
+        tables["hyperparameters"] = hyperparameters_table(contents["hyperparameters"])
+    if "ablations" in contents:
+        tables["ablations"] = ablations_table(contents["ablations"])
+    return tables
 
 
-def filled(text: str, by_name: dict[str, str]) -> str:
+def _is_tuned(name: str) -> bool:
+    """Whether a method tunes the backbone by gradients, whichever classifier its features go to."""
+    return name in TUNED_METHODS or name in TUNED_METHODS.values()
+
+
+def fill_tables(text: str, tables: Mapping[str, str]) -> str:
     """A text with its tables written anew.
 
     Raises:
-        ValueError: it asks for a table that there is not, or that nothing was measured for.
+        ValueError: it asks for a table that does not exist, or that nothing was measured for.
     """
 
-    def table(match: re.Match) -> str:
-        if match[2] not in by_name:
-            raise ValueError(f"there is no table {match[2]!r}: use one of {', '.join(by_name)}.")
-        return f"{match[1]}{by_name[match[2]]}\n{match[3]}"
+    def replace(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in tables:
+            raise ValueError(f"there is no table {name!r}: use one of {', '.join(tables)}.")
+        return f"{match[1]}{tables[name]}\n{match[3]}"
 
-    return TABLE.sub(table, text)
+    return TABLE.sub(replace, text)
 
 
-def with_model_index(text: str, results: dict, name: str) -> str:
-    """A card whose metadata say what HyperFlow reached, by domain and number of shots (the Hub's model-index)."""
+def add_model_index(text: str, results: dict[str, Any], name: str) -> str:
+    """A card whose metadata tell what HyperFlow reaches, by domain and number of shots (the Hub's model-index)."""
     card = ModelCard(text)
-    card.data.model_name, card.data.eval_results = name, []
-    for record in results["records"]:
-        if record["method"] != "hyperflow":
-            continue
-        task = {"task_type": "image-classification", "task_name": "few-shot image classification"}
-        config = f"{record['n_way']:g}-way {record['n_shot']}-shot"
-        where = {"dataset_type": record["domain"], "dataset_name": record["domain"], "dataset_config": config}
-        over = f"{record['n_episodes']} episodes"
-        accuracy = {"metric_value": round(record["accuracy"], 2), "metric_name": f"accuracy in %, mean of {over}"}
-        gain = {
-            "metric_value": round(record["diff_vs_direct"], 2),
-            "metric_name": f"points over direct transfer, {over}",
-        }
-        card.data.eval_results.append(EvalResult(**task, **where, metric_type="accuracy", **accuracy))
-        card.data.eval_results.append(EvalResult(**task, **where, metric_type="gain", **gain))
+    assert isinstance(card.data, ModelCardData)
+    card.data.model_name = name
+    eval_results = []
+    for record in select(results["records"], method=HYPERFLOW):
+        episodes = f"{record['n_episodes']} episodes"
+        metrics = (
+            ("accuracy", record["accuracy"], f"accuracy in %, mean of {episodes}"),
+            ("gain", record["diff_vs_direct"], f"points over direct transfer, {episodes}"),
+        )
+        for metric, value, metric_name in metrics:
+            result = EvalResult(
+                task_type="image-classification",
+                task_name="few-shot image classification",
+                dataset_type=record["domain"],
+                dataset_name=record["domain"],
+                dataset_config=f"{record['n_way']:g}-way {record['n_shot']}-shot",
+                metric_type=metric,
+                metric_value=round(value, 2),
+                metric_name=metric_name,
+            )
+            eval_results.append(result)
+    card.data.eval_results = eval_results
     return str(card)

@@ -1,11 +1,11 @@
 """Labelled images without a download: characters of many scripts, and handwritten digits.
 
-    python training/demo_data.py --output_dir outputs/demo/data
+    python -m training.demo.images --output_dir outputs/demo/data
 
-The characters are drawn with the fonts that come with Matplotlib (DejaVu, STIX, Computer Modern), each image with
-another font, size, place, slant, stroke width, contrast and noise; the digits are scikit-learn's. Every script is a
-domain of its own, a Parquet file of `image` and `label` (the character): those in `train/` to train on, those in
-`unseen/` to report on. Image i of a character depends on (seed, script, character, i) alone.
+The characters are drawn with the fonts that come with Matplotlib (DejaVu, STIX, Computer Modern). Each image has
+another font, size, place, slant, stroke width, contrast and noise. The digits are scikit-learn's. Every script is a
+domain of its own, a Parquet file with the columns `image` and `label` (the character): those in `train/` to train on,
+those in `unseen/` to report on. Image i of a character depends on (seed, script, character, i) alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sklearn.datasets import load_digits
 from hf_hyperflow.arguments import parse
 from hf_hyperflow.modeling.saving import atomic_file, write_json
 
-#: Script -> its code points, of which `characters` takes letters and symbols.
+#: Script -> its code points, of which `choose_characters` takes letters and symbols.
 TRAINING_SCRIPTS = {
     "latin_capitals": range(0x41, 0x5B),
     "latin_small": range(0x61, 0x7B),
@@ -50,16 +50,19 @@ TRAINING_SCRIPTS = {
     "pictograms": range(0x2600, 0x26C4),
 }
 UNSEEN_SCRIPTS = {"georgian": range(0x10D0, 0x10F1), "tifinagh": range(0x2D30, 0x2D66)}
+SCRIPTS = TRAINING_SCRIPTS | UNSEEN_SCRIPTS
 DIGITS = "digits"
 
+#: Unicode categories of letters and symbols.
+CATEGORIES = ("Lu", "Ll", "Lo", "Sm", "So")
 #: Pixels of an image's side.
 SIDE = 64
 #: Where a glyph is in its square of `2 * SIDE`, unless it is turned or moved.
-MIDDLE = slice(SIDE // 2, 3 * SIDE // 2)
+CENTRE = slice(SIDE // 2, 3 * SIDE // 2)
 #: Two characters look alike if less than this share of their ink is at different places.
 DISTINCT = 0.1
-#: Font files, but for those that draw something else at a letter's code point (`cmmi10`, `cmsy10`, `cmex10`), know no
-#: Unicode (`STIXNonUni*`), hold pieces of large symbols (`STIXSiz*`, `*Display`) or boxes (`LastResort*`).
+#: Font files. Left out are those that draw something else at a letter's code point (`cmmi10`, `cmsy10`, `cmex10`), know
+#: no Unicode (`STIXNonUni*`), hold pieces of large symbols (`STIXSiz*`, `*Display`) or boxes (`LastResort*`).
 FONTS = ("DejaVuSans*", "DejaVuSerif*", "STIXGeneral*", "cmr10*", "cmss10*", "cmtt10*", "cmti10*", "cmb10*")
 
 
@@ -72,66 +75,80 @@ class Arguments:
 
 
 @functools.cache
-def fonts() -> dict[str, frozenset[str]]:
+def find_fonts() -> dict[str, frozenset[str]]:
     """Font file -> the characters it has a glyph for."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    found = sorted({path for pattern in FONTS for path in folder.glob(f"{pattern}.ttf") if "Display" not in path.stem})
-    return {str(path): frozenset(map(chr, FT2Font(str(path)).get_charmap())) for path in found}
+    paths: set[Path] = set()
+    for pattern in FONTS:
+        paths.update(folder.glob(f"{pattern}.ttf"))
+    fonts = {}
+    for path in sorted(paths):
+        if "Display" not in path.stem:
+            fonts[str(path)] = frozenset(chr(code) for code in FT2Font(str(path)).get_charmap())
+    return fonts
 
 
 @functools.lru_cache(maxsize=1024)
-def font(path: str, size: int) -> ImageFont.FreeTypeFont:
+def load_font(path: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @functools.cache
-def characters(script: str, max_classes: int) -> list[str]:
-    """At most so many characters of a script, evenly spread over its letters or symbols.
+def choose_characters(script: str, max_classes: int) -> list[str]:
+    """At most `max_classes` characters of a script, evenly spread over its letters or symbols.
 
     Left out is what no font has, and what looks like an earlier one once size and place no longer count (■ and ◼).
     """
-    kept: dict[str, np.ndarray] = {}
-    for c in map(chr, (TRAINING_SCRIPTS | UNSEEN_SCRIPTS)[script]):
-        paths = fonts_with(c)
-        if paths and unicodedata.category(c) in ("Lu", "Ll", "Lo", "Sm", "So"):
-            ink = np.asarray(glyph(c, paths[0], 0.75 * SIDE, stroke=0), dtype=np.float32)[MIDDLE, MIDDLE]
-            if all(abs(ink - other).sum() > DISTINCT * (ink + other).sum() for other in kept.values()):
-                kept[c] = ink
-    drawn = list(kept)
-    return [drawn[i * len(drawn) // max_classes] for i in range(max_classes)] if len(drawn) > max_classes else drawn
+    inks: dict[str, np.ndarray] = {}
+    for code in SCRIPTS[script]:
+        character = chr(code)
+        paths = fonts_with(character)
+        if paths and unicodedata.category(character) in CATEGORIES:
+            glyph = draw_glyph(character, paths[0], 0.75 * SIDE, stroke=0)
+            ink = np.asarray(glyph, dtype=np.float32)[CENTRE, CENTRE]
+            if all(_are_distinct(ink, other) for other in inks.values()):
+                inks[character] = ink
+    characters = list(inks)
+    if len(characters) <= max_classes:
+        return characters
+    return [characters[i * len(characters) // max_classes] for i in range(max_classes)]
+
+
+def _are_distinct(ink: np.ndarray, other: np.ndarray) -> bool:
+    return abs(ink - other).sum() > DISTINCT * (ink + other).sum()
 
 
 def fonts_with(character: str) -> list[str]:
-    """The font files that have a character, the plainest (of the shortest name) first."""
-    return sorted((path for path, glyphs in fonts().items() if character in glyphs), key=len)
+    """The font files that have a character; the plainest, which has the shortest name, comes first."""
+    return sorted((path for path, glyphs in find_fonts().items() if character in glyphs), key=len)
 
 
-def glyph(character: str, path: str, longest: float, stroke: int) -> PILImage.Image:
+def draw_glyph(character: str, path: str, longest: float, stroke: int) -> PILImage.Image:
     """A character in white on black, in the middle of a square of `2 * SIDE`, its longer side `longest` pixels."""
-    left, top, right, bottom = font(path, SIDE).getbbox(character)
-    chosen = font(path, round(SIDE * longest / max(right - left, bottom - top)))
-    left, top, right, bottom = chosen.getbbox(character, stroke_width=stroke)
+    left, top, right, bottom = load_font(path, SIDE).getbbox(character)
+    font = load_font(path, round(SIDE * longest / max(right - left, bottom - top)))
+    left, top, right, bottom = font.getbbox(character, stroke_width=stroke)
     canvas = PILImage.new("L", (2 * SIDE, 2 * SIDE))
     place = (SIDE - (left + right) / 2, SIDE - (top + bottom) / 2)
-    ImageDraw.Draw(canvas).text(place, character, fill=255, font=chosen, stroke_width=stroke)
+    ImageDraw.Draw(canvas).text(place, character, fill=255, font=font, stroke_width=stroke)
     return canvas
 
 
-def draw(character: str, generator: np.random.Generator) -> PILImage.Image:
-    """A character as it may be met: any font that has it, size, place, turn, slant, stroke, contrast and noise.
+def draw_image(character: str, generator: np.random.Generator) -> PILImage.Image:
+    """A character in any font that has it, of random size, place, turn, slant, stroke, contrast and noise.
 
     Returns:
         A grey image of `SIDE` x `SIDE` pixels.
     """
     paths = fonts_with(character)
     path = paths[generator.integers(len(paths))]
-    drawn = glyph(character, path, generator.uniform(0.45, 0.75) * SIDE, int(generator.integers(2)))
+    glyph = draw_glyph(character, path, generator.uniform(0.45, 0.75) * SIDE, int(generator.integers(2)))
     turn, slant = generator.normal(0, 0.1), generator.normal(0, 0.1)
     matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) @ [[1, slant], [0, 1]]
     shift = np.full(2, SIDE) - matrix @ (np.full(2, SIDE / 2) + generator.uniform(-0.08, 0.08, 2) * SIDE)
     coefficients = np.column_stack([matrix, shift]).flatten().tolist()
     ink = np.asarray(
-        drawn.transform((SIDE, SIDE), PILImage.Transform.AFFINE, coefficients, PILImage.Resampling.BICUBIC)
+        glyph.transform((SIDE, SIDE), PILImage.Transform.AFFINE, coefficients, PILImage.Resampling.BICUBIC)
     )
     dark, light = generator.uniform(0, 90), generator.uniform(165, 255)
     paper, pen = (light, dark) if generator.random() < 0.7 else (dark, light)
@@ -141,14 +158,14 @@ def draw(character: str, generator: np.random.Generator) -> PILImage.Image:
 
 def script_images(script: str, arguments: Arguments) -> Iterator[tuple[PILImage.Image, str]]:
     """Images of a script's characters, each with its character."""
-    for character in characters(script, arguments.max_classes):
+    for character in choose_characters(script, arguments.max_classes):
         for i in range(arguments.images_per_class):
             key = [arguments.seed, *script.encode(), ord(character), i]
-            yield draw(character, np.random.default_rng(key)), character
+            yield draw_image(character, np.random.default_rng(key)), character
 
 
 def digit_images(arguments: Arguments) -> Iterator[tuple[PILImage.Image, str]]:
-    """The first so many of scikit-learn's handwritten digits of each class (8 x 8 pixels, enlarged)."""
+    """The first of scikit-learn's handwritten digits of each class (8 x 8 pixels, enlarged)."""
     digits = load_digits()
     for value in range(10):
         for pixels in digits.images[digits.target == value][: arguments.images_per_class]:
@@ -157,11 +174,12 @@ def digit_images(arguments: Arguments) -> Iterator[tuple[PILImage.Image, str]]:
 
 
 def write_domain(path: Path, images: Iterator[tuple[PILImage.Image, str]]) -> None:
-    """Write labelled images as a Parquet file, whole or not at all, and say what it holds."""
+    """Write labelled images as a Parquet file, whole or not at all, and print what it holds."""
     pictures, labels = zip(*images, strict=True)
     names = list(dict.fromkeys(labels))
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
-    dataset = Dataset.from_dict({"image": list(pictures), "label": [names.index(c) for c in labels]}, features=features)
+    indices = [names.index(label) for label in labels]
+    dataset = Dataset.from_dict({"image": list(pictures), "label": indices}, features=features)
     with atomic_file(path) as draft:
         dataset.to_parquet(str(draft))
     print(f"{path}: {len(names)} classes, {len(pictures)} images", flush=True)
@@ -171,15 +189,18 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(Arguments, argv)
     disable_progress_bars()
     folder = Path(arguments.output_dir)
-    training = {folder / "train" / f"{script}.parquet": script for script in TRAINING_SCRIPTS}
-    unseen = {folder / "unseen" / f"{script}.parquet": script for script in (*UNSEEN_SCRIPTS, DIGITS)}
-    settings = asdict(arguments) | {"output_dir": folder.name}
-    made = folder / "made.json"  # written last: what it describes is complete
-    if made.exists() and json.loads(made.read_text()) == settings and all(p.exists() for p in (*training, *unseen)):
+    scripts = {folder / "train" / f"{script}.parquet": script for script in TRAINING_SCRIPTS}
+    for script in (*UNSEEN_SCRIPTS, DIGITS):
+        scripts[folder / "unseen" / f"{script}.parquet"] = script
+    settings = asdict(arguments)
+    settings["output_dir"] = folder.name
+    made = folder / "made.json"  # written last: the files that it describes are complete
+    if made.exists() and json.loads(made.read_text()) == settings and all(path.exists() for path in scripts):
         print(f"{folder} is complete")
         return
-    for path, script in (training | unseen).items():
-        write_domain(path, digit_images(arguments) if script == DIGITS else script_images(script, arguments))
+    for path, script in scripts.items():
+        images = digit_images(arguments) if script == DIGITS else script_images(script, arguments)
+        write_domain(path, images)
     write_json(made, settings)
 
 
