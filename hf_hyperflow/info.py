@@ -76,7 +76,7 @@ def _describe_adapter(adapter: HyperFlowAdapter, size: str) -> AdapterInfo:
     config, space, backbone = adapter.config, adapter.space, adapter.config.backbone
     name = backbone["name_or_path"] or "unnamed"
     encoder = "the first blocks of the backbone"
-    if adapter.encoder is not None:
+    if adapter.encoder is not None and config.encoder is not None:
         encoder = f"a separate {config.encoder['model_type']}, {_count_parameters(adapter.encoder)} parameters"
     head = "cosines to the class means"
     if config.lda:
