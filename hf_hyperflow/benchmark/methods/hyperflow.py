@@ -76,7 +76,11 @@ class HyperFlow(Method):
 
     @torch.no_grad()
     def follow_flow(self, support: Support) -> tuple[list[float], list[torch.Tensor]]:
-        """Where the flow comes by: times from 0 to the end, and theta `(n_tokens, token_dim)` at each."""
+        """The points of the flow: times from 0 to the end, and theta `(n_tokens, token_dim)` at each.
+
+        The support images are read at the size they have, which should be that of the adapter's image processor.
+        (`HyperFlowAdapter.adapt` reduces larger ones before the task encoder reads them.)
+        """
         target, images = support.target, support.images
         adapter = target.adapter
         injection = adapter.space.inject(target.backbone)
@@ -116,7 +120,7 @@ class FlowClassifier(NearestPrototype):
 
 
 def flow_features(support: Support, theta: torch.Tensor) -> Callable[[Images], torch.Tensor]:
-    """Computes features of images with `theta` in the adapter's parameters."""
+    """A function that computes features of images with `theta` in the adapter's parameters."""
     target = support.target
 
     def get_weights() -> Injection:
