@@ -4,8 +4,8 @@
         --backbone FOLDER_OR_HUB_ID --dataset FILE_OR_HUB_ID [...] --output_dir adapter
 
 The flow is trained by the episodic loss. With `--trajectories` of `collect_trajectories.py`, it is first matched to
-what a teacher did (`--matching_steps`, `--annealing_steps`). With `--resume_from_checkpoint latest`, a killed run goes on
-as if it had not been interrupted. From Python, use `hf_hyperflow.training.DriftTrainer`.
+what a teacher did (`--matching_steps`, `--annealing_steps`). With `--resume_from_checkpoint latest`, a killed run goes
+on as if it had not been interrupted. From Python, use `hf_hyperflow.training.DriftTrainer`.
 """
 
 from hf_hyperflow.training.trainer import main
