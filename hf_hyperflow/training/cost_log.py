@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..benchmark.cost import flop_counter
-from ..benchmark.task_cost import device_name
+from ..benchmark.cost import device_name, flop_counter
 
 #: Operations are counted in every n-th run of a phase, the first included, because counting slows small models down.
 COUNTED_EVERY = 50
