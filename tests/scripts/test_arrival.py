@@ -11,7 +11,7 @@ import torch
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.finetuning.trajectories import measure_token_scale
 from hf_hyperflow.modeling.solvers import TABLEAUX
-from hf_hyperflow.training.objectives import VelocityMatchingLoss, encode_recorded_support
+from hf_hyperflow.training.objectives import MatchingRows, VelocityMatchingLoss, encode_recorded_support
 from tests.helpers.recorded import colours, made_trajectories, straight
 from tests.helpers.tiny import Snapshot, tiny_adapter
 from training.card.arrival import (
@@ -113,7 +113,7 @@ def test_the_recorded_velocity_is_that_of_the_interpolant(adapter, backbone, dom
     assert late.min() > 0.99 if interpolant == "linear" else late.max() < -0.99
 
 
-def matched(backbone, domains, *, hidden_share: float):
+def matched(backbone, domains, *, mask_prob: float):
     """An adapter trained on six trajectories that go straight to different places and stop there, and how it flows."""
     adapter = tiny_adapter(backbone, drift_width=32)
     generator = torch.Generator().manual_seed(0)
@@ -129,7 +129,7 @@ def matched(backbone, domains, *, hidden_share: float):
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=400)
     for _ in range(400):
         t, chance = torch.rand(2, 6, generator=generator)
-        loss = objective(support, recorded.deltas, 1.5 * t, chance < hidden_share)
+        loss = objective(MatchingRows(support, recorded.deltas, 1.5 * t, chance < mask_prob))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -139,7 +139,7 @@ def matched(backbone, domains, *, hidden_share: float):
 
 @pytest.mark.slow
 def test_matching_makes_the_flow_arrive(backbone, domains):
-    measures = matched(backbone, domains, hidden_share=0.5)
+    measures = matched(backbone, domains, mask_prob=0.5)
     assert measures.distance.mean() < 0.6
     assert measures.distance.max() < measures.distance_of_mean.min()
     assert measures.drifted.max() < 0.1
@@ -149,7 +149,7 @@ def test_matching_makes_the_flow_arrive(backbone, domains):
 @pytest.mark.slow
 def test_a_flow_that_knows_only_the_recorded_paths_is_told(backbone, domains):
     """Without hidden places the velocity is read off the place: right on the path, and wrong along the flow."""
-    measures = matched(backbone, domains, hidden_share=0.0)
+    measures = matched(backbone, domains, mask_prob=0.0)
     assert measures.cosine_on_path[:, 1:].mean() > 0.95
     assert measures.cosine_on_flow.mean() < 0.6
     assert measures.distance.mean() > 0.9

@@ -317,7 +317,7 @@ def test_adapter_and_card_are_ready_to_use(whole, ground, tmp_path):
     assert record(tmp_path) == record(whole), "the record stays with the adapter"
     for folder in (whole, tmp_path):
         text = ModelCard.load(folder / "README.md").text
-        assert "On the domains `alpha`, `beta`." in text
+        assert "Training domains: `alpha`, `beta`." in text
         assert "| beta | " in text, "the validation"
         assert "| collecting `rows` (" in text
         assert "| matching | 2 | 6 | 0 | " in text
@@ -448,7 +448,7 @@ def test_pushed_to_the_hub_with_its_card(settings, whole, tmp_path):
         files = hub.files("alice/adapter")
     assert {"model.safetensors", "config.json", "training.json", "README.md"} <= set(files)
     assert not any(name.startswith(("checkpoint", "logs")) for name in files)
-    assert b"On the domains `alpha`, `beta`." in files["README.md"]
+    assert b"Training domains: `alpha`, `beta`." in files["README.md"]
     assert reader.returncode == 1
     assert "permission" in reader.stderr
     assert "train on" not in reader.stdout
