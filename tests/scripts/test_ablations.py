@@ -10,7 +10,7 @@ from statistics import mean
 
 import pytest
 
-from tests.helpers.costs import write_known_costs
+from tests.helpers.benchmark_runs import with_known_costs
 from tests.helpers.modules import run_module
 from tests.helpers.tiny import tiny_dinov2, tiny_processor
 from tests.helpers.training_runs import make_images
@@ -40,7 +40,7 @@ def run_ablations(ground: Path, output: Path, *variants: str) -> subprocess.Comp
 def test_each_variant_is_trained_and_measured_once(ground, tmp_path, tmp_path_factory):
     variants = [FIRST, WITH_HEAD]
     for name in variants:
-        write_known_costs(tmp_path / name.replace(" ", "-") / "benchmark")
+        with_known_costs(tmp_path / name.replace(" ", "-") / "benchmark")
     first = run_ablations(ground, tmp_path, FIRST)
     assert first.returncode == 0, first.stderr
     both = run_ablations(ground, tmp_path, *variants)

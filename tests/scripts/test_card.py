@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_hyperflow.benchmark.episode_log import EPISODES, EpisodeLog
-from tests.helpers.costs import write_known_costs
-from tests.helpers.modules import ROOT, run_module
+from tests.helpers.benchmark_runs import ROOT, with_known_costs
+from tests.helpers.modules import run_module
 from tests.helpers.tiny import tiny_dinov2, tiny_processor
 from tests.helpers.training_runs import make_images
 from training.card.build import FIGURES, FILES, FINE_TUNING_EPISODES, read_results, write_cards
@@ -168,8 +168,8 @@ def test_one_command_measures_and_writes(tmp_path, adapter):
     output, card = tmp_path / "output", tmp_path / "made" / "README.md"
     card.write_text("---\nlicense: mit\n---\n# Mine\n" + "".join(f"<!-- table: {t} -->\n<!-- end -->\n" for t in ASKED))
     for folder in ("benchmark", "fine-tuning"):
-        write_known_costs(output / folder, largest=121)
-    write_known_costs(output / "ablations" / "episodic-loss" / "benchmark")
+        with_known_costs(output / folder, largest=121)
+    with_known_costs(output / "ablations" / "episodic-loss" / "benchmark")
     shutil.copy(adapter / "results" / FILES["cost"], output)
     run(
         "training.card.build",

@@ -11,8 +11,8 @@ import time
 import pytest
 
 from hf_hyperflow import HyperFlowAdapter
-from tests.helpers.costs import write_known_costs
-from tests.helpers.modules import ENVIRONMENT, ROOT, module_command, run_module
+from tests.helpers.benchmark_runs import ENVIRONMENT, ROOT, with_known_costs
+from tests.helpers.modules import module_command, run_module
 from tests.helpers.tiny import tiny_dinov2, tiny_processor
 from training.demo.run import Arguments
 
@@ -45,7 +45,7 @@ def test_every_stage_runs_and_an_interrupted_demo_goes_on(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = {path: path.stat().st_mtime_ns for path in output.glob("data/*/*.parquet")}
-    write_known_costs(output / "benchmark")
+    with_known_costs(output / "benchmark")
 
     done = run_module(DEMO, *options)
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from tests.helpers.modules import ENVIRONMENT, ROOT
+from tests.helpers.benchmark_runs import ENVIRONMENT, ROOT
 from tests.helpers.tiny import tiny_adapter, tiny_dinov2
 
 EXAMPLE = ROOT / "model_cards" / "hyperflow-vit-s14-70" / "example.py"

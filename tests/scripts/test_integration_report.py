@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.training_runs import make_ground, run
+from tests.helpers.training_runs import make_ground, run_here
 from training.card.arrival import GRID
 from training.card.integration_report import main
 
@@ -25,14 +25,14 @@ def made(tmp_path_factory) -> Path:
         "few": [*alpha, "--norms", "no"],
     }
     for name, more in collections.items():
-        done = run("collect_trajectories", *common, *teacher, *more, "--output_dir", folder / name, log=folder / "log")
+        done = run_here("collect_trajectories", *common, *teacher, *more, "--output_dir", folder / name)
         assert done.exitcode == 0, done.output
     sizes = ["--drift_width", 12, "--drift_depth", 1, "--n_steps", 2, "--matching_batch_size", 8, "--warmup_steps", 1]
     steps = ["--steps", 6, "--matching_steps", 6, "--validation_episodes", 2, "--validate_every", 6]
     data = [*both, "--holdout", "beta", "--trajectories", folder / "rows"]
     for interpolant in ("linear", "cubic"):
         more = [*sizes, *steps, *data, "--interpolant", interpolant, "--output_dir", folder / interpolant]
-        done = run("train_drift", *common, *more, log=folder / "log")
+        done = run_here("train_drift", *common, *more)
         assert done.exitcode == 0, done.output
     return folder
 
@@ -48,13 +48,17 @@ def flags(made: Path, output: Path, **changes: object) -> list[str]:
         "solver_tasks": 2,
         "output_dir": output,
     } | changes
-    return [str(part) for k, v in settings.items() for part in (f"--{k}", *(v if isinstance(v, list) else [v]))]
+    options = []
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        options += [f"--{name}", *(str(part) for part in values)]
+    return options
 
 
 @pytest.mark.slow
-def test_the_report(made, tmp_path):
-    done = run("card.integration_report", *flags(made, tmp_path / "report"), log=tmp_path / "log")
-    assert done.exitcode == 0, done.output
+def test_the_report(made, tmp_path, capsys):
+    main([*flags(made, tmp_path / "report"), "--cpu", "true"])
+    printed = capsys.readouterr().out
     report = json.loads((tmp_path / "report" / "integration.json").read_text())
     assert report["adapters"] == {"L": {"interpolant": "linear"}, "C": {"interpolant": "cubic"}}
     assert report["tasks"] == {"training": ["alpha"], "unseen": ["alpha", "beta"]}
@@ -65,7 +69,7 @@ def test_the_report(made, tmp_path):
     assert [r["t"] for r in report["teacher"]] == 2 * [0.0, pytest.approx(1 / 3, abs=1e-4), 1.0]
     assert len(report["solvers"]) == 4 * 4 * 6
     for record in report["arrival"]:
-        assert f"| {record['adapter']} | {record['tasks']} (5) | {record['distance']:.3f} ±" in done.output
+        assert f"| {record['adapter']} | {record['tasks']} (5) | {record['distance']:.3f} ±" in printed
     for name in ("distance", "cosine", "loss", "solvers"):
         assert (tmp_path / "report" / f"{name}.png").read_bytes()[1:4] == b"PNG"
     teacher = {(r["tasks"], r["t"]): r["accuracy"] for r in report["teacher"]}
