@@ -121,7 +121,7 @@ def draw_shots(results: Results) -> Figure:
     all_shots = list(_group_by_shots(results.records))
     records_by_domain = group_by(results.records, lambda record: (record.domain, record.n_shot))
     complete = _list_complete_domains(results.records)
-    figure, (axis,) = _make_panels(1, 5.5, 4)
+    figure, (axis,) = _make_panels(1, 8, 4)
     for method in _list_methods(results.records):
         titles, heights = [], []
         for n_shot in all_shots:
@@ -134,7 +134,7 @@ def draw_shots(results: Results) -> Figure:
                 heights.append(np.mean(accuracies))
         axis.plot(titles, heights, "o-", color=COLOURS[method], label=list_labels()[method])
     axis.set_ylabel(f"accuracy, % (mean over {len(complete)} domains)")
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 

@@ -25,8 +25,9 @@ from hf_hyperflow.benchmark.runner import RESULTS
 from hf_hyperflow.modeling.adapter_files import TRAINING_RECORD
 from hf_hyperflow.modeling.saving import atomic_file, write_json
 
+from .records import Records, find, get, list_stems
 from .stages import run
-from .tables import Records, ablations_table, get
+from .tables import ablations_table
 
 ABLATIONS = "ablations.json"
 #: The variant that the others are compared with, and the one that has the head and features of a released adapter.
@@ -59,9 +60,13 @@ class Arguments:
 
 def thin_out(arguments: Arguments, every: int) -> list[str]:
     """The domains that something is held out of, and every `every`-th of the others."""
-    with_holdout = {entry.split(":")[0] for entry in arguments.holdout}
-    kept = [source for source in arguments.dataset if Path(source).stem in with_holdout]
-    others = [source for source in arguments.dataset if Path(source).stem not in with_holdout]
+    with_holdout = [entry.split(":")[0] for entry in arguments.holdout]
+    kept, others = [], []
+    for source in arguments.dataset:
+        if Path(source).stem in with_holdout:
+            kept.append(source)
+        else:
+            others.append(source)
     return kept + others[::every]
 
 
@@ -102,16 +107,19 @@ def list_variants(arguments: Arguments) -> dict[str, list[object]]:
 
 def describe_settings(arguments: Arguments, options: list[object]) -> dict[str, Any]:
     """What a row depends on; of files and folders the names only."""
-    words = [str(option) for option in options]
+    words = []
+    for option in options:
+        word = str(option)
+        words.append(Path(word).stem if Path(word).exists() else word)
     return {
         "steps": arguments.steps,
         "learning_rate": arguments.learning_rate,
         "n_shot": arguments.n_shot,
         "n_episodes": arguments.n_episodes,
         "holdout": arguments.holdout,
-        "dataset": [Path(source).stem for source in arguments.dataset],
-        "unseen": [Path(source).stem for source in arguments.unseen],
-        "options": [Path(word).stem if Path(word).exists() else word for word in words],
+        "dataset": list_stems(arguments.dataset),
+        "unseen": list_stems(arguments.unseen),
+        "options": words,
     }
 
 
@@ -196,7 +204,7 @@ def main() -> None:
     rows = read_rows(output / ABLATIONS)
     for name, options in list_variants(arguments).items():
         settings = describe_settings(arguments, options)
-        if any(row["variant"] == name and row["settings"] == settings for row in rows):
+        if find(rows, variant=name, settings=settings):
             continue
         folder = output / name.replace(",", "").replace(" ", "-")
         if not (folder / "adapter" / TRAINING_RECORD).is_file():

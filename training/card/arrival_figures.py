@@ -13,8 +13,10 @@ from matplotlib.figure import Figure
 from hf_hyperflow.benchmark.figures import DPI
 from hf_hyperflow.modeling.solvers import TABLEAUX
 
+from .records import Records, column, get, select
+
 #: The lists of records in `integration.json`, by name.
-Report = dict[str, list[dict[str, Any]]]
+Report = dict[str, Records]
 
 COLOURS = matplotlib.color_sequences["tab10"]
 TEACHER = "black"
@@ -45,7 +47,7 @@ def draw_distance(report: Report) -> Figure:
     ]
     for axis, tasks in zip(axes[0], task_sets, strict=True):
         for height, adapter in enumerate(reversed(adapters)):
-            (record,) = _select(report["arrival"], adapter=adapter, tasks=tasks)
+            record = get(report["arrival"], adapter=adapter, tasks=tasks)
             for shift, (key, marker, _) in zip((0.2, 0, -0.2), kinds, strict=True):
                 axis.errorbar(
                     record[key],
@@ -75,7 +77,7 @@ def draw_cosine(report: Report) -> Figure:
     figure, (cosines, speeds) = _panels(2, len(task_sets), 4.5, 3.2)
     for cosine, speed, tasks in zip(cosines, speeds, task_sets, strict=True):
         for i, adapter in enumerate(adapters):
-            records = _select(report["along"], adapter=adapter, tasks=tasks)
+            records = select(report["along"], adapter=adapter, tasks=tasks)
             _draw_curve(cosine, records, "cosine_path", _colour(i), label=adapter)
             _draw_curve(cosine, records, "cosine_flow", _colour(i), linestyle="--")
             _draw_curve(speed, records, "speed", _colour(i))
@@ -93,21 +95,20 @@ def draw_cosine(report: Report) -> Figure:
 def draw_loss(report: Report) -> Figure:
     """Query loss and accuracy along the flow up to t = 1.5, and of the teacher's recorded points."""
     adapters, task_sets = _names(report, "adapter"), _names(report, "tasks")
-    figure, axes = _panels(2, len(task_sets), 4.5, 3.2)
-    for column, tasks in enumerate(task_sets):
-        for row, key in enumerate(("loss", "accuracy")):
-            axis = axes[row][column]
-            teacher = _select(report["teacher"], tasks=tasks)
+    figure, (losses, accuracies) = _panels(2, len(task_sets), 4.5, 3.2)
+    for loss, accuracy, tasks in zip(losses, accuracies, task_sets, strict=True):
+        teacher = select(report["teacher"], tasks=tasks)
+        for axis, key in ((loss, "loss"), (accuracy, "accuracy")):
             _draw_curve(axis, teacher, key, TEACHER, marker="o", label="teacher", band=False)
             for i, adapter in enumerate(adapters):
-                records = _select(report["along"], adapter=adapter, tasks=tasks)
+                records = select(report["along"], adapter=adapter, tasks=tasks)
                 _draw_curve(axis, records, key, _colour(i), marker="o", label=adapter, band=False)
             axis.axvline(1, color="grey", linewidth=0.8, linestyle=":")
-        axes[0][column].set_title(_title(report["arrival"], tasks))
-        axes[1][column].set_xlabel("t")
-    axes[0][0].set_ylabel("query loss")
-    axes[1][0].set_ylabel("query accuracy, %")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+        loss.set_title(_title(report["arrival"], tasks))
+        accuracy.set_xlabel("t")
+    losses[0].set_ylabel("query loss")
+    accuracies[0].set_ylabel("query accuracy, %")
+    figure.legend(*losses[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 
@@ -118,7 +119,7 @@ def draw_solvers(report: Report) -> Figure:
     for distance, difference, adapter in zip(distances, differences, adapters, strict=True):
         for i, solver in enumerate(TABLEAUX):
             for j, tasks in enumerate(task_sets):
-                records = _select(report["solvers"], adapter=adapter, tasks=tasks, solver=solver)
+                records = select(report["solvers"], adapter=adapter, tasks=tasks, solver=solver)
                 _draw_solver(distance, difference, records, color=_colour(i), linestyle=_line_style(j))
         distance.set_title(adapter)
         difference.set_yscale("log")
@@ -138,33 +139,29 @@ def draw_solvers(report: Report) -> Figure:
     return figure
 
 
-def _draw_solver(distance: Axes, difference: Axes, records: list[dict[str, Any]], **style: Any) -> None:
-    evaluations = [record["nfe"] for record in records]
-    distance.plot(evaluations, [record["distance"] for record in records], marker=".", **style)
+def _draw_solver(distance: Axes, difference: Axes, records: Records, **style: Any) -> None:
+    evaluations = column(records, "nfe")
+    distance.plot(evaluations, column(records, "distance"), marker=".", **style)
     # A difference that was rounded to zero is drawn at the last digit, for the axis is logarithmic.
-    rounded_up = [max(record["difference"], 1e-5) for record in records]
-    difference.plot(evaluations, rounded_up, marker=".", **style)
+    difference.plot(evaluations, np.maximum(column(records, "difference"), 1e-5), marker=".", **style)
 
 
 def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
     """A figure of panels, each with scales of its own; no window is opened."""
     figure = Figure(figsize=(width * columns + 1.5, height * rows), layout="constrained")
-    axes = [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
+    axes = figure.subplots(rows, columns, squeeze=False).tolist()
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _draw_curve(
-    axis: Axes, records: list[dict[str, Any]], key: str, colour: Any, *, band: bool = True, **style: Any
-) -> None:
+def _draw_curve(axis: Axes, records: Records, key: str, colour: Any, *, band: bool = True, **style: Any) -> None:
     """A curve along t where it is known, with its 95 % interval as a band."""
     measured = [record for record in records if record[key] is not None]
-    times = [record["t"] for record in measured]
-    values = np.array([record[key] for record in measured])
+    times, values = column(measured, "t"), np.array(column(measured, key))
     axis.plot(times, values, color=colour, markersize=4, **style)
     if band:
-        half_widths = np.array([record[f"{key}_ci95"] for record in measured])
+        half_widths = np.array(column(measured, f"{key}_ci95"))
         low, high = values - half_widths, values + half_widths
         axis.fill_between(times, low, high, color=colour, alpha=0.15, linewidth=0)
 
@@ -179,13 +176,8 @@ def _line_style(index: int) -> str:
 
 def _names(report: Report, key: str) -> list[str]:
     """The names of the adapters or of the sets of tasks, in the order of the report."""
-    return list(dict.fromkeys(record[key] for record in report["arrival"]))
+    return list(dict.fromkeys(column(report["arrival"], key)))
 
 
-def _title(records: list[dict[str, Any]], tasks: str) -> str:
-    return f"{tasks}, {_select(records, tasks=tasks)[0]['n_tasks']} tasks"
-
-
-def _select(records: list[dict[str, Any]], **values: object) -> list[dict[str, Any]]:
-    """The records with these values."""
-    return [record for record in records if all(record[key] == value for key, value in values.items())]
+def _title(records: Records, tasks: str) -> str:
+    return f"{tasks}, {select(records, tasks=tasks)[0]['n_tasks']} tasks"

@@ -97,29 +97,34 @@ def compute_offline_cost(
             "training.json has no `phases`: it was written by a version that did not count the offline cost. "
             "Train again with training/train_drift.py."
         )
-    sizes = [size for size, rows in cost.items() if isinstance(rows, dict) and READY in rows]
-    if not sizes:
+    costs = {size: rows for size, rows in cost.items() if isinstance(rows, dict) and READY in rows}
+    if not costs:
         raise ValueError(f"the costs have no row {READY!r}: give the JSON of training.card.costs.")
     collections = (training.get("trajectories") or {}).get("collections", [])
-    stages = [_collection_stage(collection) for collection in collections]
+    stages, stored_bytes = [], 0
+    for collection in collections:
+        stages.append(_collection_stage(collection))
+        stored_bytes += collection["totals"]["bytes"]
     for name, phase in training["phases"].items():
         stages.append(_training_stage(name, phase, training["hardware"]))
     total = _sum(stages)
-    total["bytes"] = sum(collection["totals"]["bytes"] for collection in collections)
-    per_task, tasks = {}, {}
-    for size in sizes:
-        per_task[size] = {method: _costs_of(cost[size][method]) for method in (READY, *RIVALS)}
-        tasks[size] = {rival: _break_even_with(rival, total, per_task[size]) for rival in RIVALS}
-    devices = {stage.hardware for stage in stages}
-    devices.add(cost.get("hardware", "unknown"))
+    total["bytes"] = stored_bytes
+    per_task: dict[str, Any] = {}
+    tasks: dict[str, Any] = {}
+    for size, rows in costs.items():
+        per_task[size], tasks[size] = {READY: _select_units(rows[READY])}, {}
+        for rival in RIVALS:
+            per_task[size][rival] = _select_units(rows[rival])
+            tasks[size][rival] = _break_even_with(per_task[size][rival], per_task[size][READY], total)
+    task_device = cost.get("hardware", "unknown")
     return {
         "backbone": None if backbone is None else asdict(_pretraining_stage(backbone)),
         "offline": [asdict(stage) for stage in stages],
         "total": total,
         "per_task": per_task,
-        "per_task_hardware": cost.get("hardware", "unknown"),
+        "per_task_hardware": task_device,
         "break_even": tasks,
-        "same_hardware": len(devices) == 1,
+        "same_hardware": all(stage.hardware == task_device for stage in stages),
     }
 
 
@@ -156,11 +161,13 @@ def _pretraining_stage(record: dict[str, Any]) -> Stage:
     if "phases" in record:
         return _training_stage(name, record["phases"]["pretraining"], record["hardware"])
     # Older records have a clock only, which begins anew wherever the run was resumed: add up its last readings.
-    clock = [entry["seconds"] for entry in record["history"] if "seconds" in entry]
-    seconds = 0
-    for reading, following in zip(clock, [*clock[1:], -1], strict=True):
-        if following < reading:
-            seconds += reading
+    seconds = last_reading = 0
+    for entry in record["history"]:
+        reading = entry.get("seconds", last_reading)
+        if reading < last_reading:
+            seconds += last_reading
+        last_reading = reading
+    seconds += last_reading
     return Stage(stage=name, hardware="not recorded", gpu=False, seconds=seconds, flops=None)
 
 
@@ -177,17 +184,14 @@ def _sum(stages: list[Stage]) -> dict[str, float]:
     return total
 
 
-def _costs_of(row: dict[str, float]) -> dict[str, float]:
+def _select_units(row: dict[str, float]) -> dict[str, float]:
     return {unit: row[unit] for unit in UNITS}
 
 
 def _break_even_with(
-    rival: str, total: dict[str, float], per_task: dict[str, dict[str, float]]
+    rival: dict[str, float], hyperflow: dict[str, float], total: dict[str, float]
 ) -> dict[str, int | None]:
-    tasks = {}
-    for unit in UNITS:
-        tasks[unit] = compute_break_even(total[unit], per_task[rival][unit], per_task[READY][unit])
-    return tasks
+    return {unit: compute_break_even(total[unit], rival[unit], hyperflow[unit]) for unit in UNITS}
 
 
 def format_offline_cost(record: dict[str, Any]) -> str:

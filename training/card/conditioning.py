@@ -42,6 +42,8 @@ from hf_hyperflow.data.episodes import Episode, cdfsl_episode, episode_generator
 from hf_hyperflow.modeling.backbones import eval_mode
 from hf_hyperflow.modeling.saving import atomic_folder, write_json
 
+from .records import Records, column
+
 OWN, OTHER_EPISODE, SHUFFLED = "own support set", "other episode", "shuffled labels"
 OTHER_DOMAIN, UNCONDITIONAL = "other domain", "unconditional"
 CONDITIONS = (OWN, OTHER_EPISODE, SHUFFLED, OTHER_DOMAIN, UNCONDITIONAL)
@@ -157,7 +159,7 @@ def shuffle_labels(episode: Episode, seed: int) -> Episode:
     return replace(episode, support_labels=episode.support_labels[order])
 
 
-def summarise(by_domain: dict[str, list[Accuracies]]) -> list[dict[str, Any]]:
+def summarise(by_domain: dict[str, list[Accuracies]]) -> Records:
     """For each condition one record per domain, then one for the mean over domains (`domain` null)."""
     records = []
     for condition in CONDITIONS:
@@ -190,13 +192,12 @@ def _mean_difference(episodes: list[Accuracies], condition: str, other: str) -> 
     return round(mean, 4), round(half_width, 4)
 
 
-def _mean_record(condition: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+def _mean_record(condition: str, records: Records) -> dict[str, Any]:
     """The mean over domains."""
     mean: dict[str, Any] = {"condition": condition, "domain": None}
-    mean["n_episodes"] = sum(record["n_episodes"] for record in records)
+    mean["n_episodes"] = sum(column(records, "n_episodes"))
     for key in ("gain", "own_advantage"):
-        values = [record[key] for record in records]
-        half_widths = [record[f"{key}_ci95"] for record in records]
+        values, half_widths = column(records, key), column(records, f"{key}_ci95")
         mean[key], mean[f"{key}_ci95"] = over_domains(values, half_widths)
     return mean
 

@@ -51,6 +51,7 @@ from .arrival import (
 )
 from .arrival_figures import Report, draw_integration
 from .markdown import format_interval, markdown_table
+from .records import column, list_stems
 
 #: Columns of the summary: heading, key of an arrival record, number format.
 COLUMNS = (
@@ -86,9 +87,12 @@ class Arguments:
             raise ValueError("--n_tasks and --solver_tasks must be at least 2: there is no interval of one task.")
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f"--mixed_precision must be no or bf16, not {self.mixed_precision!r}.")
-        names = [entry.partition("=")[0] for entry in self.adapter]
-        incomplete = [entry for entry in self.adapter if not all(entry.partition("="))]
-        if incomplete or len(set(names)) < len(names):
+        names = set()
+        for entry in self.adapter:
+            name, _, source = entry.partition("=")
+            if name and source:
+                names.add(name)
+        if len(names) < len(self.adapter):
             raise ValueError(f"--adapter takes NAME=FOLDER_OR_HUB_ID with names of their own, not {self.adapter}.")
 
 
@@ -137,15 +141,15 @@ class DomainStore:
         Raises:
             ValueError: one is not among the datasets.
         """
-        needed = [domain["name"] for domain in collection["domains"]]
-        sources = [source for source in self.sources if Path(source).stem in needed]
-        missing = sorted(set(needed) - {Path(source).stem for source in sources})
+        needed = column(collection["domains"], "name")
+        missing = sorted(set(needed) - set(list_stems(self.sources)))
         if missing:
             raise ValueError(f"{source} was made from {needed}: give {missing} with --dataset, too.")
         arguments = collection["arguments"]
         holdout = [entry for entry in arguments["holdout"] if entry.partition(":")[0] in needed]
         key = (*needed, *holdout, arguments["max_per_class"])
         if key not in self._loaded:
+            sources = [source for source in self.sources if Path(source).stem in needed]
             self._loaded[key], _ = load_domains(
                 sources, self.processor, holdout=holdout, max_per_class=arguments["max_per_class"]
             )
@@ -204,13 +208,13 @@ class Reporter:
 
     def add(self, tasks: TaskSet, bar: tqdm) -> None:
         """Measure all adapters on one set of tasks; `bar` advances once per adapter, and once for the queries."""
-        measures = {}
+        measures, deltas = {}, [tasks.recorded.deltas]
         for name in self.adapters:
             measures[name] = self._measure_flow(name, tasks)
+            deltas.append(measures[name].deltas)
             bar.update()
         first = next(iter(self.adapters.values()))
         assert first.processor is not None, "trained adapters have the processor of their backbone"
-        deltas = [tasks.recorded.deltas, *(measure.deltas for measure in measures.values())]
         with self.autocast:
             split = first.split(self.backbone)
             teacher, *curves = measure_queries(
@@ -244,13 +248,14 @@ class Reporter:
 
 def format_summary(report: Report) -> str:
     """Where the flow of each adapter arrives, in Markdown."""
+    headings = ["adapter", "tasks"]
+    headings += [heading for heading, _, _ in COLUMNS]
     rows = []
     for record in report["arrival"]:
         row = [record["adapter"], f"{record['tasks']} ({record['n_tasks']})"]
         for _, key, style in COLUMNS:
             row.append(format_interval(record[key], record[f"{key}_ci95"], style))
         rows.append(row)
-    headings = ["adapter", "tasks", *(heading for heading, _, _ in COLUMNS)]
     return markdown_table(headings, rows)
 
 

@@ -18,43 +18,14 @@ from hf_hyperflow.benchmark.results import HYPERFLOW, REFERENCE, TUNED_METHODS, 
 from .break_even import format_offline_cost
 from .costs import COST_LABELS
 from .markdown import format_interval, markdown_table
-
-#: Records of a JSON file: one dict each.
-Records = list[dict[str, Any]]
+from .records import Records, column, find, get, list_values, select
 
 TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NO_FLOW = NoFlow.name
 
 
-def select(records: Records, **values: object) -> Records:
-    """The records with these values."""
-    return [record for record in records if all(record[key] == value for key, value in values.items())]
-
-
-def find(records: Records, **values: object) -> dict[str, Any] | None:
-    """The record with these values, None if there is none."""
-    selected = select(records, **values)
-    return selected[0] if selected else None
-
-
-def get(records: Records, **values: object) -> dict[str, Any]:
-    """The record with these values.
-
-    Raises:
-        ValueError: there is none.
-    """
-    record = find(records, **values)
-    if record is None:
-        raise ValueError(f"there is no record with {values}: run the benchmark with this method, domain and shots.")
-    return record
-
-
-def list_shots(records: Records) -> list[int]:
-    return sorted({record["n_shot"] for record in records})
-
-
-def list_domains(results: dict[str, Any]) -> list[str]:
-    return sorted({record["domain"] for record in results["records"]})
+def format_accuracy(record: dict[str, Any]) -> str:
+    return format_interval(record["accuracy"], record["ci95"], ".1f")
 
 
 def format_gain(record: dict[str, Any] | None) -> str:
@@ -70,7 +41,7 @@ def format_difference(record: dict[str, Any] | None) -> str:
 def summary_table(results: dict[str, Any]) -> str:
     """A row per number of shots: means over the domains, and which part of the gain is the head's and the flow's."""
     rows = []
-    for shots in list_shots(results["means"]):
+    for shots in list_values(results["means"], "n_shot"):
         direct = get(results["means"], n_shot=shots, method=REFERENCE)
         head = get(results["means"], n_shot=shots, method=NO_FLOW)
         hyperflow = get(results["means"], n_shot=shots, method=HYPERFLOW)
@@ -84,13 +55,13 @@ def summary_table(results: dict[str, Any]) -> str:
 
 def domains_table(results: dict[str, Any], n_shot: int) -> str:
     """A row per domain: direct transfer, HyperFlow, the gain, and which part of it is the flow's."""
-    domains = list_domains(results)
+    domains = list_values(results["records"], "domain")
     rows = []
     for domain in domains:
         direct = get(results["records"], domain=domain, n_shot=n_shot, method=REFERENCE)
         hyperflow = get(results["records"], domain=domain, n_shot=n_shot, method=HYPERFLOW)
         flow = get(results["hyperflow_against"], domain=domain, n_shot=n_shot, method=NO_FLOW)
-        accuracies = [format_interval(record["accuracy"], record["ci95"], ".1f") for record in (direct, hyperflow)]
+        accuracies = [format_accuracy(direct), format_accuracy(hyperflow)]
         ways = f"{hyperflow['n_way']:g}"
         rows.append([domain, ways, *accuracies, format_gain(hyperflow), format_difference(flow)])
     direct = get(results["means"], n_shot=n_shot, method=REFERENCE)
@@ -104,12 +75,12 @@ def domains_table(results: dict[str, Any], n_shot: int) -> str:
 
 def shots_table(results: dict[str, Any]) -> str:
     """A row per domain and one for the mean: the gain at each number of shots, and which part of it is the flow's."""
-    shots_there = list_shots(results["records"])
+    shots_there = list_values(results["records"], "n_shot")
     headings = ["gain, points"]
     for shots in shots_there:
         headings += [f"{shots}-shot", "of it the flow"]
     rows = []
-    for domain in list_domains(results):
+    for domain in list_values(results["records"], "domain"):
         row = [domain]
         for shots in shots_there:
             where = {"domain": domain, "n_shot": shots}
@@ -140,13 +111,13 @@ def methods_table(*sources: tuple[dict[str, Any], list[str]]) -> str:
             means = select(results["means"], method=method)
             if means:
                 rows_of.append((results, method))
-                shots_there.update(list_shots(means))
+                shots_there.update(list_values(means, "n_shot"))
     headings = ["gain over direct transfer, points"]
     for shots in sorted(shots_there):
         headings += [f"{shots}-shot", "HyperFlow has more"]
     rows = []
     for results, method in rows_of:
-        all_domains = max(mean["n_domains"] for mean in results["means"])
+        all_domains = max(column(results["means"], "n_domains"))
         row = [_method_label(results, method)]
         for shots in sorted(shots_there):
             mean = find(results["means"], n_shot=shots, method=method, n_domains=all_domains)
@@ -172,23 +143,22 @@ def flow_table(results: dict[str, Any], along: str) -> str:
     Each is told as the gain over direct transfer, and as the difference to HyperFlow as it is on the same episodes.
     """
     points = select(results["flow"], along=along)
-    values = sorted({point["value"] for point in points})
+    values = list_values(points, "value")
+    headings = ["t" if along == "t" else "solver steps to t = 1"]
+    headings += [f"{value:g}" for value in values]
     rows = []
-    for shots in list_shots(points):
+    for shots in list_values(points, "n_shot"):
         gains, differences = [f"{shots}-shot, minus direct transfer"], [f"{shots}-shot, minus HyperFlow as it is"]
         for value in values:
             at_value = select(points, n_shot=shots, value=value)
             gains.append(_mean_over_domains(at_value, "diff_vs_direct", "diff_ci95"))
             differences.append(_mean_over_domains(at_value, "diff_vs_hyperflow", "diff_vs_hyperflow_ci95"))
         rows += [gains, differences]
-    title = "t" if along == "t" else "solver steps to t = 1"
-    return markdown_table([title, *(f"{value:g}" for value in values)], rows)
+    return markdown_table(headings, rows)
 
 
 def _mean_over_domains(records: Records, key: str, half_width_key: str) -> str:
-    values = [record[key] for record in records]
-    half_widths = [record[half_width_key] for record in records]
-    return format_interval(*over_domains(values, half_widths))
+    return format_interval(*over_domains(column(records, key), column(records, half_width_key)))
 
 
 def conditioning_table(*sources: tuple[str, dict[str, Any]]) -> str:
@@ -213,20 +183,18 @@ def conditioning_table(*sources: tuple[str, dict[str, Any]]) -> str:
 
 def cost_table(cost: dict[str, Any]) -> str:
     """Time, memory and operations until a task is ready, from the JSON of `training.card.costs`."""
-    sizes = [size for size in cost if size != "hardware"]
     headings = ["25 images, 5 classes"]
-    for size in sizes:
+    rows = {name: [label] for name, label in COST_LABELS.items()}
+    for size, costs_by_name in cost.items():
+        if size == "hardware":
+            continue
         headings += [f"{size}: time", "memory", "FLOPs", "of full fine-tuning's time, memory"]
-    rows = []
-    for name in cost[sizes[0]]:
-        row = [COST_LABELS[name]]
-        for size in sizes:
-            costs = cost[size][name]
+        for name, costs in costs_by_name.items():
+            row = rows[name]
             row += [f"{costs['seconds']:.3g} s", f"{costs['peak_memory_mb']:,.0f} MB", f"{costs['flops'] / 1e9:,.0f} G"]
             time_share, memory_share = 100 * costs["time_share_of_full"], 100 * costs["memory_share_of_full"]
             row.append(f"{time_share:.3g} %, {memory_share:.3g} %")
-        rows.append(row)
-    return markdown_table(headings, rows)
+    return markdown_table(headings, rows.values())
 
 
 def hyperparameters_table(content: dict[str, Any]) -> str:
@@ -299,11 +267,11 @@ def make_tables(contents: Mapping[str, Any]) -> dict[str, str]:
         tables["summary"] = summary_table(results)
         tables["domains"] = domains_table(results, 5)
         tables["shots"] = shots_table(results)
-        tables["methods"] = methods_table((results, [name for name in list_labels() if not _is_tuned(name)]))
+        tables["methods"] = methods_table((results, _list_methods(tuned=False)))
     if "fine_tuning" in contents:
         sources = [(contents["fine_tuning"], list(list_labels()))]
         if "results" in contents:
-            sources.append((contents["results"], [name for name in list_labels() if _is_tuned(name)]))
+            sources.append((contents["results"], _list_methods(tuned=True)))
         tables["fine-tuning"] = methods_table(*sources)
         if contents["fine_tuning"]["flow"]:
             tables["time"] = flow_table(contents["fine_tuning"], "t")
@@ -324,9 +292,10 @@ def make_tables(contents: Mapping[str, Any]) -> dict[str, str]:
     return tables
 
 
-def _is_tuned(name: str) -> bool:
-    """Whether a method tunes the backbone by gradients, whichever classifier its features go to."""
-    return name in TUNED_METHODS or name in TUNED_METHODS.values()
+def _list_methods(*, tuned: bool) -> list[str]:
+    """The methods that tune the backbone by gradients, whichever classifier its features go to, or all others."""
+    names = {*TUNED_METHODS, *TUNED_METHODS.values()}
+    return [name for name in list_labels() if (name in names) == tuned]
 
 
 def fill_tables(text: str, tables: Mapping[str, str]) -> str:
