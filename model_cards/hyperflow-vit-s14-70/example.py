@@ -25,7 +25,7 @@ here = Path(__file__).resolve().parent if "__file__" in globals() else Path("mod
 parser = argparse.ArgumentParser()
 parser.add_argument("--backbone", default=here.parent / "vit-s14-focus-70", help="folder or Hub id")
 parser.add_argument("--adapter", default=here, help="folder or Hub id of the HyperFlow adapter made for it")
-parser.add_argument("--output", default="outputs/digits-task", help="folder for the adapted task")
+parser.add_argument("--output_dir", default="outputs/digits-task", help="folder for the adapted task")
 arguments, _ = parser.parse_known_args()  # a notebook has arguments of its own
 
 # %% [markdown]
@@ -91,7 +91,7 @@ print("pipeline:", accuracy([best["label"] for (best,) in classify(queries, batc
 # The backbone is what it was before. Nearest class means, computed by hand, show it.
 
 # %%
-task.save_pretrained(arguments.output)
+task.save_pretrained(arguments.output_dir)
 task.reset()
 
 
@@ -126,8 +126,8 @@ print("after reset:", accuracy(nearest(features(backbone, queries), torch.stack(
 # ## Load the task with `peft` alone
 
 # %%
-model = PeftModel.from_pretrained(backbone, arguments.output).eval()
-with safe_open(Path(arguments.output, "prototypes.safetensors"), "pt") as file:
+model = PeftModel.from_pretrained(backbone, arguments.output_dir).eval()
+with safe_open(Path(arguments.output_dir, "prototypes.safetensors"), "pt") as file:
     prototypes, metadata = file.get_tensor("prototypes"), file.metadata()
 block, weight = int(metadata["start"]), float(metadata["intermediate_weight"])
 print("with peft:", accuracy(nearest(features(model, queries, block, weight), prototypes)))

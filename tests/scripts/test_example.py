@@ -20,7 +20,7 @@ def test_example(tmp_path):
     tiny_dinov2().save_pretrained(tmp_path / "backbone")
     tiny_adapter(AutoModel.from_pretrained(tmp_path / "backbone")).save_pretrained(tmp_path / "adapter")
     done = subprocess.run(
-        [sys.executable, EXAMPLE, "--backbone", "backbone", "--adapter", "adapter", "--output", "out/task"],
+        [sys.executable, EXAMPLE, "--backbone", "backbone", "--adapter", "adapter", "--output_dir", "out/task"],
         cwd=tmp_path,
         env=ENVIRONMENT,
         capture_output=True,
