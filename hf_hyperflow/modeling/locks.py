@@ -11,7 +11,9 @@ holds that one waits for nothing.
 from __future__ import annotations
 
 import os
+import sys
 import threading
+import types
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -19,13 +21,19 @@ from contextlib import contextmanager
 
 from torch import nn
 
+# As remote code this module is there once for each checkpoint, and all of these copies can work on one backbone. What
+# they share is a module of its own, of which a process has one.
+_shared = sys.modules.setdefault("_hf_hyperflow_locks", types.ModuleType("_hf_hyperflow_locks"))
+
 # The locks are not attributes of the backbones, because a lock can be neither copied nor pickled, and a backbone can.
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock]
+_locks = vars(_shared).setdefault("locks", weakref.WeakKeyDictionary())
 
 # Backbones that another thread was using when this process was forked.
-_interrupted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_interrupted: weakref.WeakSet[nn.Module]
+_interrupted = vars(_shared).setdefault("interrupted", weakref.WeakSet())
 
-_filters_lock = threading.RLock()
+vars(_shared).setdefault("filters_lock", threading.RLock())
 
 
 def get_lock(backbone: nn.Module) -> threading.RLock:
@@ -57,7 +65,7 @@ def ignored_warnings(*filters: tuple[str, type[Warning]]) -> Iterator[None]:
 
     All threads share the filters of warnings, so one thread at a time can change them and put them back.
     """
-    with _filters_lock, warnings.catch_warnings():
+    with _shared.filters_lock, warnings.catch_warnings():
         for pattern, category in filters:
             warnings.filterwarnings("ignore", pattern, category)
         yield
@@ -65,8 +73,7 @@ def ignored_warnings(*filters: tuple[str, type[Warning]]) -> Iterator[None]:
 
 def _renew_locks() -> None:
     """Make all locks free in a forked process: the threads that held them do not exist in it."""
-    global _filters_lock
-    _filters_lock = threading.RLock()
+    _shared.filters_lock = threading.RLock()
     for backbone, lock in list(_locks.items()):
         if not lock.acquire(blocking=False):  # neither free nor held by the thread that forked
             _interrupted.add(backbone)
