@@ -73,7 +73,7 @@ def ignored_warnings(*filters: tuple[str, type[Warning]]) -> Iterator[None]:
 
 def _renew_locks() -> None:
     """Make all locks free in a forked process: the threads that held them do not exist in it."""
-    _shared.filters_lock = threading.RLock()
+    vars(_shared)["filters_lock"] = threading.RLock()
     for backbone, lock in list(_locks.items()):
         if not lock.acquire(blocking=False):  # neither free nor held by the thread that forked
             _interrupted.add(backbone)

@@ -1,5 +1,6 @@
 import copy
 import gc
+import importlib.util
 import pickle
 import threading
 import warnings
@@ -50,6 +51,15 @@ def test_a_lock_is_no_part_of_the_backbone(backbone):
     for copied in copies:
         assert get_lock(copied) is not get_lock(backbone)
         assert is_free(get_lock(copied))
+
+
+def test_copies_of_the_module_share_the_locks(backbone):
+    """Each checkpoint that is loaded as remote code has a copy."""
+    specification = importlib.util.spec_from_file_location("copied_locks", locks.__file__)
+    copied = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(copied)
+    assert copied.get_lock is not get_lock
+    assert copied.get_lock(backbone) is get_lock(backbone)
 
 
 def test_a_lock_goes_with_its_backbone():
