@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import PIL.Image
 from transformers import PreTrainedModel
 
 from ..modeling.adapter import HyperFlowAdapter
+from ..modeling.locks import get_lock
 from ..modeling.stopping import StoppingPoint
 from ..modeling.support import read_support
 from ..modeling.task import AdaptedTask
@@ -51,15 +51,11 @@ class Session:
 
 
 class SharedModels:
-    """The adapter and the backbone, which all sessions use one after the other.
-
-    A task puts its own weights into the backbone when it is used, so whoever uses one holds the lock.
-    """
+    """The adapter and the backbone, which any number of sessions use at once; they take turns."""
 
     def __init__(self, adapter: HyperFlowAdapter, backbone: PreTrainedModel):
         self.adapter = adapter.eval()
         self.backbone = backbone.eval()
-        self._lock = threading.Lock()
 
     def adapt(self, images: dict[str, list[PIL.Image.Image]]) -> tuple[Session, str]:
         """Adapt to a support set; returns the session and the path of its zip file.
@@ -67,17 +63,16 @@ class SharedModels:
         Raises:
             SupportSetError: no class, one class, or a class without images.
         """
-        with self._lock:
+        with get_lock(self.backbone):  # so that the time is not that of waiting for others
             start = time.perf_counter()
             support = read_support(images, self.adapter.processor)
             after = self.adapter.adapt(self.backbone, support, early_stopping=True)
             _ = after.prototypes  # computed on first use, which belongs to the time
             seconds = time.perf_counter() - start
-            before = self.adapter.direct_transfer(self.backbone, support)
-            session = Session(before, after, len(support.labels), seconds, self.adapter.config.lda)
-            return session, session.save()
+        before = self.adapter.direct_transfer(self.backbone, support)
+        session = Session(before, after, len(support.labels), seconds, self.adapter.config.lda)
+        return session, session.save()
 
     def compare(self, session: Session, images: list[PIL.Image.Image]) -> tuple[list, list]:
         """Labels with scores of images, best three first, before and after the adaptation."""
-        with self._lock:
-            return session.before(images, top_k=3), session.after(images, top_k=3)
+        return session.before(images, top_k=3), session.after(images, top_k=3)

@@ -28,6 +28,7 @@ from .hub import push_folder
 from .images import load_processor
 from .injection import Injection, unload
 from .lda import RegularisedLDA
+from .locks import get_lock
 from .model_card import adapter_card, write_card
 from .parameter_space import ParameterSpace
 from .peft_configs import config_to_dict
@@ -121,7 +122,7 @@ class HyperFlowAdapter(PreTrainedModel):
         encoder: PreTrainedModel | None = None,
         **config: Any,
     ) -> HyperFlowAdapter:
-        """A new, untrained adapter for a backbone. The backbone is left as it was.
+        """A new, untrained adapter for a backbone. The backbone is left as it was, and other threads can use it.
 
         Args:
             backbone: a transformers vision model.
@@ -136,10 +137,12 @@ class HyperFlowAdapter(PreTrainedModel):
         Raises:
             IncompatibleBackboneError: the backbone has no blocks or no such targets, or it cannot be split.
         """
-        space = ParameterSpace.from_backbone(backbone, peft_config, frozen=frozen_tensors)
-        blocks = find_blocks(backbone)
-        _require_in_last_blocks(space, blocks, last_blocks)
-        SplitBackbone(backbone, len(blocks) - last_blocks, blocks=blocks).check()
+        with get_lock(backbone):
+            space = ParameterSpace.from_backbone(backbone, peft_config, frozen=frozen_tensors)
+            blocks = find_blocks(backbone)
+            _require_in_last_blocks(space, blocks, last_blocks)
+            SplitBackbone(backbone, len(blocks) - last_blocks, blocks=blocks).check()
+            fingerprint = compute_fingerprint(backbone)
         model = cls(
             HyperFlowConfig(
                 backbone={
@@ -147,7 +150,7 @@ class HyperFlowAdapter(PreTrainedModel):
                     "model_type": backbone.config.model_type,
                     "hidden_size": space.token_dim,
                     "num_blocks": len(blocks),
-                    "fingerprint": compute_fingerprint(backbone),
+                    "fingerprint": fingerprint,
                 },
                 last_blocks=last_blocks,
                 peft=config_to_dict(peft_config),
@@ -176,6 +179,8 @@ class HyperFlowAdapter(PreTrainedModel):
     ) -> AdaptedTask:
         """Adapt a backbone to the classes of a support set, without gradients.
 
+        Any number of threads may adapt one backbone, and use its tasks, at the same time; see `AdaptedTask`.
+
         Args:
             backbone: the model that the adapter was trained for, on any device and in any precision. PEFT's modules
                 wrap its own until `AdaptedTask.reset`. Several tasks can share one backbone.
@@ -198,7 +203,7 @@ class HyperFlowAdapter(PreTrainedModel):
         """
         split = self.split(backbone)
         images = self._read(support, backbone, skip_bad)
-        with self._injected(backbone) as injection, eval_mode(backbone):
+        with get_lock(backbone), self._injected(backbone) as injection, eval_mode(backbone):
             tokens, hidden = self.encode(split, images.pixel_values, images.labels)
             trajectory = self.flow(tokens, n_steps=n_steps, solver=solver)
             thetas = [self.theta(z[0], injection.start) for z in trajectory.states]
@@ -229,7 +234,7 @@ class HyperFlowAdapter(PreTrainedModel):
         """
         blocks = self.split(backbone).blocks
         images = self._read(support, backbone, skip_bad)
-        with self._injected(backbone) as injection:
+        with get_lock(backbone), self._injected(backbone) as injection:
             theta = injection.start
         return AdaptedTask(
             split=SplitBackbone(backbone, 0, self.config.pooling, blocks),
@@ -253,7 +258,8 @@ class HyperFlowAdapter(PreTrainedModel):
             IncompatibleBackboneError: the backbone has another width or depth than the adapter was made for.
         """
         expected = self.config.backbone
-        blocks = find_blocks(backbone)
+        with get_lock(backbone):
+            blocks = find_blocks(backbone)
         wrong = []
         for key, value in (("hidden_size", backbone.config.hidden_size), ("num_blocks", len(blocks))):
             if value != expected[key]:
@@ -268,7 +274,10 @@ class HyperFlowAdapter(PreTrainedModel):
 
     @contextmanager
     def _injected(self, backbone: PreTrainedModel) -> Iterator[Injection]:
-        """Within, the adapter is inside the backbone. An error takes it out again, unless it was there before."""
+        """Within, the adapter is inside the backbone. An error takes it out again, unless it was there before.
+
+        The caller holds the lock of the backbone.
+        """
         was_in = self.space.is_in(backbone)
         fingerprint = None
         if not was_in:

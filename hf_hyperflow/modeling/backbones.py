@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
+
+from .locks import get_lock
 
 
 class IncompatibleBackboneError(ValueError):
@@ -111,7 +114,10 @@ class Hidden:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within, the model is in evaluation mode. Afterwards every module is in the mode that it was in."""
+    """Within, the model is in evaluation mode. Afterwards every module is in the mode that it was in.
+
+    If other threads use the model, the caller holds its lock.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -155,7 +161,8 @@ class SplitBackbone(nn.Module):
         self.start = start
         self.pooling = pooling
         self.intermediate_weight = intermediate_weight
-        self.blocks = blocks or find_blocks(backbone)
+        with get_lock(backbone):
+            self.blocks = blocks or find_blocks(backbone)
         if not 0 <= start < len(self.blocks):
             raise IncompatibleBackboneError(
                 f"the flow starts at block {start}, but {type(backbone).__name__} has {len(self.blocks)} blocks."
@@ -197,10 +204,16 @@ class SplitBackbone(nn.Module):
         return self.pool(self.backbone(pixel_values).last_hidden_state)
 
     def forward_prefix(self, pixel_values: torch.Tensor) -> Hidden:
-        """Run the backbone on images `(n, 3, height, width)` up to block `start` and stop there."""
+        """Run the backbone on images `(n, 3, height, width)` up to block `start` and stop there.
 
-        def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            raise _Reached(args, kwargs)
+        Other threads can run the whole backbone at the same time.
+        """
+        own_thread = threading.get_ident()
+
+        # Other threads pass here, too. In the moment in which the hook is removed they get here without `kwargs`.
+        def stop(module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+            if threading.get_ident() == own_thread:
+                raise _Reached(args, kwargs)
 
         handle = self._get_block_list()[self.start].register_forward_pre_hook(stop, with_kwargs=True)
         try:
@@ -252,7 +265,7 @@ class SplitBackbone(nn.Module):
             f"{type(self.backbone).__name__} cannot be split at its blocks: running {self.blocks.path} in turn and "
             f"then {self.blocks.norm}"
         )
-        with eval_mode(self.backbone):
+        with get_lock(self.backbone), eval_mode(self.backbone):
             whole = self.forward_features(pixel_values)
             try:
                 halves = self.forward_suffix(self.forward_prefix(pixel_values))

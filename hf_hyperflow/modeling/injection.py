@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .backbones import IncompatibleBackboneError
+from .locks import get_lock, ignored_warnings
 
 if TYPE_CHECKING:
     from .parameter_space import ParameterSpace
@@ -35,18 +36,22 @@ def unload(backbone: nn.Module) -> None:
     Raises:
         IncompatibleBackboneError: it is merged into the backbone.
     """
-    injection = get_injection(backbone)
-    if injection is None:
-        return
-    if injection.merged:
-        raise IncompatibleBackboneError(f"a task is merged into this {type(backbone).__name__}: reset that task first.")
-    injection.remove()
+    with get_lock(backbone):
+        injection = get_injection(backbone)
+        if injection is None:
+            return
+        if injection.merged:
+            raise IncompatibleBackboneError(
+                f"a task is merged into this {type(backbone).__name__}: reset that task first."
+            )
+        injection.remove()
 
 
 class Injection:
     """A PEFT adapter inside a backbone. `remove` restores the backbone bit for bit.
 
-    `ParameterSpace.inject` makes injections and binds them to the space.
+    `ParameterSpace.inject` makes injections and binds them to the space. If other threads use the backbone, the caller
+    holds its lock from there to the end of what the injection is used for; see `get_lock`.
 
     Args:
         backbone: the model, changed in place. An injection that it carries already is removed.
@@ -93,6 +98,10 @@ class Injection:
         for module in backbone.modules():
             module.training = modes.get(module, backbone.training)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy may be made while another thread writes weights, so it does not take them for written."""
+        return vars(self) | {"_written": None}
+
     def adapter_parameters(self, frozen: tuple[str, ...] = ()) -> dict[str, nn.Parameter]:
         """The adapter's parameters by their names in the backbone, without names that contain a part in `frozen`."""
         selected = {}
@@ -117,7 +126,7 @@ class Injection:
 
     @torch.no_grad()
     def write(self, theta: torch.Tensor) -> None:
-        """Set the adapter's weights to theta `(n_tokens, token_dim)`."""
+        """Set the adapter's weights to theta `(n_tokens, token_dim)`. The caller holds the backbone's lock."""
         self._written = None
         for parameter, tensor in zip(self.parameters, self.space.to_tensors(theta).values(), strict=True):
             parameter.copy_(tensor)
@@ -126,21 +135,29 @@ class Injection:
     def using(self, theta: torch.Tensor) -> Iterator[None]:
         """Within, the adapter has the weights theta `(n_tokens, token_dim)`.
 
-        They stay in the backbone until others are used, and the same tensor is not written again while they do.
+        They stay in the backbone until others are used, and the same tensor is not written again while they do. Other
+        threads wait before they use the backbone.
         """
-        if self._written is not theta:
-            self.write(theta)
-            self._written = theta
-        yield
+        with get_lock(self.backbone):
+            if get_injection(self.backbone) is not self:
+                raise RuntimeError("this adapter was taken out of the backbone: inject it again.")
+            if self._written is not theta:
+                self.write(theta)
+                self._written = theta
+            yield
 
     @contextmanager
     def tuning(self) -> Iterator[list[nn.Parameter]]:
-        """Yield the adapter's tensors at their start, to be changed in place. Afterwards they are back at it."""
-        self.write(self.start)
-        try:
-            yield self.parameters
-        finally:
+        """Yield the adapter's tensors at their start, to be changed in place. Afterwards they are back at it.
+
+        Other threads wait before they use the backbone.
+        """
+        with get_lock(self.backbone):
             self.write(self.start)
+            try:
+                yield self.parameters
+            finally:
+                self.write(self.start)
 
     def merge(self) -> None:
         """Fold the adapter into the backbone's own weights and take PEFT's modules out.
@@ -150,25 +167,27 @@ class Injection:
         Raises:
             ValueError: PEFT cannot merge this kind of adapter into these layers.
         """
-        for path, module in self._originals.items():
-            for name, parameter in module.named_parameters():
-                self._before_merge[f"{path}.{name}"] = parameter.detach().clone()
-        self.merged = True
-        self.peft_model.merge_and_unload()
+        with get_lock(self.backbone):
+            for path, module in self._originals.items():
+                for name, parameter in module.named_parameters():
+                    self._before_merge[f"{path}.{name}"] = parameter.detach().clone()
+            self.merged = True
+            self.peft_model.merge_and_unload()
 
     @torch.no_grad()
     def remove(self) -> None:
         """Take the adapter out. Modules, weights, `requires_grad` and attributes are again what they were."""
-        for path, module in self._originals.items():
-            self.backbone.set_submodule(path, module)
-        for name, tensor in self._before_merge.items():
-            self.backbone.get_parameter(name).copy_(tensor)
-        for name, flag in self._requires_grad.items():
-            self.backbone.get_parameter(name).requires_grad_(flag)
-        vars(self.backbone).pop("peft_config", None)
-        if get_injection(self.backbone) is self:
-            del vars(self.backbone)[_INJECTION]
-        self._written, self.merged = None, False
+        with get_lock(self.backbone):
+            for path, module in self._originals.items():
+                self.backbone.set_submodule(path, module)
+            for name, tensor in self._before_merge.items():
+                self.backbone.get_parameter(name).copy_(tensor)
+            for name, flag in self._requires_grad.items():
+                self.backbone.get_parameter(name).requires_grad_(flag)
+            vars(self.backbone).pop("peft_config", None)
+            if get_injection(self.backbone) is self:
+                del vars(self.backbone)[_INJECTION]
+            self._written, self.merged = None, False
 
 
 def _target_paths(backbone: nn.Module, peft_config: PeftConfig) -> list[str]:
@@ -189,8 +208,28 @@ def _target_paths(backbone: nn.Module, peft_config: PeftConfig) -> list[str]:
 
 def _build_peft_model(backbone: nn.Module, peft_config: PeftConfig, seed: int) -> PeftModel:
     """Build PEFT's model around the backbone. Its start is drawn from `seed`; the global generator is not touched."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft to transformers
-        warnings.filterwarnings("ignore", "Unsupported layer type .*LayerNorm")  # PEFT does support it
-        torch.manual_seed(seed)
+    gradient_checkpointing = ("`is_gradient_checkpointing`", FutureWarning)  # from PEFT to transformers
+    unsupported_layer = ("Unsupported layer type .*LayerNorm", Warning)  # PEFT does support it
+    with ignored_warnings(gradient_checkpointing, unsupported_layer), _SeededDraws(seed):
         return get_peft_model(backbone, peft_config, ADAPTER_NAME, low_cpu_mem_usage=False)
+
+
+class _SeededDraws(TorchDispatchMode):
+    """Within, this thread draws its random numbers on the CPU from a generator of its own.
+
+    PEFT draws from the generator that all threads share. To seed that one would disturb the others, and what they draw
+    would change the start of the adapter.
+    """
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        device = args[0].device if isinstance(args[0], torch.Tensor) else kwargs.get("device")
+        is_on_cpu = device is None or device.type == "cpu"
+        if torch.Tag.nondeterministic_seeded in func.tags and is_on_cpu:
+            # The packet finds the variant with a generator: `torch.randn` has one beside that without.
+            return func.overloadpacket(*args, **kwargs | {"generator": self.generator})
+        return func(*args, **kwargs)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from .backbones import IncompatibleBackboneError
 from .injection import Injection, get_injection
+from .locks import get_lock
 
 
 class ParameterSpace:
@@ -90,11 +91,12 @@ class ParameterSpace:
         Raises:
             IncompatibleBackboneError: a target of the config is not in the backbone, or PEFT cannot adapt it.
         """
-        injection = Injection(backbone, peft_config, seed)
-        try:
-            parameters = injection.adapter_parameters(frozen)
-        finally:
-            injection.remove()
+        with get_lock(backbone):
+            injection = Injection(backbone, peft_config, seed)
+            try:
+                parameters = injection.adapter_parameters(frozen)
+            finally:
+                injection.remove()
         if token_dim is None:
             token_dim = backbone.config.hidden_size
         shapes = [tuple(parameter.shape) for parameter in parameters.values()]
@@ -112,21 +114,22 @@ class ParameterSpace:
             IncompatibleBackboneError: names or shapes of tensors differ from the space's. All of them are listed, and
                 the backbone is left as it was. Or another adapter is merged into the backbone.
         """
-        current = get_injection(backbone)
-        if current is not None and self.is_in(backbone):
-            return current
-        injection = Injection(backbone, self.peft_config, self.seed)
-        parameters = injection.adapter_parameters(self.frozen)
-        differences = self._list_differences(parameters)
-        if differences:
-            injection.remove()
-            raise IncompatibleBackboneError(
-                f"this {type(backbone).__name__} does not fit the adapter's parameter space:\n  "
-                + "\n  ".join(differences)
-                + "\nUse the backbone that the adapter was trained for."
-            )
-        injection.bind(self, [parameters[name] for name in self.names])
-        return injection
+        with get_lock(backbone):
+            current = get_injection(backbone)
+            if current is not None and self.is_in(backbone):
+                return current
+            injection = Injection(backbone, self.peft_config, self.seed)
+            parameters = injection.adapter_parameters(self.frozen)
+            differences = self._list_differences(parameters)
+            if differences:
+                injection.remove()
+                raise IncompatibleBackboneError(
+                    f"this {type(backbone).__name__} does not fit the adapter's parameter space:\n  "
+                    + "\n  ".join(differences)
+                    + "\nUse the backbone that the adapter was trained for."
+                )
+            injection.bind(self, [parameters[name] for name in self.names])
+            return injection
 
     def _list_differences(self, parameters: dict[str, nn.Parameter]) -> list[str]:
         """The differences between the space's tensors and an adapter's, one line each."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ from .backbones import Hidden, IncompatibleBackboneError, SplitBackbone, eval_mo
 from .hub import push_folder
 from .images import decode
 from .injection import Injection, unload
+from .locks import get_lock
 from .model_card import describe_feature, task_card, write_card
 from .parameter_space import ParameterSpace
 from .peft_configs import get_kind
@@ -54,7 +56,14 @@ class SupportImages:
 class AdaptedTask:
     """A backbone adapted to one task. `HyperFlowAdapter.adapt` and `AdaptedTask.from_pretrained` make such tasks.
 
-    Several tasks can share a backbone: each writes its own weights into it when it is used.
+    Several tasks can share a backbone: each writes its own weights into it when it is used. Any number of threads may
+    adapt one backbone, and predict with, save, load, merge and reset its tasks. Each gets, bit for bit, what it would
+    get alone, or an error which says that the task was reset or that another one is merged. Whoever runs, moves, copies
+    or pickles the shared backbone itself in the meantime holds its lock, see `get_lock`.
+
+    Threads that share a backbone take turns. To predict in parallel, give each thread a backbone of its own. There are
+    two ways: `copy.deepcopy(task)` copies a task with its backbone, which is the same as to load the saved task on a
+    copy of the backbone. `copy.deepcopy(task.merge())` copies the adapted backbone alone, as a plain model.
 
     Attributes:
         backbone: the model that was adapted.
@@ -102,10 +111,11 @@ class AdaptedTask:
         Raises:
             RuntimeError: the task was reset before.
         """
-        if self._prototypes is None:
-            self._prototypes = self._compute_prototypes()
-            self._support = None
-        return self._prototypes
+        with get_lock(self.backbone):
+            if self._prototypes is None:
+                self._prototypes = self._compute_prototypes()
+                self._support = None
+            return self._prototypes
 
     @torch.no_grad()
     def _compute_prototypes(self) -> torch.Tensor:
@@ -205,12 +215,13 @@ class AdaptedTask:
         Raises:
             IncompatibleBackboneError: another task is merged into the backbone.
         """
-        if self._merged is not None:
-            self._merged.remove()
-            self._merged = None
-        elif not self._is_reset:
-            unload(self.backbone)
-        self._is_reset = True
+        with get_lock(self.backbone):
+            if self._merged is not None:
+                self._merged.remove()
+                self._merged = None
+            elif not self._is_reset:
+                unload(self.backbone)
+            self._is_reset = True
 
     def merge(self) -> nn.Module:
         """Fold the adapter into the backbone's own weights, without PEFT modules, and return the backbone.
@@ -221,16 +232,17 @@ class AdaptedTask:
             IncompatibleBackboneError: PEFT cannot merge the adapter (a bias for a layer that has none).
             RuntimeError: the task was reset, or is merged already.
         """
-        _ = self.prototypes
-        injection = self._inject()
-        try:
-            with injection.using(self.theta):
-                injection.merge()
-        except ValueError as error:
-            injection.remove()
-            raise IncompatibleBackboneError(f"PEFT cannot merge this adapter: {error}") from error
-        self._merged = injection
-        return self.backbone
+        with get_lock(self.backbone):
+            _ = self.prototypes
+            injection = self._inject()
+            try:
+                with injection.using(self.theta):
+                    injection.merge()
+            except ValueError as error:
+                injection.remove()
+                raise IncompatibleBackboneError(f"PEFT cannot merge this adapter: {error}") from error
+            self._merged = injection
+            return self.backbone
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, format: str | None = None) -> None:
         """Write a plain PEFT adapter, the prototypes with their labels, the image processor and a model card.
@@ -255,14 +267,17 @@ class AdaptedTask:
             raise ValueError(f"a {get_kind(peft_config)} adapter cannot be written as LoRA: save it without format.")
         self._require_alive()
         prototypes = self.prototypes
+        # The lock of the backbone is taken inside that of the folder, everywhere.
         with atomic_folder(save_directory) as draft:
-            if format == "lora" and isinstance(peft_config, BeftConfig):
-                biases = self.space.to_tensors(self.theta)
-                write_biases_as_lora(draft, self.backbone, peft_config, biases)
-            else:
-                injection = self._inject()
-                with injection.using(self.theta):
-                    write_adapter(draft, injection)
+            with get_lock(self.backbone):
+                self._require_alive()
+                if format == "lora" and isinstance(peft_config, BeftConfig):
+                    biases = self.space.to_tensors(self.theta)
+                    write_biases_as_lora(draft, self.backbone, peft_config, biases)
+                else:
+                    injection = self._inject()
+                    with injection.using(self.theta):
+                        write_adapter(draft, injection)
             write_prototypes(draft, prototypes, self.scale, self.class_names, self._split)
             if self.processor is not None:
                 self.processor.save_pretrained(draft)
@@ -312,22 +327,34 @@ class AdaptedTask:
             IncompatibleBackboneError: the adapter does not fit the backbone, which is left as it was.
         """
         files = read_task(name_or_folder, **hub)
-        split = SplitBackbone(backbone, files.start, files.pooling, intermediate_weight=files.intermediate_weight)
-        space = ParameterSpace.from_backbone(backbone, files.peft_config)
-        injection = space.inject(backbone)
-        problem = _load_state(injection, files.adapter_state)
-        if problem is not None:
-            injection.remove()
-            raise IncompatibleBackboneError(f"{name_or_folder} does not fit this {type(backbone).__name__}{problem}")
+        with get_lock(backbone):
+            split = SplitBackbone(backbone, files.start, files.pooling, intermediate_weight=files.intermediate_weight)
+            space = ParameterSpace.from_backbone(backbone, files.peft_config)
+            injection = space.inject(backbone)
+            problem = _load_state(injection, files.adapter_state)
+            if problem is not None:
+                injection.remove()
+                raise IncompatibleBackboneError(
+                    f"{name_or_folder} does not fit this {type(backbone).__name__}{problem}"
+                )
+            theta = injection.read()
         return cls(
             split=split,
             space=space,
-            theta=injection.read(),
+            theta=theta,
             class_names=files.class_names,
             scale=files.scale,
             processor=files.processor,
             prototypes=files.prototypes.to(next(backbone.parameters()).device),
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedTask:
+        """A copy with a backbone of its own. No thread is in the middle of something while that is copied."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        with get_lock(self.backbone):
+            vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def _require_alive(self) -> None:
         if self._is_reset:
@@ -336,19 +363,20 @@ class AdaptedTask:
             raise RuntimeError("this task is merged into its backbone: reset it to get the adapter out again.")
 
     def _inject(self) -> Injection:
-        """Put the adapter into the backbone, unless it is there already."""
+        """Put the adapter into the backbone, unless it is there already. The caller holds the lock of the backbone."""
         self._require_alive()
         return self.space.inject(self.backbone)
 
     @contextmanager
     def _adapted(self) -> Iterator[None]:
-        """Within, the backbone has this task's weights and is in evaluation mode."""
-        if self._merged is None:
-            with self._inject().using(self.theta), eval_mode(self.backbone):
-                yield
-        else:  # the weights are the backbone's own now
-            with eval_mode(self.backbone):
-                yield
+        """Within, the backbone has this task's weights and is in evaluation mode, and other threads wait."""
+        with get_lock(self.backbone):
+            if self._merged is None:
+                with self._inject().using(self.theta), eval_mode(self.backbone):
+                    yield
+            else:  # the weights are the backbone's own now
+                with eval_mode(self.backbone):
+                    yield
 
 
 def _load_state(injection: Injection, state: dict[str, torch.Tensor]) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from .backbones import SplitBackbone
 from .hub import fetch
 from .images import load_processor
 from .injection import Injection
+from .locks import ignored_warnings
 from .saving import CheckpointError, require_sha256, sha256
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -102,9 +102,9 @@ def _read_folder(folder: Path) -> TaskFiles:
 
 def write_adapter(folder: Path, injection: Injection) -> None:
     """Write the injected adapter with its current weights, as PEFT does."""
-    with warnings.catch_warnings():
-        # PEFT takes the bias of a LoRA layer, which is a vector, for a matrix that lost a part.
-        warnings.filterwarnings("ignore", r".*LoRA tensor\(s\) have invalid shape: .*bias", PeftWarning)
+    # PEFT takes the bias of a LoRA layer, which is a vector, for a matrix that lost a part.
+    invalid_shape = (r".*LoRA tensor\(s\) have invalid shape: .*bias", PeftWarning)
+    with ignored_warnings(invalid_shape):
         injection.peft_model.save_pretrained(str(folder))
 
 

@@ -25,7 +25,7 @@ BATCH_SIZE = 256
 
 
 class Target:
-    """A backbone with its adapter.
+    """A backbone with its adapter. One thread at a time uses it.
 
     Args:
         backbone: on its device and in evaluation mode. Methods put PEFT adapters into it and leave them there, see
