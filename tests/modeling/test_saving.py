@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from hf_hyperflow import CheckpointError
-from hf_hyperflow.modeling.saving import atomic_folder, exclusive, require_sha256, sha256
+from hf_hyperflow.modeling.checksums import require_sha256, sha256
+from hf_hyperflow.modeling.saving import atomic_folder, exclusive
 from tests.helpers.files import read_folder
 
 
