@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .saving import CheckpointError, mark_removed
 
-#: The list of a task's files, and that of an adapter's: a folder can hold both.
+#: The list of a task's files, by which a task is told from an adapter, and that of an adapter's.
 CHECKSUMS, MODEL_CHECKSUMS = "checksums.json", "model_checksums.json"
 
 #: Files that are not noted: the lists themselves, and the model card, which its owner may edit.
@@ -87,7 +87,8 @@ def read_checksums(path: Path) -> dict[str, str]:
 
 def _is_plain(name: str) -> bool:
     """Whether a name is that of a visible file in the same folder, and no path."""
-    return not name.startswith(".") and name.isprintable() and Path(name).name == name and "\\" not in name
+    is_visible = bool(name) and not name.startswith(".") and name.isprintable()
+    return is_visible and Path(name).name == name and "\\" not in name
 
 
 def check_files(folder: Path, checksums: str) -> dict[str, str]:

@@ -32,7 +32,7 @@ DRAFT = ".hyperflow-draft"
 
 _NEW, _COMMITTED = "new", "committed"
 
-#: In a new version: a folder of empty files, named after those that are to be removed from the version before.
+#: In a new version: a folder of empty files, named after what is to be removed of the version before.
 _REMOVED = ".removed"
 
 #: For how many seconds a writer waits for another writer. A reader that clears a draft is done much sooner.
@@ -85,7 +85,7 @@ def draft_of(folder: Path) -> Path:
 
 
 def mark_removed(draft: Path, name: str) -> None:
-    """Say of a file of the version before that the version in a draft of `atomic_folder` has none of that name."""
+    """Say in a draft of `atomic_folder` that a file or folder beside it is removed when the draft is put in place."""
     (draft / _REMOVED).mkdir(exist_ok=True)
     (draft / _REMOVED / name).touch()
 
@@ -168,6 +168,11 @@ def _is_real_folder(path: Path) -> bool:
         return False
 
 
+def _has_committed(folder: Path) -> bool:
+    """Whether a version counts that is not in its place, because its writer was killed or failed."""
+    return _is_real_folder(folder / DRAFT) and _is_real_folder(folder / DRAFT / _COMMITTED)
+
+
 def _commit(folder: Path) -> None:
     """Make the new content of a folder count, and move it into place."""
     new = draft_of(folder)
@@ -204,7 +209,10 @@ def _roll_forward(folder: Path) -> None:
     """Move what counts into place. It can be killed at any moment and called again."""
     committed = folder / DRAFT / _COMMITTED
     for name in _list_names(committed / _REMOVED):
-        (folder / name).unlink(missing_ok=True)
+        if _is_real_folder(folder / name):
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
     for name in _list_names(committed):
         if name == _REMOVED:
             continue
@@ -225,7 +233,7 @@ def _list_names(folder: Path) -> list[str]:
 
 def _finish_or_clear(folder: Path) -> None:
     """Finish what a killed writer has committed, and clear what it has not. The caller holds the lock of the draft."""
-    if _is_real_folder(folder / DRAFT / _COMMITTED):
+    if _has_committed(folder):
         with _no_reader(folder):
             _roll_forward(folder)
     if _is_real_folder(draft_of(folder)):
@@ -233,7 +241,7 @@ def _finish_or_clear(folder: Path) -> None:
 
 
 def _remove_draft(folder: Path) -> None:
-    if not _is_real_folder(folder / DRAFT / _COMMITTED):
+    if not _has_committed(folder):
         shutil.rmtree(folder / DRAFT)
 
 
@@ -291,10 +299,10 @@ def reading(folder: str | os.PathLike) -> Iterator[Path]:
 @contextmanager
 def _view(folder: Path) -> Iterator[Path]:
     """Yield the folder, or one of links to what counts if a writer was killed and cannot be finished here."""
-    committed = folder / DRAFT / _COMMITTED
-    if not _is_real_folder(committed):
+    if not _has_committed(folder):
         yield folder
         return
+    committed = folder / DRAFT / _COMMITTED
     sources = {name: folder / name for name in os.listdir(folder) if name != DRAFT}
     for name in _list_names(committed / _REMOVED):
         sources.pop(name, None)

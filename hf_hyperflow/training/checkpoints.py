@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..modeling.checksums import CHECKSUMS, read_checksums, sha256
-from ..modeling.saving import CheckpointError, atomic_folder, draft_of, exclusive, recover
+from ..modeling.saving import CheckpointError, atomic_folder, draft_of, exclusive, mark_removed, recover
 
 PROGRESS = "progress.json"
 
@@ -44,8 +43,9 @@ def save_checkpoint(
     """Write `output/checkpoint-<step>` with the accelerator's state and `progress`, which JSON must be able to hold.
 
     The folder appears under its name once everything is in it and on the disk; it takes the place of one of the same
-    name. Then all but the last `total_limit` checkpoints are removed (None removes none), and so are those of later
-    steps, which a run left that was resumed from before them. A kill at any moment loses none that would be kept.
+    name. In the same move all but the last `total_limit` checkpoints are removed (None removes none), and so are those
+    of later steps, which a run left that was resumed from before them. After a kill or a power cut at any moment,
+    either all of this has happened or nothing, once `load_checkpoint` or the next run has looked at the folder.
 
     Raises:
         CheckpointError: it cannot be written (a full disk, say); the earlier checkpoints are untouched.
@@ -57,14 +57,13 @@ def save_checkpoint(
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 _complete(draft / final.name, step, progress)
+                _mark_old_checkpoints(draft, output, step, total_limit)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError on a full disk
         reason = error.__cause__ if isinstance(error, CheckpointError) and error.__cause__ else error
         raise CheckpointError(
             f"cannot write {final}: {reason}. If the disk is full, make room or choose another --output_dir; what was "
             "saved before is untouched: go on from it with --resume_from_checkpoint latest."
         ) from error
-    if accelerator.is_main_process:
-        _remove_old_checkpoints(output, step, total_limit)
     accelerator.wait_for_everyone()
 
 
@@ -89,14 +88,15 @@ def _complete(draft: Path, step: int, progress: dict[str, Any]) -> None:
     (draft / CHECKSUMS).write_text(json.dumps(digests, indent=1))
 
 
-def _remove_old_checkpoints(output: Path, step: int, total_limit: int | None) -> None:
-    folders = list_checkpoints(output)
-    kept = [folder for folder in folders if get_step(folder) <= step]
+def _mark_old_checkpoints(draft: Path, output: Path, step: int, total_limit: int | None) -> None:
+    """Note in the draft of checkpoint number `step` which checkpoints go when it comes."""
+    steps = [get_step(folder) for folder in list_checkpoints(output)]
+    kept = [number for number in steps if number < step]
     if total_limit is not None:
-        kept = kept[-total_limit:]
-    for folder in folders:
-        if folder not in kept:
-            shutil.rmtree(folder)
+        kept = kept[max(0, len(kept) + 1 - total_limit) :]
+    for number in steps:
+        if number != step and number not in kept:
+            mark_removed(draft, f"checkpoint-{number}")
 
 
 def load_checkpoint(accelerator: Accelerator, output: Path, resume: str | None) -> dict[str, Any] | None:
