@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,12 +23,13 @@ def watch(folder: Path, notice: Callable[[int, str], None]) -> None:
 
     Operations are numbered from 1. Each is described by its name and paths.
     """
-    n = 0
+    n, lock = 0, threading.Lock()
 
     def count(operation: str) -> None:
         nonlocal n
-        n += 1
-        notice(n, operation)
+        with lock:  # files are synced by several threads
+            n += 1
+            notice(n, operation)
 
     def hook(event: str, arguments: tuple) -> None:
         if event == "open":

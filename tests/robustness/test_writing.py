@@ -60,7 +60,8 @@ def kill_at_every_operation(
     Returns:
         How many readers saw the old and the new version. Nobody saw anything else.
     """
-    save_old(folder / "old")
+    for name in ("old", "new"):
+        save_old(folder / name)
     save_new(folder / "new")
     old, new = see(folder / "old"), see(folder / "new")
     assert old != new
