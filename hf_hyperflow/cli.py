@@ -283,12 +283,14 @@ def _load_task(name: str, backbone: str | None) -> AdaptedTask:
 
 
 def _read_backbone_name(task: str) -> str:
+    from .modeling.checksums import CHECKSUMS
     from .modeling.hub import fetch
-    from .modeling.saving import CheckpointError
-    from .modeling.task_files import CHECKSUMS, read_task
+    from .modeling.saving import CheckpointError, reading
+    from .modeling.task_files import read_task
 
-    if not (fetch(task, "*.json") / CHECKSUMS).is_file():
-        raise CheckpointError(f"{task} is not an adapted task: it has no {CHECKSUMS}.")
+    with reading(fetch(task, "*.json")) as folder:
+        if not (folder / CHECKSUMS).is_file():
+            raise CheckpointError(f"{task} is not an adapted task: it has no {CHECKSUMS}.")
     name = read_task(task).peft_config.base_model_name_or_path
     if not name:
         raise CheckpointError(f"{task} does not name its backbone: give it with --backbone.")

@@ -10,10 +10,11 @@ from peft import PeftConfig, PeftType
 from torch import nn
 
 from .modeling.adapter import HyperFlowAdapter
+from .modeling.checksums import CHECKSUMS
 from .modeling.hub import fetch
 from .modeling.model_card import describe_feature
-from .modeling.saving import CheckpointError
-from .modeling.task_files import CHECKSUMS, TaskFiles, read_task
+from .modeling.saving import CheckpointError, reading
+from .modeling.task_files import TaskFiles, read_task
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,12 @@ def describe(name_or_folder: str | os.PathLike) -> AdapterInfo | TaskInfo:
     Raises:
         CheckpointError: there is neither an adapter nor a task, its files are damaged, or the Hub does not give them.
     """
-    folder = fetch(name_or_folder, "*.json", "*.safetensors")
-    size = format_size(folder)
-    if (folder / CHECKSUMS).is_file():
-        return _describe_task(read_task(folder), size)
-    if (folder / "config.json").is_file():
-        return _describe_adapter(HyperFlowAdapter.from_pretrained(folder), size)
+    with reading(fetch(name_or_folder, "*.json", "*.safetensors")) as folder:
+        size = format_size(folder)
+        if (folder / CHECKSUMS).is_file():
+            return _describe_task(read_task(folder), size)
+        if (folder / "config.json").is_file():
+            return _describe_adapter(HyperFlowAdapter.from_pretrained(folder), size)
     raise CheckpointError(
         f"{name_or_folder} is neither a HyperFlow adapter nor an adapted task: it has no config.json, no {CHECKSUMS}."
     )

@@ -19,13 +19,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .adapter_files import HUB_ARGUMENTS, RENAMED_WEIGHTS, TRAINING_RECORD, WEIGHTS, fetch_adapter, require_all_weights
+from .adapter_files import HUB_ARGUMENTS, RENAMED_WEIGHTS, TRAINING_RECORD, WEIGHTS, open_adapter, require_all_weights
 from .backbones import Blocks, Hidden, IncompatibleBackboneError, SplitBackbone, eval_mode, find_blocks
+from .checksums import MODEL_CHECKSUMS, sha256, write_checksums
 from .configuration import HyperFlowConfig
 from .drift import DriftNetwork
 from .fingerprint import compute_fingerprint, fingerprints_match
 from .hub import push_folder
-from .images import load_processor
+from .images import PROCESSOR, load_processor
 from .injection import Injection, unload
 from .lda import RegularisedLDA
 from .locks import get_lock
@@ -33,7 +34,7 @@ from .model_card import adapter_card, write_card
 from .parameter_space import ParameterSpace
 from .peft_configs import config_to_dict
 from .prototypes import Head, unit_means
-from .saving import CheckpointError, atomic_folder, read_record, sha256, write_json
+from .saving import CheckpointError, atomic_folder, read_record, write_json
 from .solvers import Trajectory, integrate
 from .stopping import StoppingPoint, choose_stopping_point
 from .support import SupportSet, read_support
@@ -377,11 +378,13 @@ class HyperFlowAdapter(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Write config, weights (safetensors), image processor, training record, code and a model card.
 
-        All of it is written or nothing. A README.md that somebody wrote there is kept. Further arguments are those of
+        All of it is written or nothing: whoever loads the adapter at any moment, also after a kill or a power cut, gets
+        the old or the new one. A README.md that somebody wrote there is kept. Further arguments are those of
         `PreTrainedModel.save_pretrained`.
 
         Raises:
-            CheckpointError: the folder cannot be written; with `push_to_hub=True` also as `push_to_hub`.
+            CheckpointError: the folder cannot be written, or another process or thread is writing to it; with
+                `push_to_hub=True` also as `push_to_hub`.
         """
         push = kwargs.pop("push_to_hub", False)
         repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
@@ -397,6 +400,7 @@ class HyperFlowAdapter(PreTrainedModel):
                 self.processor.save_pretrained(draft)
             if self.training_record is not None:
                 write_json(draft / TRAINING_RECORD, self.training_record)
+            write_checksums(draft, MODEL_CHECKSUMS, save_directory, optional=(PROCESSOR, TRAINING_RECORD))
             write_card(adapter_card(self.config, self.space, self.training_record), draft, save_directory)
         if push:
             self.push_to_hub(repo_id, **push_arguments)
@@ -443,28 +447,23 @@ class HyperFlowAdapter(PreTrainedModel):
         config = kwargs.pop("config", None)
         if not isinstance(config, HyperFlowConfig):
             config = None
-        folder, config = fetch_adapter(name, hub, kwargs.pop("subfolder", ""), config)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("dtype", torch.float32)
-        kwargs.update(
-            config=config,
-            key_mapping=RENAMED_WEIGHTS,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-        try:
-            loaded: Any = super().from_pretrained(folder, *args, **kwargs)
-        except Exception as error:  # a damaged header or config can fail anywhere in the making of the parts
-            raise CheckpointError(
-                f"{folder / WEIGHTS} is damaged or does not fit config.json ({type(error).__name__}: {error})"
-            ) from error
-        model, info = loaded
-        require_all_weights(folder, info)
+        kwargs.update(key_mapping=RENAMED_WEIGHTS, output_loading_info=True, ignore_mismatched_sizes=True)
+        with open_adapter(name, hub, kwargs.pop("subfolder", ""), config) as (folder, config):
+            try:
+                loaded: Any = super().from_pretrained(folder, *args, config=config, **kwargs)
+            except Exception as error:  # a damaged header or config can fail anywhere in the making of the parts
+                raise CheckpointError(
+                    f"{folder / WEIGHTS} is damaged or does not fit config.json ({type(error).__name__}: {error})"
+                ) from error
+            model, info = loaded
+            require_all_weights(folder, info)
+            model.processor = load_processor(folder)
+            model.training_record = read_record(folder / TRAINING_RECORD)
         # transformers remembers the renaming of old weights and would undo it when the model is saved.
         vars(model).pop("_weight_conversions", None)
         model.config.name_or_path = model.name_or_path = str(name)
-        model.processor = load_processor(folder)
-        model.training_record = read_record(folder / TRAINING_RECORD)
         return loaded if wants_info else model
 
 

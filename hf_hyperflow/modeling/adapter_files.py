@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .checksums import CHECKSUMS, MODEL_CHECKSUMS, check_files, require_sha256
 from .configuration import HyperFlowConfig
 from .hub import fetch
-from .saving import CheckpointError, require_sha256
-from .task_files import CHECKSUMS
+from .saving import CheckpointError, reading
 
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 TRAINING_RECORD = "training.json"
 
@@ -21,10 +24,13 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_do
 RENAMED_WEIGHTS = {r"^metric\.": "head.", r"^log_scale$": "logit_scale"}
 
 
-def fetch_adapter(
+@contextmanager
+def open_adapter(
     name: str | os.PathLike, hub: dict[str, Any], subfolder: str = "", config: HyperFlowConfig | None = None
-) -> tuple[Path, HyperFlowConfig]:
-    """Fetch an adapter, check that its files are there and whole, and return their folder and its config.
+) -> Iterator[tuple[Path, HyperFlowConfig]]:
+    """Fetch an adapter, check that its files are there and whole, and yield their folder and its config.
+
+    Within, the files in the folder are those of one version, see `reading`.
 
     Args:
         name: a folder or a Hub id.
@@ -37,17 +43,35 @@ def fetch_adapter(
             file is damaged or missing.
     """
     root = fetch(name, "*.json", **hub)
-    folder = root / subfolder
-    if config is None:
-        config = _read_config(name, folder)
-    # The weights are fetched only once this is known to be an adapter, and from the same commit.
-    if not os.path.isdir(name):
-        hub = dict(hub, revision=root.name)
-    fetch(name, f"*{WEIGHTS}", **hub)
-    if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{name} has no {WEIGHTS}: the adapter is incomplete.")
-    require_sha256(folder / WEIGHTS, config.weights_sha256)
-    return folder, config
+    with reading(root / subfolder) as folder:
+        if config is None:
+            config = _read_config(name, folder)
+        # The weights are fetched only once this is known to be an adapter, and from the same commit.
+        if not os.path.isdir(name):
+            hub = dict(hub, revision=root.name)
+        fetch(name, f"*{WEIGHTS}", **hub)
+        if not (folder / WEIGHTS).is_file():
+            raise CheckpointError(f"{name} has no {WEIGHTS}: the adapter is incomplete.")
+        _check_files(folder, config)
+        yield folder, config
+
+
+def _check_files(folder: Path, config: HyperFlowConfig) -> None:
+    """Compare the files with their digests. The first adapters noted only that of the weights, in their config.
+
+    Raises:
+        CheckpointError: a file is damaged or missing, or the config is of another version than the weights.
+    """
+    try:
+        digests = check_files(folder, MODEL_CHECKSUMS)
+    except FileNotFoundError:
+        require_sha256(folder / WEIGHTS, config.weights_sha256)
+        return
+    for name in (WEIGHTS, CONFIG):
+        if name not in digests:
+            raise CheckpointError(f"{folder / MODEL_CHECKSUMS} is damaged: it does not name {name}.")
+    if config.weights_sha256 not in (None, digests[WEIGHTS]):
+        raise CheckpointError(f"the adapter in {folder} is another one than when its config was read. Load it again.")
 
 
 def _read_config(name: str | os.PathLike, folder: Path) -> HyperFlowConfig:

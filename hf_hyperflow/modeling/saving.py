@@ -1,162 +1,386 @@
-"""Writes folders and files whole or not at all, and notices damaged ones."""
+"""Writes folders and files whole or not at all, and reads folders of which every file is of one version.
+
+While something is written to a folder, it holds a draft:
+
+    .hyperflow-draft/             locked by its writer, for as long as that lives
+    .hyperflow-draft/new/         what is being written; it does not count
+    .hyperflow-draft/committed/   a whole new version: each file in it counts instead of that of the same name outside
+
+One rename turns `new` into `committed`. Then the files are moved into place and the draft is removed. Whoever comes
+next does so for a writer that was killed in between.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+
+from .file_locks import LockTimeoutError, try_lock, wait_for_lock
+
+DRAFT = ".hyperflow-draft"
+
+_NEW, _COMMITTED = "new", "committed"
+
+#: In a new version: a folder of empty files, named after what is to be removed of the version before.
+_REMOVED = ".removed"
+
+#: For how many seconds a writer waits for another writer. A reader that clears a draft is done much sooner.
+WRITER_PATIENCE = 2.0
+
+#: For how many seconds a writer waits for those who read the version before, and they for it.
+READER_PATIENCE = 60.0
 
 
 class CheckpointError(OSError):
     """A checkpoint that cannot be written, is missing, damaged or of another kind; the message names the file."""
 
 
+class _Held(threading.local):
+    """The folders that this thread has locked."""
+
+    def __init__(self) -> None:
+        self.folders: set[Path] = set()
+
+
+_held = _Held()
+
+
 @contextmanager
 def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """Yield a new folder to write to. Its content is moved into `folder` when the block has ended well.
 
-    After an error or an interrupt nothing of it remains, and the content of `folder` is untouched. Other files in
-    `folder` are kept. A folder in it is replaced as a whole by one of the same name.
+    At every moment, also after a kill or a power cut, readers in `reading` see the old content or the new one, whole.
+    After an error or an interrupt in the block, nothing of the draft remains and the content of `folder` is untouched.
+    Other files in `folder` are kept, but for those that `mark_removed` names. A folder in it is replaced as a whole by
+    one of the same name.
 
     Raises:
         CheckpointError: the folder cannot be written, or another process or thread is writing to it.
     """
-    with exclusive(folder), _draft(Path(folder)) as draft:
-        yield draft
+    folder = Path(folder)
+    with exclusive(folder), _writing_to(folder):
+        new = draft_of(folder)
+        try:
+            new.mkdir()
+            yield new
+            _commit(folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def draft_of(folder: Path) -> Path:
+    """The folder that `atomic_folder` yields for a folder."""
+    return folder / DRAFT / _NEW
+
+
+def mark_removed(draft: Path, name: str) -> None:
+    """Say in a draft of `atomic_folder` that a file or folder beside it is removed when the draft is put in place."""
+    (draft / _REMOVED).mkdir(exist_ok=True)
+    (draft / _REMOVED / name).touch()
 
 
 @contextmanager
 def exclusive(folder: str | os.PathLike) -> Iterator[None]:
-    """Within, nobody else on this machine can write to a folder with `atomic_folder`.
+    """Within, nobody else can write to a folder with `atomic_folder`. Others can read it.
 
-    The same thread can lock the folder again. The lock ends with the process, however that ends.
+    The folder is made if need be, and removed at the end if it is still empty. What a killed writer left is finished
+    or cleared first. The same thread can lock the folder again. The lock ends with the process, however that ends.
 
     Raises:
-        CheckpointError: another process or thread has locked the folder.
+        CheckpointError: another process or thread has locked the folder, or it cannot be written.
     """
-    digest = hashlib.sha256(os.fsencode(Path(folder).resolve())).hexdigest()[:32]
-    # Not in the folder: the lock would be pushed or zipped with it, and a lock cannot be deleted safely.
-    path = Path(tempfile.gettempdir(), f"hf_hyperflow-{digest}.lock")
-    lock = FileLock(path, timeout=0, mode=0o666, is_singleton=True)
+    folder = Path(folder)
+    key = folder.resolve()
+    if key in _held.folders:
+        yield
+        return
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock = None
     try:
-        lock.acquire()
-    except Timeout:
-        raise CheckpointError(
-            f"another command is writing to {folder} now. Wait until it is done, or choose another folder."
-        ) from None
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot make the lock {path}: {error}. Set TMPDIR to a folder you may write to."
-        ) from error
-    try:
+        with _writing_to(folder):
+            lock = _lock_draft(folder)
+            _finish_or_clear(folder)
+        _held.folders.add(key)
         yield
     finally:
-        lock.release()
+        _held.folders.discard(key)
+        if lock is not None:
+            # What cannot be removed now is left to whoever comes next. A version that counts always is.
+            with suppress(OSError):
+                _remove_draft(folder)
+            os.close(lock)
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()  # goes through only where nothing was put
 
 
 @contextmanager
-def _draft(folder: Path) -> Iterator[Path]:
-    """Yield a new folder to write to, and put its content into `folder` at the end; see `atomic_folder`."""
-    missing: list[Path] = []
-    drafts = None
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Turn errors of the system into a `CheckpointError` that names the folder."""
     try:
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        # Inside the folder, because its parent may be on another disk.
-        drafts = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder))
-        (drafts / "new").mkdir()
-        yield drafts / "new"
-        _put_in_place(drafts / "new", drafts, folder)
+        yield
     except (OSError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
             f"cannot write to {folder}: {error}. Choose a folder you may write to, with room left."
         ) from error
-    finally:
-        if drafts is not None:
-            shutil.rmtree(drafts, ignore_errors=True)
+
+
+def _lock_draft(folder: Path) -> int:
+    """Make the folder of a folder's drafts and lock it. Returns the descriptor that holds the lock."""
+    drafts = folder / DRAFT
+
+    def make() -> None:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
         for path in missing:
-            with suppress(OSError):
-                path.rmdir()  # goes through only where nothing was put
+            _sync(path.parent)
+        with suppress(FileExistsError):
+            drafts.mkdir()
+        if not _is_real_folder(drafts):
+            raise FileExistsError(f"{drafts} is in the way")
 
-
-def _put_in_place(new: Path, drafts: Path, folder: Path) -> None:
-    """Move the content of `new` into `folder`. If that fails in the middle, put everything back."""
-    aside = drafts / "old"
-    aside.mkdir()
-    moved = []
     try:
-        for path in sorted(new.iterdir()):
-            target = folder / path.name
-            if target.exists() and target.is_dir() != path.is_dir():
-                raise FileExistsError(f"{target} is in the way")
-            moved.append(target)
-            if target.exists():
-                os.replace(target, aside / path.name)
-            os.replace(path, target)
-    except BaseException:
-        for target in moved:
-            if (aside / target.name).exists():
-                if target.is_dir():
-                    shutil.rmtree(target)
-                os.replace(aside / target.name, target)
-            elif not (new / target.name).exists():
-                os.replace(target, new / target.name)
-        raise
+        return wait_for_lock(drafts, seconds=WRITER_PATIENCE, make=make)
+    except LockTimeoutError:
+        raise CheckpointError(
+            f"another command is writing to {folder} now. Wait until it is done, or choose another folder."
+        ) from None
 
 
-def sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of the content of a file, in hex digits."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def _is_real_folder(path: Path) -> bool:
+    """Whether there is a folder that is no link: drafts are never looked for behind a link that came with a folder."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:
+        return False
 
 
-def require_sha256(path: str | os.PathLike, expected: str | None) -> None:
-    """Compare a file with the digest that was noted when it was saved. None stands for a digest that was not noted.
+def _has_committed(folder: Path) -> bool:
+    """Whether a version counts that is not in its place, because its writer was killed or failed."""
+    return _is_real_folder(folder / DRAFT) and _is_real_folder(folder / DRAFT / _COMMITTED)
+
+
+def _commit(folder: Path) -> None:
+    """Make the new content of a folder count, and move it into place."""
+    new = draft_of(folder)
+    for path in new.iterdir():
+        target = folder / path.name
+        if target.exists() and target.is_dir() != path.is_dir():
+            raise FileExistsError(f"{target} is in the way")
+    _sync_all([new, *new.rglob("*"), new.parent, folder])
+    with _no_reader(folder):
+        os.rename(new, folder / DRAFT / _COMMITTED)
+        _sync(folder / DRAFT)
+        _roll_forward(folder)
+
+
+@contextmanager
+def _no_reader(folder: Path) -> Iterator[None]:
+    """Within, nobody reads a folder in `reading`, and nobody else moves files into it."""
+    lock = None
+    try:
+        lock = wait_for_lock(folder, seconds=READER_PATIENCE)
+    except LockTimeoutError:
+        raise CheckpointError(
+            f"cannot write to {folder}: others have been reading it for {READER_PATIENCE:.0f} s. Try again later."
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _roll_forward(folder: Path) -> None:
+    """Move what counts into place. It can be killed at any moment and called again."""
+    committed = folder / DRAFT / _COMMITTED
+    for name in _list_names(committed / _REMOVED):
+        if _is_real_folder(folder / name):
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    for name in _list_names(committed):
+        if name == _REMOVED:
+            continue
+        source, target = committed / name, folder / name
+        if _is_real_folder(source) and _is_real_folder(target):
+            shutil.rmtree(target)
+        os.replace(source, target)
+    _sync(folder)
+    shutil.rmtree(committed)
+
+
+def _list_names(folder: Path) -> list[str]:
+    """The names in a folder, sorted; none if there is no such folder."""
+    if not _is_real_folder(folder):
+        return []
+    return sorted(os.listdir(folder))
+
+
+def _finish_or_clear(folder: Path) -> None:
+    """Finish what a killed writer has committed, and clear what it has not. The caller holds the lock of the draft."""
+    if _has_committed(folder):
+        with _no_reader(folder):
+            _roll_forward(folder)
+    if _is_real_folder(draft_of(folder)):
+        shutil.rmtree(draft_of(folder))
+
+
+def _remove_draft(folder: Path) -> None:
+    if not _has_committed(folder):
+        shutil.rmtree(folder / DRAFT)
+
+
+def recover(folder: str | os.PathLike) -> None:
+    """Finish or clear what a killed writer left in a folder. Nothing happens where a writer is alive.
+
+    Where the folder cannot be written, it is left as it is; `reading` finds there what counts.
+    """
+    folder = Path(folder)
+    if not _is_real_folder(folder / DRAFT):
+        return
+    lock = None
+    with suppress(OSError):
+        lock = try_lock(folder / DRAFT)
+    if lock is None:
+        return
+    try:
+        _finish_or_clear(folder)
+        _remove_draft(folder)
+    except OSError:
+        pass
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def reading(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield a folder to read from: within, its files are those of one version, whoever writes to it meanwhile.
+
+    What a killed writer left is finished or cleared first; where that is not allowed, the yielded folder is another
+    one, of links to the files that count. Writers wait with their last step until the block has ended.
 
     Raises:
-        CheckpointError: the file has changed since.
+        CheckpointError: a writer has been moving files for a minute.
     """
-    if expected is not None and sha256(path) != expected:
-        raise CheckpointError(
-            f"{path} is damaged or incomplete: its SHA-256 is not the one noted when it was saved. "
-            "Download or copy it again."
-        )
+    folder = Path(folder)
+    if not folder.is_dir():
+        yield folder
+        return
+    recover(folder)
+    try:
+        lock = wait_for_lock(folder, is_shared=True, seconds=READER_PATIENCE)
+    except PermissionError:  # a folder that may be searched but not listed cannot be locked
+        yield folder
+        return
+    except LockTimeoutError:
+        raise CheckpointError(f"cannot read {folder}: another command is writing to it now. Try again later.") from None
+    try:
+        with _view(folder) as whole:
+            yield whole
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def _view(folder: Path) -> Iterator[Path]:
+    """Yield the folder, or one of links to what counts if a writer was killed and cannot be finished here."""
+    if not _has_committed(folder):
+        yield folder
+        return
+    committed = folder / DRAFT / _COMMITTED
+    sources = {name: folder / name for name in os.listdir(folder) if name != DRAFT}
+    for name in _list_names(committed / _REMOVED):
+        sources.pop(name, None)
+    for name in _list_names(committed):
+        sources[name] = committed / name
+    with tempfile.TemporaryDirectory() as view:
+        for name, source in sources.items():
+            Path(view, name).symlink_to(source.absolute())
+        yield Path(view)
+
+
+def _sync(path: Path) -> None:
+    """Bring the content of a file, or the names in a folder, to the disk."""
+    is_folder = path.is_dir()
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every system can sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _sync_all(paths: Iterable[Path]) -> None:
+    """Bring files and folders to the disk, several at a time: the disk then waits once for many."""
+    with ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(_sync, paths):
+            pass  # raises the error of the first that failed
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a new file to write to. It takes the place of `path` in one move when the block has ended well.
+    """Yield a new, empty file to write to. It takes the place of `path` in one move when the block has ended well.
 
-    At every moment, also after a crash, `path` holds either its old or its new content.
+    At every moment, also after a kill or a power cut, `path` holds either its old or its new content. The next writer
+    of the file clears what a killed one left.
 
     Raises:
-        CheckpointError: the file cannot be written.
+        CheckpointError: the file cannot be written, or another process or thread is writing it.
     """
     path = Path(path)
     draft = path.with_name(f".{path.name}.new")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield draft
-        with open(draft, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+        # The draft's name is always the same, so that none is left for ever. Hence the lock.
+        lock = _lock_draft_of_file(path, draft)
+        try:
+            yield draft
+            _sync(draft)
+            os.replace(draft, path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(lock)
+        _sync(path.parent)
     except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(
             f"cannot write {path}: {error}. Choose a folder you may write to, with room left."
         ) from error
-    finally:
-        with suppress(OSError):
-            draft.unlink()
+
+
+def _lock_draft_of_file(path: Path, draft: Path) -> int:
+    """Make an empty draft of a file and lock it. Returns the descriptor that holds the lock."""
+
+    def make() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if draft.is_symlink():
+            raise FileExistsError(f"{draft} is in the way")
+        draft.touch()
+
+    try:
+        lock = wait_for_lock(draft, seconds=WRITER_PATIENCE, make=make)
+    except LockTimeoutError:
+        raise CheckpointError(f"another command is writing {path} now. Wait until it is done.") from None
+    os.truncate(draft, 0)
+    return lock
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
@@ -166,7 +390,7 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
         CheckpointError: the file cannot be written.
     """
     with atomic_file(path) as draft:
-        draft.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        draft.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

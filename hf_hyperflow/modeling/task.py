@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .backbones import Hidden, IncompatibleBackboneError, SplitBackbone, eval_mode
+from .checksums import CHECKSUMS, write_checksums
 from .hub import push_folder
-from .images import decode
+from .images import PROCESSOR, decode
 from .injection import Injection, unload
 from .locks import get_lock
 from .model_card import describe_feature, task_card, write_card
@@ -33,7 +34,6 @@ from .task_files import (
     read_task,
     write_adapter,
     write_biases_as_lora,
-    write_checksums,
     write_prototypes,
 )
 
@@ -247,8 +247,9 @@ class AdaptedTask:
     def save_pretrained(self, save_directory: str | os.PathLike, *, format: str | None = None) -> None:
         """Write a plain PEFT adapter, the prototypes with their labels, the image processor and a model card.
 
-        All of it is written or nothing. A README.md that somebody wrote there is kept. Where this package is not
-        installed, `PeftModel.from_pretrained(backbone, folder)` loads the adapter.
+        All of it is written or nothing: whoever loads the task at any moment, also after a kill or a power cut, gets
+        the old or the new one. A README.md that somebody wrote there is kept. Where this package is not installed,
+        `PeftModel.from_pretrained(backbone, folder)` loads the adapter.
 
         Args:
             save_directory: the folder, which is made if need be.
@@ -256,7 +257,7 @@ class AdaptedTask:
                 adapter of rank 1 with A = B = 0 and `lora_bias`, for tools that know only LoRA.
 
         Raises:
-            CheckpointError: the folder cannot be written.
+            CheckpointError: the folder cannot be written, or another process or thread is writing to it.
             ValueError: the format is not known, or "lora" is asked of weights that are neither LoRA nor biases.
             RuntimeError: the task was reset, or is merged.
         """
@@ -281,7 +282,7 @@ class AdaptedTask:
             write_prototypes(draft, prototypes, self.scale, self.class_names, self._split)
             if self.processor is not None:
                 self.processor.save_pretrained(draft)
-            write_checksums(draft)
+            write_checksums(draft, CHECKSUMS, save_directory, optional=(PROCESSOR,))
             write_card(self._build_card(), draft, save_directory)
 
     def _build_card(self) -> str:

@@ -18,15 +18,15 @@ from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .backbones import SplitBackbone
+from .checksums import CHECKSUMS, check_files
 from .hub import fetch
 from .images import load_processor
 from .injection import Injection
 from .locks import ignored_warnings
-from .saving import CheckpointError, require_sha256, sha256
+from .saving import CheckpointError, reading
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PROTOTYPES = "prototypes.safetensors"
-CHECKSUMS = "checksums.json"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class TaskFiles:
 
 
 def read_task(name_or_folder: str | os.PathLike, **hub: Any) -> TaskFiles:
-    """Read a saved task from a folder or the Hub, after a check that its files are whole.
+    """Read a saved task from a folder or the Hub, after a check that its files are whole and of one version.
 
     Args:
         name_or_folder: a folder or a Hub id.
@@ -66,7 +66,8 @@ def read_task(name_or_folder: str | os.PathLike, **hub: Any) -> TaskFiles:
     """
     folder = fetch(name_or_folder, "*.json", ADAPTER_WEIGHTS, PROTOTYPES, **hub)
     try:
-        return _read_folder(folder)
+        with reading(folder) as whole:
+            return _read_folder(whole)
     except CheckpointError:
         raise
     except Exception as error:  # the files may hold anything
@@ -74,9 +75,10 @@ def read_task(name_or_folder: str | os.PathLike, **hub: Any) -> TaskFiles:
 
 
 def _read_folder(folder: Path) -> TaskFiles:
-    digests = json.loads((folder / CHECKSUMS).read_text())
+    digests = check_files(folder, CHECKSUMS)  # version 0.1 listed only the two files that have to be there
     for name in (ADAPTER_WEIGHTS, PROTOTYPES):
-        require_sha256(folder / name, digests[name])
+        if name not in digests or not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing, or {CHECKSUMS} does not name it.")
     peft_config = PeftConfig.from_pretrained(str(folder))
     if peft_config.peft_type is None:
         raise ValueError("its adapter_config.json names no kind of adapter")
@@ -155,9 +157,3 @@ def write_prototypes(
         "prototypes": "to be used as they are",
     }
     save_file(tensors, folder / PROTOTYPES, metadata)
-
-
-def write_checksums(folder: Path) -> None:
-    """Note the SHA-256 of both weight files."""
-    digests = {name: sha256(folder / name) for name in (ADAPTER_WEIGHTS, PROTOTYPES)}
-    (folder / CHECKSUMS).write_text(json.dumps(digests, indent=1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +13,10 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ..modeling.saving import CheckpointError, exclusive, sha256
+from ..modeling.checksums import CHECKSUMS, read_checksums, sha256
+from ..modeling.saving import CheckpointError, atomic_folder, draft_of, exclusive, mark_removed, recover
 
-PROGRESS, CHECKSUMS = "progress.json", "checksums.json"
+PROGRESS = "progress.json"
 
 
 @contextmanager
@@ -42,55 +42,67 @@ def save_checkpoint(
 ) -> None:
     """Write `output/checkpoint-<step>` with the accelerator's state and `progress`, which JSON must be able to hold.
 
-    The folder appears under its name once everything is in it. Then all but the last `total_limit` checkpoints are
-    removed (None removes none), and so are those of later steps, which a run left that was resumed from before them.
+    The folder appears under its name once everything is in it and on the disk; it takes the place of one of the same
+    name. In the same move all but the last `total_limit` checkpoints are removed (None removes none), and so are those
+    of later steps, which a run left that was resumed from before them. After a kill or a power cut at any moment,
+    either all of this has happened or nothing, once `load_checkpoint` or the next run has looked at the folder.
 
     Raises:
         CheckpointError: it cannot be written (a full disk, say); the earlier checkpoints are untouched.
     """
-    draft, final = output / "checkpoint.partial", output / f"checkpoint-{step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(draft, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    final = output / f"checkpoint-{step}"
     try:
-        accelerator.save_state(str(draft))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            _complete(draft, final, step, progress)
+        with _shared_draft(accelerator, output) as draft:
+            accelerator.save_state(str(draft / final.name))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                _complete(draft / final.name, step, progress)
+                _mark_old_checkpoints(draft, output, step, total_limit)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError on a full disk
-        shutil.rmtree(draft, ignore_errors=True)
+        reason = error.__cause__ if isinstance(error, CheckpointError) and error.__cause__ else error
         raise CheckpointError(
-            f"cannot write {final}: {error}. If the disk is full, make room or choose another --output_dir; what was "
+            f"cannot write {final}: {reason}. If the disk is full, make room or choose another --output_dir; what was "
             "saved before is untouched: go on from it with --resume_from_checkpoint latest."
         ) from error
-    if accelerator.is_main_process:
-        _remove_old_checkpoints(output, step, total_limit)
     accelerator.wait_for_everyone()
 
 
-def _complete(draft: Path, final: Path, step: int, progress: dict[str, Any]) -> None:
-    """Add progress and checksums to a draft and give it its final name."""
+@contextmanager
+def _shared_draft(accelerator: Accelerator, output: Path) -> Iterator[Path]:
+    """Yield the draft of `atomic_folder` in every process. The main process makes it, and puts it in place."""
+    if accelerator.is_main_process:
+        with atomic_folder(output) as draft:
+            accelerator.wait_for_everyone()
+            yield draft
+    else:
+        accelerator.wait_for_everyone()
+        yield draft_of(output)
+
+
+def _complete(draft: Path, step: int, progress: dict[str, Any]) -> None:
+    """Add progress and checksums to a checkpoint."""
     content = dict(progress)
     content["step"] = step
     (draft / PROGRESS).write_text(json.dumps(content))
     digests = {path.name: sha256(path) for path in sorted(draft.iterdir())}
     (draft / CHECKSUMS).write_text(json.dumps(digests, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
-    draft.rename(final)
 
 
-def _remove_old_checkpoints(output: Path, step: int, total_limit: int | None) -> None:
-    folders = list_checkpoints(output)
-    kept = [folder for folder in folders if get_step(folder) <= step]
+def _mark_old_checkpoints(draft: Path, output: Path, step: int, total_limit: int | None) -> None:
+    """Note in the draft of checkpoint number `step` which checkpoints go when it comes."""
+    steps = [get_step(folder) for folder in list_checkpoints(output)]
+    kept = [number for number in steps if number < step]
     if total_limit is not None:
-        kept = kept[-total_limit:]
-    for folder in folders:
-        if folder not in kept:
-            shutil.rmtree(folder)
+        kept = kept[max(0, len(kept) + 1 - total_limit) :]
+    for number in steps:
+        if number != step and number not in kept:
+            mark_removed(draft, f"checkpoint-{number}")
 
 
 def load_checkpoint(accelerator: Accelerator, output: Path, resume: str | None) -> dict[str, Any] | None:
     """Restore a checkpoint and return its progress; None where training starts from the beginning.
+
+    One that a killed run had written, but not put in its place, is put there first.
 
     Args:
         resume: a checkpoint's folder, or its name in `output`. "latest" takes the last whole one in `output`, names
@@ -101,6 +113,9 @@ def load_checkpoint(accelerator: Accelerator, output: Path, resume: str | None) 
         CheckpointError: the checkpoint that was asked for is missing, damaged or of another run; none is whole; or
             there are some, and `resume` is None.
     """
+    if accelerator.is_main_process:
+        recover(output)
+    accelerator.wait_for_everyone()
     if resume is None:
         _require_no_checkpoints(output)
         return None
@@ -155,9 +170,11 @@ def get_step(folder: Path) -> int:
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if every file has the digest noted when it was written."""
     try:
-        digests = json.loads((folder / CHECKSUMS).read_text())
+        digests = read_checksums(folder / CHECKSUMS)
         changed = [name for name, digest in digests.items() if sha256(folder / name) != digest]
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        if PROGRESS not in digests:
+            raise ValueError(f"its {CHECKSUMS} does not name {PROGRESS}")
+    except (OSError, ValueError) as error:
         return f"checkpoint {folder} is damaged or incomplete ({error})."
     if changed:
         return f"checkpoint {folder} is damaged: {', '.join(changed)} changed since it was written."

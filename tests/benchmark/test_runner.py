@@ -28,8 +28,11 @@ from tests.helpers.tiny import picture, tiny_adapter, tiny_dinov2, tiny_processo
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory) -> Path:
+    return make_ground(tmp_path_factory.mktemp("ground"))
+
+
+def make_ground(folder: Path) -> Path:
     """A backbone, an adapter with a flow that moves, and two image folders: `six` and `three` classes of 12 images."""
-    folder = tmp_path_factory.mktemp("ground")
     backbone = tiny_dinov2()
     backbone.save_pretrained(folder / "backbone")
     tiny_adapter(backbone).save_pretrained(folder / "adapter")

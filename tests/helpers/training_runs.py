@@ -13,9 +13,11 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,7 @@ PRELOADED = [
     "hf_hyperflow.training.trainer",
     "hf_hyperflow.training.collector",
     "hf_hyperflow.training.pretraining",
+    "hf_hyperflow.benchmark.runner",
 ]
 
 
@@ -104,10 +107,20 @@ def run(script: str, *arguments: object, fault: Callable[[], None] | None = None
         fault: called in the child before the script; a module-level function or a `partial` of one.
         log: file that gets what it prints.
     """
+    flags = [str(argument) for argument in arguments]
+    return run_in_child(partial(_run_script, script, flags), fault=fault, log=log)
+
+
+def run_in_child(action: Callable[[], object], *, fault: Callable[[], None] | None = None, log: Path) -> Finished:
+    """Do something in a child with one thread.
+
+    Args:
+        action, fault: module-level functions or `partial`s of some; the fault comes first.
+        log: file that gets what it prints.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    flags = [str(argument) for argument in arguments]
-    child = context.Process(target=_run_in_child, args=(script, flags, fault, str(log)))
+    child = context.Process(target=_act, args=(action, fault, str(log)))
     child.start()
     child.join(900)
     if child.is_alive():
@@ -116,16 +129,19 @@ def run(script: str, *arguments: object, fault: Callable[[], None] | None = None
     return Finished(child.exitcode, log.read_text())
 
 
-def _run_in_child(script: str, arguments: list[str], fault: Callable[[], None] | None, log: str) -> None:
+def _act(action: Callable[[], object], fault: Callable[[], None] | None, log: str) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
-    sys.argv = [f"{script}.py", *arguments, *ON_CPU[script]]
-    module = importlib.import_module(f"training.{script}")
     if fault is not None:
         fault()
-    module.main()
+    action()
+
+
+def _run_script(script: str, arguments: list[str]) -> None:
+    sys.argv = [f"{script}.py", *arguments, *ON_CPU[script]]
+    importlib.import_module(f"training.{script}").main()
 
 
 def run_command(
@@ -148,6 +164,11 @@ TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_nod
 
 
 # Faults
+
+
+def die_after(seconds: float) -> None:
+    """SIGKILL after so many seconds, wherever it is then."""
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
 def die_in_step(step: int) -> None:

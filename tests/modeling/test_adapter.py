@@ -23,10 +23,10 @@ from hf_hyperflow import (
 )
 from hf_hyperflow.modeling import adapter as adapter_module
 from hf_hyperflow.modeling.backbones import SplitBackbone
+from hf_hyperflow.modeling.checksums import sha256
 from hf_hyperflow.modeling.fingerprint import compute_fingerprint
 from hf_hyperflow.modeling.peft_configs import bias_config, layernorm_config, lora_config
 from hf_hyperflow.modeling.prototypes import PrototypeClassifier, unit_means
-from hf_hyperflow.modeling.saving import sha256
 from hf_hyperflow.modeling.solvers import ADAPTIVE, TABLEAUX
 from hf_hyperflow.modeling.stopping import StoppingPoint
 from hf_hyperflow.modeling.support import read_support

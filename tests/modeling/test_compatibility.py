@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from hf_hyperflow import AdaptedTask, HyperFlowAdapter, HyperFlowConfig
-from hf_hyperflow.modeling.saving import sha256
+from hf_hyperflow.modeling.checksums import sha256
 from tests.helpers.tiny import same_bits, tiny_adapter
 
 RELEASED = Path(__file__).resolve().parents[2] / "model_cards" / "hyperflow-vit-s14-70"

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hf_hyperflow import AdaptedTask, CheckpointError, ImageError, IncompatibleBackboneError
+from hf_hyperflow.modeling.checksums import sha256
 from hf_hyperflow.modeling.peft_configs import bias_config, layernorm_config, lora_config
-from hf_hyperflow.modeling.saving import sha256
 from tests.helpers.files import flip_bit, read_folder
 from tests.helpers.tiny import Snapshot, picture, pictures, same_bits, tiny_adapter, tiny_dinov2, tiny_resnet, tiny_vit
 

@@ -25,6 +25,7 @@ from hf_hyperflow.data.domains import normalise
 from hf_hyperflow.data.tasks import draw_task, load_domains, task_images
 from hf_hyperflow.extras import MissingExtraError
 from hf_hyperflow.modeling.lda import spread_between, within_covariance
+from hf_hyperflow.modeling.saving import DRAFT
 from hf_hyperflow.training import DriftTrainer, DriftTrainingConfig
 from hf_hyperflow.training.progress import WINDOW, RecentValues, TrainingProgress
 from hf_hyperflow.training.tracking import require_tracker
@@ -99,7 +100,7 @@ def record(folder: Path) -> dict:
 
 
 def list_folders(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.is_dir()}
+    return {path.name for path in folder.iterdir() if path.is_dir() and path.name != DRAFT}
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
@@ -210,7 +211,8 @@ def test_killed_three_times_and_resumed_equals_uninterrupted(settings, whole, tm
     assert list_folders(output) == {"checkpoint-1"}
     while_writing = resume(partial(die_while_saving, 2))  # of step 3, in the annealing
     assert while_writing.exitcode == -signal.SIGKILL, while_writing.output
-    assert list_folders(output) == {"checkpoint-1", "checkpoint-2", "checkpoint.partial"}
+    assert list_folders(output) == {"checkpoint-1", "checkpoint-2"}
+    assert (output / DRAFT).is_dir()
     in_episodic = resume(partial(die_in_step, 3))  # step 5: only the episodic loss is left
     assert in_episodic.exitcode == -signal.SIGKILL, in_episodic.output
     assert "checkpoint-2" in in_episodic.output.split("going on from")[1]
@@ -218,6 +220,7 @@ def test_killed_three_times_and_resumed_equals_uninterrupted(settings, whole, tm
     assert finished.exitcode == 0, finished.output
     assert_same_run(output, whole)
     assert list_folders(output) == {"checkpoint-4", "checkpoint-5"}, "the limit of two"
+    assert not (output / DRAFT).exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*lacks 1 of 2 shards")
