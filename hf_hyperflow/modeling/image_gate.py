@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 
 import PIL.Image
+from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from .image_metadata import (
@@ -16,7 +17,6 @@ from .image_metadata import (
     MAX_READS,
     MetadataError,
     join_exif,
-    require_few_scans,
     require_small_tags,
 )
 
@@ -31,6 +31,12 @@ MAX_PIXELS = 64 * 10**6
 
 #: JPEG 2000, of which a pixel takes ten times the memory of others, may have this many.
 MAX_PIXELS_JPEG2000 = 16 * 10**6
+
+#: Encodings that Pillow decodes in Python, one value after the other, may have this many: text, mostly.
+MAX_PIXELS_IN_PYTHON = 2 * 10**6
+
+#: A JPEG may take this many passes over an image of `MAX_PIXELS`, a smaller one more. Most have one, others ten.
+MAX_SCANS = 20
 
 #: The longer side of an image may be this many times the shorter one.
 MAX_RATIO = 50
@@ -108,7 +114,7 @@ def require_size(width: int, height: int, name: str, limit: int = MAX_PIXELS) ->
         )
 
 
-def open_image(content: bytes, name: str) -> PIL.Image.Image:
+def open_image(content: bytes, name: str) -> ImageFile:
     """Read the header of an encoded image; its pixels are still to be decoded.
 
     A JPEG with both sides over `REDUCED_FROM` will be decoded at a half, a quarter or an eighth of its size.
@@ -120,7 +126,6 @@ def open_image(content: bytes, name: str) -> PIL.Image.Image:
     """
     _require_length(len(content), name)
     if content.startswith(b"\xff\xd8"):
-        require_few_scans(content)
         require_small_tags(join_exif(content))
     if content.startswith((b"II", b"MM")):
         require_small_tags(content)
@@ -133,16 +138,31 @@ def open_image(content: bytes, name: str) -> PIL.Image.Image:
         image = PIL.Image.open(file, formats=formats)
     except PIL.Image.DecompressionBombError as error:
         raise ImageError(
-            f"{name} has more pixels than the limit of {MAX_PIXELS // 10**6} megapixels. ({error})"
+            f"{name} has more than {MAX_PIXELS // 10**6} million pixels ({error}). Make it smaller."
         ) from None
+    except PIL.UnidentifiedImageError:
+        raise MetadataError(f"it is none of {', '.join(formats)}") from None
     file.end_header()
-    limit = MAX_PIXELS_JPEG2000 if image.format == "JPEG2000" else MAX_PIXELS
-    require_size(*image.size, name, limit)
+    _require_limits(image, content, name)
     if image.format in ("JPEG", "MPO") and min(image.size) > REDUCED_FROM:
         image.draft(None, (REDUCED_FROM // 2, REDUCED_FROM // 2))
+    return image
+
+
+def _require_limits(image: ImageFile, content: bytes, name: str) -> None:
+    """Raise an error if decoding the image would take too much memory or time."""
+    limit = MAX_PIXELS
+    if image.format == "JPEG2000":
+        limit = MAX_PIXELS_JPEG2000
+    elif image.tile and image.tile[0][0] in PIL.Image.DECODERS:
+        limit = MAX_PIXELS_IN_PYTHON
+    require_size(*image.size, name, limit)
     if isinstance(image, TiffImageFile) and _TILE_WIDTH in image.tag_v2:
         require_size(image.tag_v2[_TILE_WIDTH], image.tag_v2.get(_TILE_LENGTH, 1), f"a tile of {name}")
-    return image
+    if image.format in ("JPEG", "MPO"):
+        n_scans = content.count(b"\xff\xda")
+        if n_scans * image.width * image.height > MAX_SCANS * MAX_PIXELS:
+            raise MetadataError(f"it takes {n_scans} passes over {image.width} x {image.height} pixels")
 
 
 class _EncodedImage(io.BytesIO):

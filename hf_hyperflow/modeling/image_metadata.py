@@ -8,9 +8,6 @@ from typing import NamedTuple
 
 from PIL.JpegImagePlugin import MARKER
 
-#: A JPEG may be built from this many passes over the image. Progressive ones usually have ten.
-MAX_SCANS = 100
-
 #: The header of a file may be read in this many pieces.
 MAX_READS = 10_000
 
@@ -29,7 +26,7 @@ _PLAIN_BYTES = (1, 2, 6, 7)
 
 
 class MetadataError(ValueError):
-    """The metadata of an image are such as only an attack would have."""
+    """An image file that would take memory or time out of all proportion, or that is in no known format."""
 
 
 class _Tag(NamedTuple):
@@ -92,17 +89,6 @@ def _read_directory(content: bytes, place: int, order: str, is_big: bool) -> Ite
         if number in _SUBDIRECTORIES and kind == 3 and order == ">":
             value >>= 8 * (inline - 2)  # a short number stands at the front of its field
         yield _Tag(number, kind, size, value)
-
-
-def require_few_scans(content: bytes) -> None:
-    """Check how many passes over the image a JPEG takes: each costs time, whatever its few bytes say.
-
-    Raises:
-        MetadataError: there are more than `MAX_SCANS`.
-    """
-    n_scans = content.count(b"\xff\xda")
-    if n_scans > MAX_SCANS:
-        raise MetadataError(f"it is built from {n_scans} scans, more than {MAX_SCANS}")
 
 
 def join_exif(content: bytes) -> bytes:
