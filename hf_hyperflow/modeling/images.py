@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
+import torch
 from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .image_gate import MAX_PIXELS, ImageError, open_image, read_file, require_size, turn_upright
 from .saving import CheckpointError
 
 #: File name of a saved image processor.
@@ -21,8 +23,11 @@ PROCESSOR = "preprocessor_config.json"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-class ImageError(ValueError):
-    """An image that cannot be read; the message names it."""
+#: How many pixels are converted at a time, so that no wider type ever holds a whole image.
+_STRIP_PIXELS = 2**20
+
+#: How many decoded images may wait for the image processor, whatever their size.
+_IMAGES_AT_ONCE = 512
 
 
 def load_processor(folder: str | Path) -> BaseImageProcessor | None:
@@ -45,32 +50,50 @@ def load_processor(folder: str | Path) -> BaseImageProcessor | None:
 def decode(image: Any, name: str) -> PIL.Image.Image:
     """Read one image as RGB.
 
+    Only regular files are opened, and only formats that Pillow decodes itself (`image_gate.FORMATS`; HEIC with
+    pillow-heif). Before anything is decoded, images of more than 64 megapixels (16 in JPEG 2000), of sides that differ
+    by more than a factor of 50, and files of more than 256 MiB are refused. JPEGs whose sides are both longer than
+    4,096 pixels are decoded at a half, a quarter or an eighth of their size, the shorter side at 2,048 pixels or more;
+    all other images keep every pixel. Of an animation the first frame is read.
+
     Args:
         image: a path, encoded bytes, a `datasets` record (`{"bytes", "path"}`), a PIL image in any mode, or an array
             `(h, w)` or `(h, w, 1|3|4)` of uint8, uint16 or floats in 0..1.
         name: the name of the image in error messages.
 
     Raises:
-        ImageError: it is not an image, or it is truncated, has NaN or infinite pixels, or is out of range or of a
-            strange shape.
+        ImageError: it is not an image, or it is too large, truncated, has NaN or infinite pixels, or is out of range or
+            of a strange shape.
     """
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
-    if isinstance(image, np.ndarray):
-        image = _read_array(image, name)
-    if isinstance(image, bytes):
-        image = io.BytesIO(image)
     try:
-        if isinstance(image, str | Path | io.BytesIO):
-            with PIL.Image.open(image) as opened:
-                return to_rgb(PIL.ImageOps.exif_transpose(opened))
+        if isinstance(image, np.ndarray):
+            return to_rgb(_read_array(image, name))
+        if isinstance(image, str | Path):
+            image = read_file(image, name)
+        if isinstance(image, io.BytesIO):
+            image = image.getvalue()
+        if isinstance(image, bytes):
+            with open_image(image, name) as opened:
+                opened.load()
+                return to_rgb(turn_upright(opened))
         if isinstance(image, PIL.Image.Image):
-            return to_rgb(PIL.ImageOps.exif_transpose(image))
-    except FileNotFoundError:
-        raise ImageError(f"{name}: there is no file {image}.") from None
+            return _read_picture(image, name)
+    except ImageError:
+        raise
     except Exception as error:  # the readers of damaged files raise whatever they stumble over
         raise ImageError(f"{name} cannot be read as an image ({error}). Replace or remove it.") from error
     raise ImageError(f"{name} is a {type(image).__name__}, not an image: give a path, bytes, a PIL image or an array.")
+
+
+def _read_picture(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    """A PIL image as RGB, a new one: the given image is left as it was."""
+    if image.format == "EPS":
+        raise ImageError(f"{name} is PostScript, which only a program could draw. Convert it to PNG.")
+    require_size(*image.size, name)
+    image.load()
+    return to_rgb(turn_upright(image))
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -79,25 +102,61 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     Raises:
         ValueError: it has NaN or infinite pixels.
     """
-    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-        image = _scale_to_8_bits(image)
+    if image.mode == "F":
+        image = _scale_floats(image)
+    elif image.mode in ("I;16", "I;16B", "I;16L", "I"):
+        image = _scale_integers(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        white = PIL.Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        image = PIL.Image.alpha_composite(white, layer)
+        return _lay_on_white(image)
     return image.convert("RGB")
 
 
-def _scale_to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Scale a 16-bit or float grey image to 8 bits. PIL would clip it at 255, which turns 16-bit images white."""
-    values = np.asarray(image, dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("it has NaN or infinite pixels")
+def _strips(image: PIL.Image.Image) -> Iterator[tuple[PIL.Image.Image, tuple[int, int]]]:
+    """Yield an image in strips of whole rows, each with the place of its upper left corner."""
+    n_rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, n_rows):
+        bottom = min(top + n_rows, image.height)
+        yield image.crop((0, top, image.width, bottom)), (0, top)
+
+
+def _lay_on_white(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image with alpha on a white ground."""
+    result = PIL.Image.new("RGB", image.size)
+    for strip, corner in _strips(image):
+        layer = strip.convert("RGBA")
+        white = PIL.Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        result.paste(PIL.Image.alpha_composite(white, layer).convert("RGB"), corner)
+    return result
+
+
+# PIL would clip 16-bit and float images at 255, which turns them white.
+
+
+def _scale_integers(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Scale a grey image of 16 or 32 bits from 0..65535 to 8 bits."""
+    result = PIL.Image.new("L", image.size)
+    for strip, corner in _strips(image):
+        values = np.asarray(strip).astype(np.int32).clip(0, 65535)
+        result.paste(PIL.Image.fromarray(((values + 128) // 257).astype(np.uint8)), corner)
+    return result
+
+
+def _scale_floats(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Scale a float grey image to 8 bits; floats come in 0..1, 0..255 or 0..65535."""
+    largest = -np.inf
+    for strip, _ in _strips(image):
+        values = np.asarray(strip)
+        if not np.isfinite(values).all():
+            raise ValueError("it has NaN or infinite pixels")
+        largest = max(largest, values.max())
     white = 65535.0
-    if image.mode == "F" and values.max() <= 255:  # floats come in 0..1, 0..255 or 0..65535
-        white = 255.0 if values.max() > 1 else 1.0
-    scaled = values.clip(0, white) * (255.0 / white)
-    return PIL.Image.fromarray(scaled.round().astype(np.uint8))
+    if largest <= 255:
+        white = 255.0 if largest > 1 else 1.0
+    result = PIL.Image.new("L", image.size)
+    for strip, corner in _strips(image):
+        scaled = np.asarray(strip, dtype=np.float64).clip(0, white) * (255.0 / white)
+        result.paste(PIL.Image.fromarray(scaled.round().astype(np.uint8)), corner)
+    return result
 
 
 def _read_array(array: np.ndarray, name: str) -> PIL.Image.Image:
@@ -105,14 +164,51 @@ def _read_array(array: np.ndarray, name: str) -> PIL.Image.Image:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
         raise ImageError(f"{name} has shape {array.shape}: give (height, width) or (height, width, 1, 3 or 4).")
-    if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all():
-            raise ImageError(f"{name} has NaN or infinite pixels. Replace or remove it.")
-        if array.min() < 0 or array.max() > 1:
-            raise ImageError(f"{name} has floats outside 0..1. Scale it, or give uint8.")
-        array = (array * 255).round().astype(np.uint8)
-    if array.dtype == np.uint16:
-        array = (array / 257).round().astype(np.uint8)
-    if array.dtype != np.uint8:
+    require_size(array.shape[1], array.shape[0], name)
+    is_float = np.issubdtype(array.dtype, np.floating)
+    if not is_float and array.dtype not in (np.uint8, np.uint16):
         raise ImageError(f"{name} has dtype {array.dtype}: give uint8, uint16 or floats in 0..1.")
-    return PIL.Image.fromarray(array)
+    if array.dtype == np.uint8:
+        return PIL.Image.fromarray(array)
+    result = np.empty(array.shape, dtype=np.uint8)
+    n_rows = max(1, _STRIP_PIXELS // array.shape[1])
+    for top in range(0, len(array), n_rows):
+        strip = array[top : top + n_rows]
+        if is_float:
+            result[top : top + n_rows] = _scale_unit_floats(strip, name)
+        else:
+            result[top : top + n_rows] = (strip.astype(np.int32) + 128) // 257
+    return PIL.Image.fromarray(result)
+
+
+def _scale_unit_floats(array: np.ndarray, name: str) -> np.ndarray:
+    """Floats in 0..1 as integers in 0..255."""
+    if not np.isfinite(array).all():
+        raise ImageError(f"{name} has NaN or infinite pixels. Replace or remove it.")
+    if array.min() < 0 or array.max() > 1:
+        raise ImageError(f"{name} has floats outside 0..1. Scale it, or give uint8.")
+    return (array * 255).round()
+
+
+def process_images(pictures: Iterable[PIL.Image.Image], processor: BaseImageProcessor, **options: Any) -> torch.Tensor:
+    """Pixel values `(n, 3, height, width)` of RGB images.
+
+    The images are processed as they come, so that no more than a few of full size are in memory at a time.
+
+    Args:
+        pictures: at least one image.
+        processor: the backbone's image processor.
+        options: further arguments of the processor.
+    """
+    chunks: list[torch.Tensor] = []
+    waiting: list[PIL.Image.Image] = []
+    n_pixels = 0
+    for picture in pictures:
+        n_pixels += picture.width * picture.height
+        waiting.append(picture)
+        if n_pixels >= MAX_PIXELS or len(waiting) == _IMAGES_AT_ONCE:
+            chunks.append(processor(waiting, return_tensors="pt", **options)["pixel_values"])
+            waiting, n_pixels = [], 0
+    if waiting:
+        chunks.append(processor(waiting, return_tensors="pt", **options)["pixel_values"])
+    return torch.cat(chunks)
