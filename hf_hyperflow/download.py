@@ -39,7 +39,7 @@ class _Address(NamedTuple):
 def download(url: str, timeout: float) -> bytes:
     """The bytes behind an http, https or data URL.
 
-    The server gets `timeout` seconds for everything: finding its address, connecting, redirecting and sending. More than
+    Everything takes `timeout` seconds at most: finding the address, connecting, redirecting and receiving. More than
     `MAX_BYTES` are not read. At most `MAX_REDIRECTS` redirects are followed, to http and https only. All addresses
     of the host of every redirect are looked up once and checked, and the connection goes to one of those that were
     checked. Private, loopback and link-local addresses are refused, unless the URL was given with one (or with

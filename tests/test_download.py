@@ -11,14 +11,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
-from hf_hyperflow import ImageError, download as download_module
+from hf_hyperflow import ImageError
+from hf_hyperflow import download as download_module
 from hf_hyperflow.download import MAX_BYTES, MAX_REDIRECTS, download, shorten
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -32,10 +33,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.paths.append(self.path)
         kind, _, rest = self.path[1:].partition("/")
-        try:
+        with suppress(OSError):  # the client may hang up
             self.answer(kind, rest)
-        except OSError:
-            pass  # the client has hung up
         self.close_connection = True
 
     def answer(self, kind: str, rest: str) -> None:
