@@ -239,7 +239,7 @@ def list_files(folder: Path, *patterns: str) -> list[Path]:
     if not patterns:
         code = [path.name for path in Path(__file__).parent.glob("[!_]*.py")]
         patterns = (*SAVED_FILES, *code)
-    files = set()
+    files: set[Path] = set()
     for pattern in patterns:
         files.update(path.relative_to(folder) for path in folder.glob(pattern))
     for file in files:

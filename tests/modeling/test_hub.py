@@ -246,7 +246,8 @@ def test_save_pretrained_pushes_when_asked(hub, alice, saved, tmp_path):
     code = f"a = HyperFlowAdapter.from_pretrained({str(saved / 'adapter')!r})\n"
     alice.do(code + f"a.save_pretrained({str(tmp_path / 'mine')!r}, push_to_hub=True, private=True)")
     assert hub.repos["alice/mine"].private
-    assert hub.files("alice/mine")["config.json"] == (tmp_path / "mine/config.json").read_bytes()
+    for name in ("model.safetensors", "adapter.py", "README.md", "preprocessor_config.json"):
+        assert hub.files("alice/mine")[name] == (tmp_path / "mine" / name).read_bytes()
 
 
 PUSH_FOLDER = "from hf_hyperflow.modeling.hub import push_folder\n"
