@@ -22,10 +22,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import filter_repo_objects, get_token
+from huggingface_hub.utils import filter_repo_objects
 
 from .model_card import CARD, is_generated, is_hub_id
 from .saving import CheckpointError, sha256
+from .tokens import hide_tokens
 from .version import __version__
 
 T = TypeVar("T")
@@ -325,14 +326,6 @@ def _to_checkpoint_error(
     at = f" at revision {revision!r}" if revision else ""
     problem = hide_tokens(_explain(error, verb, repo_id, revision, is_offline))
     return CheckpointError(f"cannot {verb} {repo_id}{at}: {problem}")
-
-
-def hide_tokens(text: str) -> str:
-    """The text without tokens of the Hub: that of this machine, and whatever looks like one."""
-    token = get_token()
-    if token:
-        text = text.replace(token, "hf_***")
-    return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "hf_***", text)
 
 
 def _explain(error: Exception, verb: str, repo_id: str, revision: str | None, is_offline: bool) -> str:

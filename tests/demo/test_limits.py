@@ -174,7 +174,7 @@ def test_uploads_of_a_visitor_are_bounded(page, monkeypatch):
 
 
 def test_a_file_of_more_than_20_mb_is_refused(page):
-    status, said = post(page, "/gradio_api/upload", upload(bytes(20_100_000)), "198.51.100.3", UPLOAD)
+    status, said = post(page, "/gradio_api/upload", upload(bytes(21_100_000)), "198.51.100.3", UPLOAD)
     assert status == 413
     assert "maximum allowed size" in said
 
