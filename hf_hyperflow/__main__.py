@@ -14,6 +14,8 @@ def main() -> None:
             from .cli import main as run
     except MissingExtraError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # the imports take seconds
+        sys.exit(130)
     run()
 
 

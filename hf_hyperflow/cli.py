@@ -9,6 +9,8 @@ import csv
 import json
 import sys
 import time
+import traceback
+import unicodedata
 import warnings
 from dataclasses import asdict, dataclass
 from io import TextIOWrapper
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .extras import require_extra
+from .modeling.tokens import hide_tokens
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -28,6 +31,12 @@ if TYPE_CHECKING:
 
 #: Images that are decoded and classified at once.
 BATCH_SIZE = 64
+
+#: Marks that turn the direction of the text that follows, so that it reads as another.
+DIRECTION_MARKS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+#: What a cell of a table starts with that spreadsheets take for a formula.
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def _use_underscores(token: str) -> str:
@@ -59,22 +68,24 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
     """Adapt vision transformers to your classes from a handful of images, without gradients.
 
     The exit code is 1 after an error, 2 after wrong usage and 130 after Ctrl-C. A folder is written whole or not at
-    all.
+    all. Control characters in names are printed as \\x1b or \\u202e, and tokens as hf_***.
     """
 
 
 def main() -> None:
     """Run the command line: an error is one line on stderr and exit code 1, with `--debug` a traceback."""
     warnings.simplefilter("ignore", FutureWarning)  # of one library to another: nothing a user can do
-    warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
+    warnings.showwarning = lambda message, *_: _say(f"warning: {' '.join(str(message).split())}")
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files are printed as they are, UTF-8 or not
     try:
         app(prog_name="hyperflow")
     except Exception as error:
         if "--debug" in sys.argv[1:]:
-            raise
-        _say(f"error: {_explain(error)}")
+            for line in traceback.format_exc().splitlines():
+                _say(line)
+        else:
+            _say(f"error: {_explain(error)}")
         sys.exit(1)
 
 
@@ -138,7 +149,14 @@ def predict(
         str | None, typer.Option(help="Its backbone: folder or Hub id; by default the one that the task names.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV with a header.")] = False,
+    as_csv: Annotated[
+        bool,
+        typer.Option(
+            "--csv",
+            help="Print CSV with a header. A name that spreadsheets would take for a formula (it starts with = + - @, "
+            "tab or return) gets an apostrophe in front. --json has all names as they are.",
+        ),
+    ] = False,
     top_k: Annotated[int, typer.Option("--top_k", min=1, help="How many of the best classes to print per image.")] = 1,
     skip_bad: SkipBad = False,
 ) -> None:
@@ -167,7 +185,7 @@ def info(name: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="An a
     width = max(len(key) for key in rows)
     for key, value in rows.items():
         label = key.replace("_", " ")
-        typer.echo(f"{label:<{width}}  {value}")
+        _print(f"{label:<{width}}  {value}")
 
 
 @app.command()
@@ -192,7 +210,7 @@ def push(
         raise CheckpointError(f"there is no folder {folder} to push.")
     kind = describe(folder).kind
     commit = push_folder(folder, repo_id, private=private or None, revision=revision)
-    typer.echo(f"Pushed the {kind} in {folder}: {commit.commit_url}")
+    _print(hide_tokens(f"Pushed the {kind} in {folder}: {commit.commit_url}"))
 
 
 @app.command()
@@ -236,8 +254,33 @@ def demo(
     serve(adapter, backbone, host, port)
 
 
+def _print(text: str) -> None:
+    typer.echo(_make_printable(text))
+
+
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    typer.echo(_make_printable(hide_tokens(text)), err=True)
+
+
+def _make_printable(text: str) -> str:
+    """The text in one line that terminals print and do not obey. Bytes of file names that are no UTF-8 are left."""
+    is_of_bytes = _survives_bytes(text)
+    characters = []
+    for character in text:
+        kind = unicodedata.category(character)
+        is_hidden = kind in ("Cc", "Zl", "Zp") or character in DIRECTION_MARKS
+        if is_hidden or (kind == "Cs" and not is_of_bytes):
+            character = character.encode("unicode_escape").decode()
+        characters.append(character)
+    return "".join(characters)
+
+
+def _survives_bytes(text: str) -> bool:
+    """Whether surrogates in the text stand for bytes that are no UTF-8, as in the name of a file."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape") == text
+    except UnicodeEncodeError:
+        return False
 
 
 def _explain(error: Exception) -> str:
@@ -264,12 +307,16 @@ def _load_backbone(name: str) -> PreTrainedModel:
     from transformers import AutoModel
 
     from .modeling.adapter import HyperFlowAdapter
+    from .modeling.hub import within_deadline
     from .modeling.saving import CheckpointError
 
     try:
-        model = AutoModel.from_pretrained(name)
+        model = within_deadline(lambda: AutoModel.from_pretrained(name))
     except Exception as error:  # what transformers raises for a bad folder is of many kinds
-        raise CheckpointError(f"cannot load the backbone {name}: {str(error) or type(error).__name__}") from error
+        raise CheckpointError(
+            f"cannot load the backbone {name}: {str(error) or type(error).__name__}. "
+            "If the model lies elsewhere, name it with --backbone."
+        ) from error
     if isinstance(model, HyperFlowAdapter):
         raise CheckpointError(f"{name} is a HyperFlow adapter, not a backbone: give the model it was trained for.")
     return model.eval()
@@ -293,7 +340,9 @@ def _read_backbone_name(task: str) -> str:
             raise CheckpointError(f"{task} is not an adapted task: it has no {CHECKSUMS}.")
     name = read_task(task).peft_config.base_model_name_or_path
     if not name:
-        raise CheckpointError(f"{task} does not name its backbone: give it with --backbone.")
+        raise CheckpointError(
+            f"{task} does not name its backbone, the model that it was made with: give it with --backbone."
+        )
     return name
 
 
@@ -336,15 +385,15 @@ def _print_adapted(task: AdaptedTask, images: SupportSet, seconds: float, folder
     from .info import format_size
 
     classes = f"{images.n_way} classes ({', '.join(images.class_names)})"
-    typer.echo(f"Adapted to {classes} from {len(images.labels)} images in {seconds:.2f} s.")
+    _print(f"Adapted to {classes} from {len(images.labels)} images in {seconds:.2f} s.")
     stopping_point = task.stopping_point
     if stopping_point is not None and stopping_point.accuracies:
         accuracies = stopping_point.accuracies
-        typer.echo(
+        _print(
             f"The flow was followed to t = {stopping_point.time:.2f}: leave-one-out accuracy "
             f"{accuracies[stopping_point.time]:.1%}, without adapting {accuracies[0.0]:.1%}."
         )
-    typer.echo(f"Saved {folder} ({format_size(folder)}). Next: hyperflow predict --task {folder} IMAGE ...")
+    _print(f"Saved {folder} ({format_size(folder)}). Next: hyperflow predict --task {folder} IMAGE ...")
 
 
 def _print_json(results: list[Result]) -> None:
@@ -356,10 +405,17 @@ def _print_csv(results: list[Result]) -> None:
     writer.writerow(["image", "rank", "label", "score"])
     for result in results:
         for rank, prediction in enumerate(result.predictions, start=1):
-            writer.writerow([result.image, rank, prediction["label"], f"{prediction['score']:.6f}"])
+            image, label = _to_cell(result.image), _to_cell(prediction["label"])
+            writer.writerow([image, rank, label, f"{prediction['score']:.6f}"])
+
+
+def _to_cell(name: str) -> str:
+    """A name as a cell of a table that no spreadsheet takes for a formula."""
+    apostrophe = "'" if name.startswith(FORMULA_STARTS) else ""
+    return apostrophe + _make_printable(name)
 
 
 def _print_lines(results: list[Result]) -> None:
     for result in results:
         classes = ", ".join(f"{p['label']} {p['score']:.1%}" for p in result.predictions)
-        typer.echo(f"{result.image}: {classes}")
+        _print(f"{result.image}: {classes}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from typing import Any
-from urllib.request import Request, urlopen
 
 import torch
 from huggingface_hub import CommitInfo
@@ -12,9 +11,9 @@ from transformers import AutoModel, BatchFeature, Pipeline
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .download import download, shorten
 from .modeling.adapter import HyperFlowAdapter
-from .modeling.images import ImageError, decode
-from .modeling.version import __version__
+from .modeling.images import decode
 
 TASK = "few-shot-image-classification"
 
@@ -80,13 +79,16 @@ class FewShotImageClassificationPipeline(Pipeline):
                 images, `(h, w[, 1|3|4])` arrays, encoded bytes.
             batch_size: how many images go through the backbone at once (1).
             top_k: how many of the best classes to give (5).
-            timeout: how many seconds to wait for a URL to answer (30).
+            timeout: how many seconds a URL may take from the first moment to the last byte (30).
+
+        A URL may lead to 50 MB and through 5 redirects, to http and https only. One that leads to a private, loopback
+        or link-local address is refused, unless it was given with such an address; see `download`.
 
         Returns:
             `[{"label", "score"}, ...]` for an image, a list of such lists for several.
 
         Raises:
-            ImageError: an image cannot be fetched or read; it is named.
+            ImageError: an image cannot be fetched within these limits, or cannot be read; it is named.
         """
         return super().__call__(inputs, *args, **kwargs)
 
@@ -108,7 +110,8 @@ class FewShotImageClassificationPipeline(Pipeline):
         if isinstance(image, str | os.PathLike):
             name = str(image)[:200]
         if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
-            image = _fetch(image, name, timeout)
+            name = shorten(image)
+            image = download(image, timeout)
         return self.image_processor(decode(image, name), return_tensors="pt")
 
     def _forward(self, model_inputs: BatchFeature) -> dict[str, torch.Tensor]:  # type: ignore[override]
@@ -132,15 +135,6 @@ class FewShotImageClassificationPipeline(Pipeline):
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
         """Push the adapted task to the Hub; see `AdaptedTask.push_to_hub`."""
         return self.adapted.push_to_hub(repo_id, **kwargs)
-
-
-def _fetch(url: str, name: str, timeout: float) -> bytes:
-    """The encoded image at a URL, so that it is decoded as the same image in a file would be."""
-    try:
-        with urlopen(Request(url, headers={"User-Agent": f"hf_hyperflow/{__version__}"}), timeout=timeout) as answer:
-            return answer.read()
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{name} cannot be fetched ({error}). Check the address.") from error
 
 
 PIPELINE_REGISTRY.register_pipeline(TASK, FewShotImageClassificationPipeline, pt_model=AutoModel, type="image")

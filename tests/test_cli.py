@@ -7,10 +7,12 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +23,9 @@ from transformers import AutoModel
 
 from hf_hyperflow import AdaptedTask, HyperFlowAdapter, cli
 from hf_hyperflow.modeling.peft_configs import layernorm_config
+from hf_hyperflow.modeling.saving import sha256
 from tests.helpers.hub_server import Hub
-from tests.helpers.tiny import pictures, tiny_adapter, tiny_dinov2, tiny_vit, write_pictures
+from tests.helpers.tiny import picture, pictures, tiny_adapter, tiny_dinov2, tiny_vit, write_pictures
 
 
 @dataclass
@@ -387,8 +390,10 @@ def test_push(saved, tmp_path):
         assert f"{hub.url}/alice/pets/commit/" in said
         assert hub.repos["alice/pets"].private
         pushed = hub.files("alice/pets", "v2")
-        for path in (saved / "task").iterdir():
-            assert pushed[path.name] == path.read_bytes()
+        assert set(pushed) - {".gitattributes"} == {path.name for path in (saved / "task").iterdir()}
+        for name in ("adapter_model.safetensors", "prototypes.safetensors", "README.md"):
+            assert pushed[name] == (saved / "task" / name).read_bytes()
+        assert not [name for name, content in pushed.items() if str(saved).encode() in content]
         refused.code = guest.returncode
         fails(refused, "cannot push alice/flow: ", "hf auth login")
         assert "alice/flow" not in hub.repos
@@ -404,3 +409,119 @@ def test_file_names_of_any_bytes(hyperflow, saved, tmp_path):
     found = hyperflow("predict", "--task", saved / "task", os.fsdecode(b"\xff.png"))
     assert found.code == 0, found.err
     assert (tmp_path / "output-0" / "out").read_bytes().startswith(b"\xff.png: red ")
+
+
+# Names and tokens that are not for the terminal
+
+ESCAPE, OVERRIDE = "\x1b[31m\x9b2J", "\u202e"
+
+
+def is_printable(text: str) -> bool:
+    return not any(unicodedata.category(c) in ("Cc", "Zl", "Zp") or c == OVERRIDE for c in text.replace("\n", ""))
+
+
+@pytest.fixture
+def hostile_task(saved, hyperflow, adapting, tmp_path):
+    """A task whose labels are the names of hostile folders; and a hostile name of an image."""
+    labels = [f"cat{ESCAPE}", f"dog{OVERRIDE}gnp.exe", "two\nlines\u2028three", "=1+1", "-2", "@SUM(A1)", "+3"]
+    for number, label in enumerate(labels):
+        folder = tmp_path / "support" / label
+        folder.mkdir(parents=True)
+        picture(number).save(folder / "0.png")
+    done = hyperflow(*adapting, "--support", tmp_path / "support", "--output", "task")
+    assert done.code == 0, done.err
+    assert is_printable(done.out)
+    assert "cat\\x1b[31m\\x9b2J" in done.out
+    assert "dog\\u202egnp.exe" in done.out
+    assert "two\\nlines\\u2028three" in done.out
+    name = f"=cmd{ESCAPE}{OVERRIDE}.png"
+    picture(0).save(tmp_path / name)
+    return sorted(labels), name
+
+
+def test_control_characters_do_not_reach_the_terminal(hyperflow, hostile_task):
+    labels, name = hostile_task
+    arguments = ["predict", "--task", "task", "--top_k", "9", name]
+    for arguments_of_format in (arguments, [*arguments, "--csv"], ["info", "task"]):
+        said = hyperflow(*arguments_of_format)
+        assert said.code == 0, said.err
+        assert is_printable(said.out)
+        assert "dog\\u202egnp.exe" in said.out
+    failed = hyperflow("predict", "--task", "task", f"nowhere{name}")
+    fails(failed, "nowhere=cmd\\x1b[31m\\x9b2J\\u202e.png")
+    assert is_printable(failed.err)
+    said = hyperflow("--debug", "predict", "--task", f"no{ESCAPE}where", name)
+    assert said.code == 1
+    assert is_printable(said.err)
+    [record] = json.loads(hyperflow(*arguments, "--json").out)
+    assert record["image"] == name
+    assert sorted(prediction["label"] for prediction in record["predictions"]) == labels
+
+
+def test_formulas_are_text_in_csv(hyperflow, hostile_task):
+    labels, name = hostile_task
+    said = hyperflow("predict", "--task", "task", "--top_k", "9", "--csv", name)
+    rows = list(csv.DictReader(io.StringIO(said.out)))
+    assert len(rows) == len(labels)
+    found = {row["label"] for row in rows}
+    assert {"'=1+1", "'-2", "'@SUM(A1)", "'+3"} < found
+    assert "cat\\x1b[31m\\x9b2J" in found
+    assert {row["image"][:5] for row in rows} == {"'=cmd"}
+    assert not any(cell.startswith(("=", "+", "-", "@")) for row in rows for cell in row.values())
+    assert "apostrophe" in hyperflow("predict", "--help").out
+
+
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("plain", "plain"),
+        ("日本語 é 👩\u200d🔬", "日本語 é 👩\u200d🔬"),
+        ("a\tb\r\n", "a\\tb\\r\\n"),
+        ("\udcff.png", "\udcff.png"),  # a byte of a file name that is no UTF-8
+        ("\udcc2\udc9b", "\\udcc2\\udc9b"),  # bytes that together are a control character
+        ("\ud800", "\\ud800"),
+        ("\u2066\u0085", "\\u2066\\x85"),
+    ],
+)
+def test_what_terminals_print_is_left(text, printed):
+    assert cli._make_printable(text) == printed
+
+
+def name_backbone(task: Path, name: str) -> None:
+    """Put another name into the PEFT config of a saved task, and its new digest into the list of digests."""
+    path, checksums = task / "adapter_config.json", task / "checksums.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+    digests = json.loads(checksums.read_text())
+    checksums.write_text(json.dumps(digests | {path.name: sha256(path)}))
+
+
+def test_a_task_without_the_name_of_its_backbone(saved, hyperflow, tmp_path):
+    """As it comes from the Hub, where nobody has this folder."""
+    shutil.copytree(saved / "task", tmp_path / "task")
+    name_backbone(tmp_path / "task", "")
+    image = saved / "new/red.png"
+    fails(hyperflow("predict", "--task", "task", image), "task does not name its backbone", "give it with --backbone")
+    assert "unnamed" in hyperflow("info", "task").out
+    assert hyperflow("predict", "--task", "task", "--backbone", saved / "backbone", image).code == 0
+    name_backbone(tmp_path / "task", "/somebody/elses/folder")
+    fails(hyperflow("predict", "--task", "task", image), "/somebody/elses/folder", "name it with --backbone")
+
+
+@pytest.mark.hub
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "secret", ["hf_" + "s" * 30, "hf_" + "s" * 30 + "\x01t", "hf_" + "s" * 30 + "é", "unusualtoken"]
+)
+def test_no_token_is_printed(saved, tmp_path, secret):
+    """Neither one that the Hub refuses, nor one that HTTP cannot carry and its library therefore complains about."""
+    with Hub() as hub:
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        environment = os.environ | own | {"HF_TOKEN": secret}
+        for arguments in (["push", saved / "task", "alice/x"], ["--debug", "info", "alice/x"]):
+            command = [Path(sys.executable).with_name("hyperflow"), *arguments]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert done.returncode == 1
+            assert secret not in done.stdout + done.stderr
+            assert "s" * 16 not in done.stdout + done.stderr
+            assert ("Traceback" in done.stderr) == ("--debug" in arguments)
+            assert "error" in done.stderr.lower()

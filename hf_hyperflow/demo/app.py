@@ -8,22 +8,30 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 from transformers import AutoModel, PreTrainedModel
 
 from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.support import SupportSetError
 from .digits import write_digits
 from .html import NAME_BUTTONS, STYLE, alert, comparison, note
+from .limits import VisitorLimits
 from .released import ADAPTER, BACKBONE, find_released
 from .report import describe, plot_flow
 from .sessions import Session, SharedModels
-from .uploads import Files, PageError, read_classes, read_files
+from .uploads import MAX_NAME_LENGTH, Files, PageError, read_classes, read_files
 
 #: Rows of the page; the command line takes any number of classes.
 MAX_CLASSES = 10
 
 #: The largest upload, per file.
 MAX_FILE_SIZE = "20mb"
+
+#: Visitors who can wait for their turn with the models.
+QUEUE_SIZE = 100
+
+#: Visitors whose adapted tasks are kept; those of the longest unused go first.
+MAX_SESSIONS = 500
 
 #: Fonts that the visitor's system has, and a colour that white text can be read on.
 THEME = gr.themes.Default(
@@ -110,7 +118,10 @@ class Handlers:
 
 
 def build_demo(adapter: HyperFlowAdapter, backbone: PreTrainedModel) -> gr.Blocks:
-    """Build the page. Every browser window has a task of its own; all share the two models.
+    """Build the page. Every browser window has a task of its own; all share the two models, one after the other.
+
+    Nobody stops the others: a class has at most `MAX_IMAGES` images of `MAX_FILE_SIZE`, and an error ends one request
+    alone. `launch` adds that `QUEUE_SIZE` requests can wait, and `VisitorLimits` says how many can be of one visitor.
 
     Args:
         adapter: with its image processor.
@@ -140,7 +151,9 @@ def _lay_out_classes() -> ClassSection:
     with gr.Row(elem_classes="hf-classes"):
         for row in range(1, MAX_CLASSES + 1):
             with gr.Group(visible=row <= 2, elem_classes="hf-class") as group:
-                names.append(gr.Textbox(label=f"Name of class {row}", max_length=80, elem_id=f"name-{row}"))
+                names.append(
+                    gr.Textbox(label=f"Name of class {row}", max_length=MAX_NAME_LENGTH, elem_id=f"name-{row}")
+                )
                 galleries.append(_make_gallery(f"Images of class {row}", f"images-{row}"))
             groups.append(group)
     add = gr.Button("Add a class", elem_id="add-class")
@@ -166,17 +179,22 @@ def _lay_out_prediction() -> PredictSection:
 
 def _connect(handlers: Handlers, classes: ClassSection, adaptation: AdaptSection, prediction: PredictSection) -> None:
     """Say what each button reads and what it changes."""
-    session = gr.State()
+    session = gr.State(time_to_live=24 * 3600)
     rows = [classes.n_rows, classes.add, *classes.groups]
     fields = [*classes.names, *classes.galleries]
-    classes.add.click(handlers.add_class, classes.n_rows, rows)
-    classes.example.click(handlers.load_digits, None, [*rows, *fields, prediction.gallery])
+    # These two need no models, so they do not wait behind those who use them, and do not count as runs.
+    classes.add.click(handlers.add_class, classes.n_rows, rows, queue=False)
+    classes.example.click(handlers.load_digits, None, [*rows, *fields, prediction.gallery], queue=False)
     adaptation.button.click(
         handlers.adapt,
         fields,
         [session, adaptation.status, adaptation.plot, adaptation.download, prediction.results],
+        concurrency_limit=1,
+        concurrency_id="models",
     )
-    prediction.button.click(handlers.predict, [session, prediction.gallery], prediction.results)
+    prediction.button.click(
+        handlers.predict, [session, prediction.gallery], prediction.results, concurrency_id="models"
+    )
 
 
 def _make_gallery(label: str, elem_id: str) -> gr.Gallery:
@@ -202,6 +220,29 @@ def _show_rows(n_rows: int) -> list:
     return [n_rows, gr.Button(interactive=n_rows < MAX_CLASSES), *groups]
 
 
+def launch(page: gr.Blocks, host: str, port: int) -> None:
+    """Serve the page in a thread, within the limits that keep one visitor from stopping another.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1, api_open=False)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        theme=THEME,
+        max_file_size=MAX_FILE_SIZE,
+        state_session_capacity=MAX_SESSIONS,
+        app_kwargs={"middleware": [Middleware(VisitorLimits)]},
+    )
+
+
 def main(adapter: str | None = None, backbone: str | None = None, host: str = "127.0.0.1", port: int = 7860) -> None:
     """Load the models and serve the page until interrupted.
 
@@ -216,18 +257,7 @@ def main(adapter: str | None = None, backbone: str | None = None, host: str = "1
     flow = HyperFlowAdapter.from_pretrained(adapter or find_released(ADAPTER))
     page = build_demo(flow, AutoModel.from_pretrained(backbone or find_released(BACKBONE)))
     try:
-        page.launch(
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=True,
-            quiet=True,
-            share=False,
-            footer_links=[],
-            run_history=False,
-            ssr_mode=False,
-            theme=THEME,
-            max_file_size=MAX_FILE_SIZE,
-        )
+        launch(page, host, port)
     except OSError as error:
         raise OSError(f"cannot listen on {host}, port {port}: is it taken? Choose another port or host.") from error
     print(f"The demo is at http://{host}:{port} (stop it with Ctrl-C).", flush=True)

@@ -70,6 +70,7 @@ class SharedModels:
             _ = after.prototypes  # computed on first use, which belongs to the time
             seconds = time.perf_counter() - start
         before = self.adapter.direct_transfer(self.backbone, support)
+        _ = before.prototypes  # a session does not keep the images
         session = Session(before, after, len(support.labels), seconds, self.adapter.config.lda)
         return session, session.save()
 

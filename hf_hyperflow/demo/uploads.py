@@ -9,6 +9,12 @@ import PIL.Image
 
 from ..modeling.images import ImageError, decode
 
+#: Images of a class, and new images.
+MAX_IMAGES = 20
+
+#: Characters of the name of a class.
+MAX_NAME_LENGTH = 80
+
 #: The value of a Gradio gallery: `(path, caption)` of each file.
 Files: TypeAlias = list[tuple[str, str | None]]
 
@@ -21,8 +27,10 @@ def read_files(files: Files) -> list[PIL.Image.Image]:
     """The images of a gallery.
 
     Raises:
-        PageError: a file is not an image; it is named as the person knows it.
+        PageError: there are more than `MAX_IMAGES`, or a file is not an image; it is named as the person knows it.
     """
+    if len(files) > MAX_IMAGES:
+        raise PageError(f"there are {len(files)} images, and at most {MAX_IMAGES} are read. Remove some.")
     images = []
     for path, _ in files:
         name = Path(path).name
@@ -37,7 +45,8 @@ def read_classes(names: list[str | None], galleries: list[Files | None]) -> dict
     """Class names and images of the rows of the page; rows with neither are passed over.
 
     Raises:
-        PageError: images without a class name, a name without images, two rows of one name, a file that is no image.
+        PageError: images without a class name, a name without images or of more than `MAX_NAME_LENGTH` characters, two
+            rows of one name, more than `MAX_IMAGES` images, a file that is no image.
     """
     classes: dict[str, list[PIL.Image.Image]] = {}
     for row, (typed, files) in enumerate(zip(names, galleries, strict=True), start=1):
@@ -46,6 +55,8 @@ def read_classes(names: list[str | None], galleries: list[Files | None]) -> dict
             continue
         if not name:
             raise PageError(f"Class {row} has images but no name. Give it one.")
+        if len(name) > MAX_NAME_LENGTH:
+            raise PageError(f"The name of class {row} is longer than {MAX_NAME_LENGTH} characters. Shorten it.")
         if not files:
             raise PageError(f"Class {name!r} has no images. Give it at least one, or clear its name.")
         if name in classes:

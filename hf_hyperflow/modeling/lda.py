@@ -76,11 +76,62 @@ class RegularisedLDA(nn.Module):
 
     def _get_whitening(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The map `(width, width)` to coordinates in which the prior's covariance, ridge included, is the identity."""
-        ratio = spread_between(features, labels) / self.spread.to(features)
-        variances = self.variances.to(features)
+        ridge = self._get_ridge(spread_between(features, labels))
+        return self.directions.to(features) * (self.variances.to(features) + ridge).rsqrt()
+
+    def _get_ridge(self, spread: torch.Tensor) -> torch.Tensor:
+        """What the prior's variances are raised by, for each spread of a support set."""
+        ratio = spread / self.spread.to(spread)
         # C_0 can be singular, so the ridge is at least a thousandth.
-        ridge = ratio.clamp_min(0).pow(self.power).clamp_min(1e-3) * variances.mean()
-        return self.directions.to(features) * (variances + ridge).rsqrt()
+        return ratio.clamp_min(0).pow(self.power).clamp_min(1e-3) * self.variances.to(spread).mean()
+
+    @torch.no_grad()
+    def leave_one_out(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Products `(n, n_way)` of each support image, at length 1, with the prototypes that all the others make.
+
+        All images share one eigendecomposition of S = R^T R + count C_0. Without image i of a class of n_c images, C is
+        S + ridge_i I - n_c / (n_c - 1) r_i r_i^T, where r_i is the row of R. The ridge moves the eigenvalues, and the
+        last term is undone by the Sherman-Morrison formula. An image alone in its class has a row of NaN.
+
+        Args:
+            features: `(n, width)`.
+            labels: `(n,)` in 0..n_way-1, of at least two classes.
+        """
+        # The differences need double precision, which not every accelerator has.
+        rows, labels = features.double().cpu(), labels.cpu()
+        count = torch.bincount(labels)[labels].double().unsqueeze(1)
+        ridge = self._get_ridge(_leave_one_out_spreads(rows, labels)).unsqueeze(1)
+        units = F.normalize(rows, dim=1)
+        rotation = self.directions.to(rows)
+        residuals = rows @ rotation - class_means(rows @ rotation, labels)[labels]
+        eigenvalues, eigenvectors = torch.linalg.eigh(residuals.T @ residuals + self.variances.to(rows).diag())
+        # From here on all rows are in the coordinates of the eigenvectors, where S is diagonal.
+        rotation = rotation @ eigenvectors
+        units, residuals, means = units @ rotation, residuals @ eigenvectors, class_means(rows, labels) @ rotation
+        own_means = means[labels] - residuals / (count - 1)  # of the class of an image, without it
+        weights = 1 / (eigenvalues + ridge)  # one diagonal for each image that is left out
+        weighted = weights * residuals
+        downdate = count / (count - 1) * residuals
+        gain = count / (count - 1) / (1 - (weighted * downdate).sum(dim=1, keepdim=True))
+
+        def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            """Row by row, left^T C^-1 right, for the C of that row."""
+            on_residuals = (weighted * left).sum(dim=1, keepdim=True) * (weighted * right).sum(dim=1, keepdim=True)
+            return (weights * left * right).sum(dim=1, keepdim=True) + gain * on_residuals
+
+        def square(vectors: torch.Tensor) -> torch.Tensor:
+            """For the C of each row, the squared lengths in the metric of the same vectors."""
+            return weights @ vectors.square().T + gain * (weighted @ vectors.T).square()
+
+        undone = gain * (weighted * units).sum(dim=1, keepdim=True)
+        products = (weights * units) @ means.T + undone * (weighted @ means.T)
+        lengths = square(means)
+        products.scatter_(1, labels.unsqueeze(1), multiply(units, own_means))
+        lengths.scatter_(1, labels.unsqueeze(1), multiply(own_means, own_means))
+        unit_lengths = square(units).clamp_min(1e-24).sqrt().fill_diagonal_(0)
+        image_length = unit_lengths.sum(dim=1, keepdim=True) / (len(rows) - 1)
+        cosines = products / (lengths.clamp_min(1e-24).sqrt() * image_length)
+        return cosines.masked_fill(count == 1, float("nan")).to(features)
 
     @torch.no_grad()
     def set_prior(self, covariance: torch.Tensor, spread: float, *, count: float = 100.0) -> None:
@@ -112,6 +163,23 @@ def within_covariance(features: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     with no_autocast(features):
         residuals = features - class_means(features, labels)[labels]
         return residuals.T @ residuals / (len(features) - len(labels.unique()))
+
+
+def _leave_one_out_spreads(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """`spread_between` of the others for each image, `(n,)`; infinity for an image alone in its class."""
+    count = torch.bincount(labels)[labels].to(features.dtype)
+    means = class_means(features, labels)
+    squares = features.square().sum(dim=1)
+    mean_squares = class_means(squares.unsqueeze(1), labels).squeeze(1)
+    n_way = len(means)
+    own_means = means[labels] - (features - means[labels]) / (count - 1).unsqueeze(1)
+    own_squares = mean_squares[labels] - (squares - mean_squares[labels]) / (count - 1)
+    totals = means.sum(dim=0) - means[labels] + own_means
+    lengths = means.square().sum(dim=1)
+    own_lengths = lengths.sum() - lengths[labels] + own_means.square().sum(dim=1)
+    between = (totals.square().sum(dim=1) - own_lengths) / (n_way * (n_way - 1))
+    within = (mean_squares.sum() - mean_squares[labels] + own_squares) / n_way
+    return within - between
 
 
 def spread_between(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ task(images)  # labels with scores
 task.save_pretrained("my-task")  # a plain PEFT adapter
 task.reset()  # the backbone is what it was
 ```
-
+{ask_for_backbone}
 | | |
 |---|---|
 | Backbone | {backbone}, {num_blocks} blocks of width {hidden_size} |
@@ -68,7 +68,7 @@ backbone = AutoModel.from_pretrained("{load_backbone}")
 task = AdaptedTask.from_pretrained("<this repository or folder>", backbone)
 task(images)  # labels with scores
 ```
-
+{ask_for_backbone}
 Without `hf_hyperflow` it is a PEFT adapter like any other (BEFT needs PEFT 0.20 or newer):
 
 ```python
@@ -100,6 +100,7 @@ def adapter_card(config: HyperFlowConfig, space: ParameterSpace, training: dict[
     text = ADAPTER.format(
         backbone=_describe_backbone(name, backbone["model_type"]),
         load_backbone=_get_loadable_name(name),
+        ask_for_backbone=_ask_for_backbone(name),
         num_blocks=backbone["num_blocks"],
         hidden_size=backbone["hidden_size"],
         last_blocks=config.last_blocks,
@@ -119,7 +120,7 @@ def adapter_card(config: HyperFlowConfig, space: ParameterSpace, training: dict[
     datasets = []
     if training is not None and "phases" in training:
         text += write_training_section(training)
-        datasets = [dataset for dataset in training["arguments"]["dataset"] if _is_hub_id(dataset)]
+        datasets = [dataset for dataset in training["arguments"]["dataset"] if is_hub_id(dataset)]
     return _add_metadata(text, name, "adapter", datasets)
 
 
@@ -138,6 +139,7 @@ def task_card(name_or_path: str, model_type: str, space: ParameterSpace, class_n
     text = TASK.format(
         backbone=_describe_backbone(name_or_path, model_type),
         load_backbone=_get_loadable_name(name_or_path),
+        ask_for_backbone=_ask_for_backbone(name_or_path),
         peft_type=get_kind(space.peft_config),
         n_parameters=space.n_parameters,
         n_way=len(class_names),
@@ -177,14 +179,22 @@ def is_generated(path: str | os.PathLike) -> bool:
 
 def _describe_backbone(name_or_path: str, model_type: str) -> str:
     """A backbone's Hub id, or its kind: paths say something about somebody's machine."""
-    return f"`{name_or_path}`" if _is_hub_id(name_or_path) else f"a {model_type} model"
+    return f"`{name_or_path}`" if is_hub_id(name_or_path) else f"a {model_type} model"
+
+
+def _ask_for_backbone(name_or_path: str) -> str:
+    """What a card says where the backbone cannot be loaded by its name."""
+    if is_hub_id(name_or_path):
+        return ""
+    return "\nThe backbone has no name on the Hub: name it yourself (`--backbone` on the command line).\n"
 
 
 def _get_loadable_name(name_or_path: str) -> str:
-    return name_or_path if _is_hub_id(name_or_path) else "<the backbone>"
+    return name_or_path if is_hub_id(name_or_path) else "<the backbone>"
 
 
-def _is_hub_id(name_or_path: str) -> bool:
+def is_hub_id(name_or_path: str) -> bool:
+    """Whether a model's name is that of a repository, "owner/name", and not that of a folder here."""
     try:
         validate_repo_id(name_or_path)
     except HFValidationError:
@@ -197,7 +207,7 @@ def _add_metadata(text: str, backbone: str, tag: str, datasets: list[str]) -> st
     metadata = ModelCardData(
         library_name="hf_hyperflow",
         datasets=datasets or None,
-        base_model=backbone if _is_hub_id(backbone) else None,  # the Hub refuses anything else
+        base_model=backbone if is_hub_id(backbone) else None,  # the Hub refuses anything else
         pipeline_tag="image-classification",
         tags=["hyperflow", "few-shot-learning", tag],
     )

@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 from .backbones import Hidden, SplitBackbone
 from .injection import Injection
+from .lda import RegularisedLDA
 from .prototypes import Head, PrototypeClassifier, unit_means
+
+#: With fewer images than this part of the features' width, n small LDAs cost less than one eigendecomposition.
+SMALL = 20
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ def choose_stopping_point(
 ) -> StoppingPoint:
     """Choose the earliest time with the best leave-one-out accuracy on the support set, by forward passes only.
 
-    Images that are alone in their class are not counted.
+    Images that are alone in their class are not counted. A time at which features are not finite counts as 0.
 
     Args:
         split: the backbone in two halves.
@@ -54,9 +59,10 @@ def choose_stopping_point(
     for time, theta in zip(times, thetas, strict=True):
         with injection.using(theta):
             features = split.forward_suffix(hidden).float()
-        predicted = leave_one_out_logits(features, labels, 1.0, head).argmax(-1)
-        correct = (predicted == labels)[is_counted]
-        accuracies[time] = correct.float().mean().item()
+        accuracies[time] = 0.0
+        if features.isfinite().all():
+            predicted = leave_one_out_logits(features, labels, 1.0, head).argmax(-1)
+            accuracies[time] = (predicted == labels)[is_counted].float().mean().item()
     best = max(accuracies.values())
     earliest = min(time for time, accuracy in accuracies.items() if accuracy == best)
     return StoppingPoint(time=earliest, accuracies=accuracies)
@@ -70,7 +76,8 @@ def leave_one_out_logits(
 ) -> torch.Tensor:
     """Logits `(n, n_way)` of each support image, from the classifier that all the others make.
 
-    Without an image that is alone in its class that class has no prototype, so the row of such an image is NaN.
+    Without an image that is alone in its class that class has no prototype, so the row of such an image is NaN. The
+    class means of all images take one matrix product, and a `RegularisedLDA` of all images takes one factorisation.
 
     Args:
         features: `(n, width)`.
@@ -78,6 +85,10 @@ def leave_one_out_logits(
         scale: the inverse temperature of the logits.
         head: turns support features into prototypes.
     """
+    if head is unit_means:
+        return scale * _leave_one_out_cosines(features, labels)
+    if isinstance(head, RegularisedLDA) and len(features) * SMALL >= features.shape[1]:
+        return scale * head.leave_one_out(features, labels)
     is_alone = torch.bincount(labels)[labels] == 1
     logits = features.new_full((len(features), int(labels.max()) + 1), float("nan"))
     rows = torch.arange(len(features), device=features.device)
@@ -86,3 +97,16 @@ def leave_one_out_logits(
         classifier = PrototypeClassifier.from_support(features[others], labels[others], scale, head)
         logits[i] = classifier(features[i : i + 1])[0]
     return logits
+
+
+def _leave_one_out_cosines(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cosines `(n, n_way)` of each support image with the class means of all the others."""
+    units = F.normalize(features, dim=-1)
+    cosines = units @ unit_means(features, labels).T
+    # The others are added up, not subtracted from the sum: where they cancel out, a difference would be all rounding.
+    is_other = labels.unsqueeze(1) == labels
+    is_other.fill_diagonal_(False)
+    count = is_other.sum(dim=1, keepdim=True).to(features.dtype)
+    own_means = F.normalize((is_other.to(features.dtype) @ features) / count, dim=-1)
+    own_cosines = (units * own_means).sum(dim=1, keepdim=True)
+    return cosines.scatter(1, labels.unsqueeze(1), own_cosines).masked_fill(count == 0, float("nan"))

@@ -23,12 +23,12 @@ from ..data.episodes import episode_generator
 from ..data.tasks import TrainingTask, draw_group_shape, draw_task, load_domains, task_images
 from ..finetuning.collection import COLLECTION, describe_domain, describe_space, read_collection
 from ..finetuning.collection_card import collection_card
-from ..finetuning.shards import shard_columns, shard_path, shard_problem, totals, write_shard
+from ..finetuning.shards import DATA, shard_columns, shard_path, shard_problem, totals, write_shard
 from ..finetuning.teacher import Recording, Teacher, fine_tune_tasks
 from ..modeling.backbones import SplitBackbone, find_blocks
 from ..modeling.fingerprint import compute_fingerprint, fingerprints_match
 from ..modeling.hub import push_folder
-from ..modeling.model_card import write_card
+from ..modeling.model_card import CARD, write_card
 from ..modeling.parameter_space import ParameterSpace
 from ..modeling.saving import CheckpointError, write_json
 from .checkpoints import exclusive_run
@@ -320,7 +320,9 @@ class TrajectoryCollector:
             f"{done['query_accuracy']['end']} % at the end"
         )
         if self.config.push_to_hub is not None:
-            commit = push_folder(self.folder, self.config.push_to_hub, repo_type="dataset")
+            commit = push_folder(
+                self.folder, self.config.push_to_hub, CARD, COLLECTION, f"{DATA}/shard-*", repo_type="dataset"
+            )
             print(f"pushed to {commit.commit_url}")
 
 

@@ -4,6 +4,8 @@ import os
 
 from hf_hyperflow.demo.app import main
 
+# Spaces put a proxy before the page, which notes the addresses by which visitors are told apart.
+os.environ.setdefault("FORWARDED_ALLOW_IPS", "*")
 owner = os.environ["SPACE_AUTHOR_NAME"]  # set by Spaces
 main(
     adapter=f"{owner}/hyperflow-vit-s14-70",

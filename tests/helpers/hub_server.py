@@ -3,6 +3,7 @@
 Modelled on what the client calls and checks: repositories with commits, branches and tags, preupload, NDJSON commits,
 git LFS (basic and multipart), `resolve` with ETag and X-Repo-Commit, large files behind a redirect to another host,
 Range requests, tokens, and the status codes and X-Error-* headers of the Hub. `Hub.cut` breaks connections on demand.
+`Hub.altered` holds what arrives of small files in place of what the Hub announces.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Cut:
     after: int
     times: int
     stall: bool
+    drip: bool
     reached: threading.Event = field(default_factory=threading.Event)
     release: threading.Event = field(default_factory=threading.Event)
 
@@ -81,6 +83,7 @@ class Hub:
         self.seen: list[Seen] = []
         self.unknown: list[str] = []
         self.cuts: list[Cut] = []
+        self.altered: dict[str, bytes] = {}
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -95,9 +98,11 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def cut(self, method: str, part: str, *, after: int = 0, times: int = 1, stall: bool = False) -> Cut:
-        """Drop the connection, or with `stall` hold it without a word until `release` is set."""
-        self.cuts.append(Cut(method, part, after, times, stall))
+    def cut(
+        self, method: str, part: str, *, after: int = 0, times: int = 1, stall: bool = False, drip: bool = False
+    ) -> Cut:
+        """Drop the connection, or hold it until `release` is set: with `stall` in silence, with `drip` byte by byte."""
+        self.cuts.append(Cut(method, part, after, times, stall, drip))
         return self.cuts[-1]
 
     def requests(self, method: str, part: str) -> list[Seen]:
@@ -350,7 +355,8 @@ class Handler(BaseHTTPRequestHandler):
             # Another host name: the client must not send its token there.
             self._send(302, b"", headers | {"Location": f"http://localhost:{self.hub.port}/cdn/{file['lfs']}"})
         else:
-            self._send(200, file["data"], headers | {"ETag": f'"{self.hub.oid(file)}"', "Accept-Ranges": "bytes"})
+            data = self.hub.altered.get(path, file["data"])
+            self._send(200, data, headers | {"ETag": f'"{self.hub.oid(file)}"', "Accept-Ranges": "bytes"})
 
     def cdn(self, oid: str) -> None:
         data, asked = self.hub.lfs[oid], self.headers.get("Range")
@@ -378,6 +384,14 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_RDWR)
         raise ConnectionAbortedError
 
+    def _drip(self, data: bytes) -> None:
+        """Send a byte every tenth of a second: the client never waits long for the next one."""
+        self.fault.reached.set()
+        for i in range(len(data)):
+            if self.fault.release.wait(0.1):
+                return
+            self.wfile.write(data[i : i + 1])
+
     def _read_body(self) -> bytes:
         length = int(self.headers.get("Content-Length") or 0)
         if self.fault and self.command != "GET":
@@ -398,6 +412,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.fault:
             self.wfile.write(data[: self.fault.after])
+            if self.fault.drip:
+                self._drip(data[self.fault.after :])
             self._break(self.fault)
         self.wfile.write(data)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from hf_hyperflow import AdaptedTask, HyperFlowAdapter
+from hf_hyperflow.modeling import hub as hub_module
 from hf_hyperflow.modeling.peft_configs import bias_config
 from tests.helpers.hub_server import PART_SIZE, Cut, Hub
 
@@ -136,6 +138,7 @@ def saved(tmp_path_factory):
     config = Dinov2Config(hidden_size=32, num_attention_heads=2, num_hidden_layers=4, image_size=28, patch_size=14)
     backbone = Dinov2Model(config).eval()
     backbone.save_pretrained(folder / "backbone")
+    backbone = Dinov2Model.from_pretrained(folder / "backbone").eval()  # it is called by the path of its folder
     processor = BitImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     for name, width, depth in (("adapter", 32, 2), ("big", 256, 3)):
         adapter = HyperFlowAdapter.from_backbone(
@@ -243,18 +246,84 @@ def test_save_pretrained_pushes_when_asked(hub, alice, saved, tmp_path):
     code = f"a = HyperFlowAdapter.from_pretrained({str(saved / 'adapter')!r})\n"
     alice.do(code + f"a.save_pretrained({str(tmp_path / 'mine')!r}, push_to_hub=True, private=True)")
     assert hub.repos["alice/mine"].private
-    assert hub.files("alice/mine")["config.json"] == (tmp_path / "mine/config.json").read_bytes()
+    for name in ("model.safetensors", "adapter.py", "README.md", "preprocessor_config.json"):
+        assert hub.files("alice/mine")[name] == (tmp_path / "mine" / name).read_bytes()
 
 
-def test_push_folder_leaves_out_hidden_files(hub, alice, tmp_path):
-    for name in ("config.json", "parts/a.json", ".git/HEAD", ".env", "__pycache__/a.pyc"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("{}")
-    code = "from hf_hyperflow.modeling.hub import push_folder\n"
-    alice.do(code + f"push_folder({str(tmp_path)!r}, 'folder')")
-    assert set(hub.files("alice/folder")) == {".gitattributes", "config.json", "parts/a.json"}
-    message = alice.fails(code + f"push_folder({str(tmp_path / 'nothing')!r}, 'nothing')")
+PUSH_FOLDER = "from hf_hyperflow.modeling.hub import push_folder\n"
+
+
+def test_push_sends_what_was_saved_and_nothing_else(hub, alice, saved, tmp_path):
+    shutil.copytree(saved / "task", tmp_path / "task")
+    for name in ("notes.txt", "secret.py", "secret.json", "old.safetensors", ".env", ".git/HEAD", "results/a.json"):
+        (tmp_path / "task" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "task" / name).write_text("{}")
+    (tmp_path / "id_rsa").write_text("secret")
+    (tmp_path / "task/link.json").symlink_to(tmp_path / "id_rsa")
+    alice.do(PUSH_FOLDER + f"push_folder({str(tmp_path / 'task')!r}, 'allowed')")
+    own = {path.name for path in (saved / "task").iterdir()}
+    assert set(hub.files("alice/allowed")) == own | {".gitattributes"}
+    code = {path.name for path in Path(hub_module.__file__).parent.glob("*.py")} - {"__init__.py"}
+    alice.do(PUSH_FOLDER + f"push_folder({str(saved / 'big')!r}, 'whole')")
+    assert set(hub.files("alice/whole")) - {".gitattributes"} == {path.name for path in (saved / "big").iterdir()}
+    assert code <= set(hub.files("alice/whole"))
+    message = alice.fails(PUSH_FOLDER + f"push_folder({str(tmp_path / 'nothing')!r}, 'nothing')")
     assert f"no folder {tmp_path / 'nothing'}" in message
+    message = alice.fails(PUSH_FOLDER + f"push_folder({str(tmp_path)!r}, 'nothing')")
+    assert f"{tmp_path} holds nothing to push" in message
+    assert "alice/nothing" not in hub.repos
+
+
+@pytest.mark.parametrize("name", ["README.md", "adapter_config.json", "prototypes.safetensors"])
+def test_push_follows_no_links(hub, alice, saved, tmp_path, name):
+    shutil.copytree(saved / "task", tmp_path / "task")
+    (tmp_path / "task" / name).rename(tmp_path / "elsewhere")
+    (tmp_path / "task" / name).symlink_to(tmp_path / "elsewhere")
+    message = alice.fails(PUSH_FOLDER + f"push_folder({str(tmp_path / 'task')!r}, 'linked')")
+    assert f"{tmp_path / 'task' / name} is a link, which is not followed" in message
+    assert "alice/linked" not in hub.repos
+
+
+def test_push_of_other_files(hub, alice, saved, tmp_path):
+    """What a collection of trajectories consists of; its folder may not be a link either."""
+    for name in ("collection.json", "data/shard-0.parquet", "data/notes.txt", "other/shard-0.parquet", "data/.env"):
+        (tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "all" / name).write_text("{}")
+    code = PUSH_FOLDER + "push_folder({!r}, 'shards', 'collection.json', 'data/shard-*', repo_type='dataset')"
+    alice.do(code.format(str(tmp_path / "all")))
+    assert set(hub.files("alice/shards")) == {".gitattributes", "collection.json", "data/shard-0.parquet"}
+    (tmp_path / "all/data").rename(tmp_path / "data")
+    (tmp_path / "all/data").symlink_to(tmp_path / "data")
+    assert f"{tmp_path / 'all/data'} is a link" in alice.fails(code.format(str(tmp_path / "all")))
+
+
+def test_push_carries_no_path_of_this_machine(hub, alice, guest, saved):
+    """The backbone came from a folder: its path is in no file, and the digests are those of what was sent."""
+    alice.do(push(saved / "big", "alice/anonymous"))
+    alice.do(PUSH_FOLDER + f"push_folder({str(saved / 'task')!r}, 'alice/anonymous-task')")
+    assert str(saved).encode() in (saved / "task/adapter_config.json").read_bytes()
+    assert str(saved).encode() in (saved / "big/config.json").read_bytes()
+    for repo in ("alice/anonymous", "alice/anonymous-task", "alice/task", "alice/big"):
+        for name, content in hub.files(repo).items():
+            assert str(saved).encode() not in content, (repo, name)
+    config = json.loads(hub.files("alice/anonymous-task")["adapter_config.json"])
+    assert config == json.loads((saved / "task/adapter_config.json").read_text()) | {"base_model_name_or_path": ""}
+    assert json.loads(hub.files("alice/anonymous")["config.json"])["backbone"]["name_or_path"] == ""
+    for repo, checksums in (("alice/anonymous-task", "checksums.json"), ("alice/anonymous", "model_checksums.json")):
+        files = hub.files(repo)
+        for name, noted in json.loads(files.get(checksums, b"{}")).items():
+            assert noted == hashlib.sha256(files[name]).hexdigest(), name
+    assert "name it yourself" in hub.files("alice/anonymous-task")["README.md"].decode()
+    assert guest.do(load("alice/anonymous")) == digest(saved / "big")
+    assert guest.do("result = scores('alice/anonymous-task')") == guest.do("result = scores('alice/task')")
+
+
+def test_push_keeps_the_name_of_a_backbone_on_the_hub(hub, alice, saved, tmp_path):
+    shutil.copytree(saved / "task", tmp_path / "task")
+    config = json.loads((saved / "task/adapter_config.json").read_text()) | {"base_model_name_or_path": "me/vit"}
+    (tmp_path / "task/adapter_config.json").write_text(json.dumps(config))
+    alice.do(PUSH_FOLDER + f"push_folder({str(tmp_path / 'task')!r}, 'alice/named')")
+    assert hub.files("alice/named")["adapter_config.json"] == (tmp_path / "task/adapter_config.json").read_bytes()
 
 
 def test_pushing_the_same_again_sends_and_commits_nothing(hub, alice, saved):
@@ -472,6 +541,75 @@ def test_damage_on_the_way_is_noticed(hub, alice, guest, saved):
     message = guest.fails(load("alice/damaged"))
     assert "damaged or incomplete" in message
     assert "model.safetensors" in message
+
+
+def test_json_that_was_changed_on_the_way_is_noticed(hub, alice, guest, saved, tmp_path):
+    """Although it is as long as what the Hub announced, and is JSON. What the cache then holds can be replaced."""
+    alice.do(push(saved / "adapter", "alice/changed"))
+    alice.do(PUSH_FOLDER + f"push_folder({str(saved / 'task')!r}, 'alice/changed-task')")
+    for repo, name, loading in (
+        ("alice/changed", "config.json", "HyperFlowAdapter.from_pretrained"),
+        ("alice/changed", "preprocessor_config.json", "HyperFlowAdapter.from_pretrained"),
+        ("alice/changed-task", "adapter_config.json", "scores"),
+        ("alice/changed-task", "checksums.json", "scores"),
+    ):
+        sent = hub.files(repo)[name]
+        hub.altered[name] = sent.replace(b"2", b"3")
+        assert hub.altered[name] != sent
+        cache = str(tmp_path / name)
+        for _ in range(2):  # from the Hub, and then from the cache
+            message = guest.fails(f"{loading}({repo!r}, cache_dir={cache!r})")
+            assert f"{name} of {repo} is damaged" in message
+            assert "force_download=True" in message
+        del hub.altered[name]
+        guest.fails(f"{loading}({repo!r}, cache_dir={cache!r})")
+        guest.do(f"{loading}({repo!r}, cache_dir={cache!r}, force_download=True)")
+        guest.do(f"{loading}({repo!r}, cache_dir={cache!r})")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_damaged_file_of_the_cache_is_named_with_the_cure(hub, alice, guest, saved, tmp_path, name):
+    alice.do(push(saved / "adapter", "alice/worn"))
+    guest.do(load_anew("alice/worn", tmp_path))
+    [blob] = [path.resolve() for path in tmp_path.glob(f"**/snapshots/*/{name}")]
+    content = bytearray(blob.read_bytes())
+    content[-3] ^= 1
+    blob.write_bytes(content)
+    message = guest.fails(load_anew("alice/worn", tmp_path))
+    assert f"{name} of alice/worn is damaged" in message
+    assert "force_download=True" in message
+    assert str(blob) in message
+    guest.do(load_anew("alice/worn", tmp_path, force_download=True))
+    assert guest.do(load_anew("alice/worn", tmp_path)) == digest(saved / "adapter")
+
+
+# A server that never ends
+
+HURRY = "import time, hf_hyperflow.modeling.hub as hub; hub.DEADLINE = 2; start = time.monotonic()\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["stall", "drip"])
+def test_a_server_that_stalls_does_not_hang_for_ever(hub, alice, prelude, tmp_path, how):
+    """Neither the client, at whatever it asks for, nor at the end the process, whose other threads still wait."""
+    user = User(hub, tmp_path, HURRY + prelude)
+    cuts = []
+    try:
+        user.do("result = None")
+        parts = ["/api/models/alice/big/revision/", "/api/models/alice/big/tree/", "config.json", "/cdn/"]
+        for number, part in enumerate(parts):
+            cuts.append(hub.cut("GET", part, times=1000, after=1, **{how: True}))
+            message = user.fails("start = time.monotonic()\n" + load_anew("alice/big", tmp_path / str(number)))
+            assert "cannot load alice/big" in message
+            assert "it took longer than 2 s" in message
+            assert user.do("result = time.monotonic() - start") < 8
+            cuts[-1].times = 0
+        user.process.stdin.close()
+        user.process.wait(30)
+    finally:
+        user.close()
+        for cut in cuts:
+            cut.release.set()
 
 
 # Offline
