@@ -24,8 +24,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import filter_repo_objects
 
+from .checksums import CHECKSUMS, MODEL_CHECKSUMS, sha256
 from .model_card import CARD, is_generated, is_hub_id
-from .saving import CheckpointError, sha256
+from .saving import CheckpointError
 from .tokens import hide_tokens
 from .version import __version__
 
@@ -35,7 +36,7 @@ T = TypeVar("T")
 DEADLINE = 600.0
 
 #: Lists of the SHA-256 of other files, by their names.
-CHECKSUM_LISTS = ("checksums.json", "model_checksums.json")
+CHECKSUM_LISTS = (CHECKSUMS, MODEL_CHECKSUMS)
 
 #: Configs, in which libraries note the folder that a model was loaded from.
 CONFIGS = ("config.json", "adapter_config.json")
