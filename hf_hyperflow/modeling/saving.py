@@ -19,6 +19,7 @@ import shutil
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -32,6 +33,9 @@ from .file_locks import LockTimeoutError, try_lock, wait_for_lock
 DRAFT = ".hyperflow-draft"
 
 _NEW, _COMMITTED = "new", "committed"
+
+#: In a draft: a file that says that its writer waits for readers.
+_WAITING = "waiting"
 
 #: In a new version: a folder of empty files, named after what is to be removed of the version before.
 _REMOVED = ".removed"
@@ -191,13 +195,16 @@ def _commit(folder: Path) -> None:
 @contextmanager
 def _no_reader(folder: Path) -> Iterator[None]:
     """Within, nobody reads a folder in `reading`, and nobody else moves files into it."""
-    lock = None
+    waiting = folder / DRAFT / _WAITING
+    waiting.touch()
     try:
         lock = wait_for_lock(folder, seconds=READER_PATIENCE)
     except LockTimeoutError:
         raise CheckpointError(
             f"cannot write to {folder}: others have been reading it for {READER_PATIENCE:.0f} s. Try again later."
         ) from None
+    finally:
+        waiting.unlink(missing_ok=True)
     try:
         yield
     finally:
@@ -237,6 +244,7 @@ def _finish_or_clear(folder: Path) -> None:
             _roll_forward(folder)
     if _is_real_folder(draft_of(folder)):
         shutil.rmtree(draft_of(folder))
+    (folder / DRAFT / _WAITING).unlink(missing_ok=True)
 
 
 def _remove_draft(folder: Path) -> None:
@@ -281,6 +289,7 @@ def reading(folder: str | os.PathLike) -> Iterator[Path]:
         yield folder
         return
     recover(folder)
+    _let_writer_pass(folder)
     try:
         lock = wait_for_lock(folder, is_shared=True, seconds=READER_PATIENCE)
     except PermissionError:  # a folder that may be searched but not listed cannot be locked
@@ -293,6 +302,16 @@ def reading(folder: str | os.PathLike) -> Iterator[Path]:
             yield whole
     finally:
         os.close(lock)
+
+
+def _let_writer_pass(folder: Path) -> None:
+    """Wait while a writer waits for readers, or many readers together would never let it in.
+
+    Not for long: it may have been killed, in a folder that cannot be cleared here.
+    """
+    deadline = time.monotonic() + 1
+    while (folder / DRAFT / _WAITING).exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 @contextmanager

@@ -189,13 +189,13 @@ def see_number(folder: Path) -> int:
 
 
 @pytest.fixture
-def version_0(adapter, tmp_path) -> Path:
+def version_0(adapter, quick_path) -> Path:
     adapter.processor = tiny_processor()
     adapter.processor.size["shortest_edge"] = 0
     adapter.training_record = training_record() | {"number": 0}
     torch.nn.init.constant_(adapter.logit_scale, 0)
-    adapter.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
+    adapter.save_pretrained(quick_path / "adapter")
+    return quick_path / "adapter"
 
 
 def test_a_reader_beside_150_saves(version_0):
@@ -304,7 +304,8 @@ def test_benchmarks_killed_at_random_moments(tmp_path, tmp_path_factory):
 
     def start(output: Path, fault: Any) -> Finished:
         with_known_costs(output)
-        action = partial(runner.run, benchmarks.arguments(ground, output))
+        few = {"n_shot": [1], "n_episodes": 3, "flow_episodes": 0}
+        action = partial(runner.run, benchmarks.arguments(ground, output, **few))
         return run_in_child(action, fault=fault, log=tmp_path / "log")
 
     assert start(tmp_path / "whole", None).exitcode == 0
