@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
+
+from hf_hyperflow.modeling.checksums import MODEL_CHECKSUMS
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
@@ -49,3 +52,12 @@ def cut_ends(content: bytes, n: int, *, seed: int = 0) -> Iterator[bytes]:
 def header_length(content: bytes) -> int:
     """How many bytes of a safetensors file stand before its tensors."""
     return 8 + int.from_bytes(content[:8], "little")
+
+
+def forget_digests(folder: Path) -> None:
+    """Remove the digests of a saved adapter, so that what is changed then is found by other checks, or not at all."""
+    (folder / MODEL_CHECKSUMS).unlink()
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["weights_sha256"]
+    path.write_text(json.dumps(config))

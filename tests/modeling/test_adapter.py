@@ -30,7 +30,7 @@ from hf_hyperflow.modeling.prototypes import PrototypeClassifier, unit_means
 from hf_hyperflow.modeling.solvers import ADAPTIVE, TABLEAUX
 from hf_hyperflow.modeling.stopping import StoppingPoint
 from hf_hyperflow.modeling.support import read_support
-from tests.helpers.files import flip_bit, read_folder
+from tests.helpers.files import flip_bit, forget_digests, read_folder
 from tests.helpers.tiny import (
     SIZE,
     Snapshot,
@@ -499,6 +499,7 @@ def test_save_and_load(backbone, support, pixels, tmp_path, make):
     assert {p.name for p in (tmp_path / "adapter").iterdir() if p.suffix != ".py"} == {
         "config.json",
         "model.safetensors",
+        "model_checksums.json",
         "preprocessor_config.json",
         "README.md",
     }
@@ -595,15 +596,9 @@ def test_truncated_weights(saved, keep, noted):
     whole = path.read_bytes()
     path.write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole))])
     if not noted:
-        forget_digest(saved)
+        forget_digests(saved)
     with pytest.raises(CheckpointError, match=rf"{path} is damaged"):
         HyperFlowAdapter.from_pretrained(saved)
-
-
-def forget_digest(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    del config["weights_sha256"]
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_a_flipped_bit(saved):
@@ -627,7 +622,7 @@ def test_weights_that_do_not_fit_the_config(saved, change):
     else:
         state["drift.position"] = torch.zeros(2, 2)
     save_file(state, path, {"format": "pt"})
-    forget_digest(saved)
+    forget_digests(saved)
     name = "extra" if change == "unknown" else r"drift\.position"
     with pytest.raises(CheckpointError, match=rf"{path} .*{name}"):
         HyperFlowAdapter.from_pretrained(saved)
@@ -639,6 +634,7 @@ def test_weights_that_do_not_fit_the_config(saved, change):
     ids=["empty", "cut", "list", "null", "number", "string", "nothing in it", "bare", "binary"],
 )
 def test_a_broken_config(saved, text):
+    forget_digests(saved)
     path = saved / "config.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(CheckpointError, match=rf"{saved}"):
@@ -675,6 +671,7 @@ def test_a_broken_config(saved, text):
     ],
 )
 def test_a_config_with_wrong_values(saved, key, value):
+    forget_digests(saved)
     config = json.loads((saved / "config.json").read_text())
     config[key] = value
     (saved / "config.json").write_text(json.dumps(config))
@@ -683,6 +680,7 @@ def test_a_config_with_wrong_values(saved, key, value):
 
 
 def test_a_broken_preprocessor_config(saved):
+    forget_digests(saved)
     (saved / "preprocessor_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=rf"{saved}.*preprocessor_config\.json"):
         HyperFlowAdapter.from_pretrained(saved)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from hf_hyperflow import AdaptedTask, HyperFlowAdapter, HyperFlowConfig
-from hf_hyperflow.modeling.checksums import sha256
+from hf_hyperflow.modeling.checksums import MODEL_CHECKSUMS, sha256
 from tests.helpers.tiny import same_bits, tiny_adapter
 
 RELEASED = Path(__file__).resolve().parents[2] / "model_cards" / "hyperflow-vit-s14-70"
@@ -31,6 +31,7 @@ def name_as_in_version_0_1(folder: Path) -> None:
     config["middle"] = config.pop("intermediate_weight")
     config["weights_sha256"] = sha256(path)
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / MODEL_CHECKSUMS).unlink()
 
 
 def assert_same_state(a: HyperFlowAdapter, b: HyperFlowAdapter) -> None:

@@ -212,6 +212,7 @@ def test_adapter_goes_to_the_hub_and_back_bit_for_bit(hub, alice, guest, saved):
         "README.md",
         "config.json",
         "model.safetensors",
+        "model_checksums.json",
         "preprocessor_config.json",
     }
     assert json.loads(files["config.json"])["weights_sha256"] == hashlib.sha256(files["model.safetensors"]).hexdigest()

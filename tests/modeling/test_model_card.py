@@ -16,6 +16,7 @@ from hf_hyperflow.modeling.model_card import MARK, describe_feature, is_generate
 from hf_hyperflow.modeling.peft_configs import bias_config
 from hf_hyperflow.modeling.saving import CheckpointError
 from hf_hyperflow.modeling.training_section import write_training_section
+from tests.helpers.files import forget_digests
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,7 @@ def test_card_of_a_trained_adapter_tells_data_validation_settings_and_cost(adapt
 def test_damaged_training_record_is_named(adapter, tmp_path):
     adapter.training_record = training_record()
     adapter.save_pretrained(tmp_path)
+    forget_digests(tmp_path)
     (tmp_path / "training.json").write_text('{"arguments"')
     with pytest.raises(CheckpointError, match=r"training\.json is damaged"):
         HyperFlowAdapter.from_pretrained(tmp_path)

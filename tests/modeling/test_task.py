@@ -545,6 +545,9 @@ def test_missing_files(backbone, saved, task, name):
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}"])
 def test_broken_json(backbone, saved, task, name, text):
     task.reset()
+    digests = json.loads((saved / "checksums.json").read_text())
+    weights = {key: digest for key, digest in digests.items() if key.endswith(".safetensors")}
+    (saved / "checksums.json").write_text(json.dumps(weights))  # as in version 0.1, so that the file itself is read
     before = Snapshot(backbone)
     (saved / name).write_text(text)
     with pytest.raises(CheckpointError, match=f"{saved}"):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from hf_hyperflow import AdaptedTask, CheckpointError, HyperFlowAdapter
-from tests.helpers.files import cut_ends, flipped_bits, header_length
+from tests.helpers.files import cut_ends, flipped_bits, forget_digests, header_length
 from tests.helpers.tiny import Snapshot
 
 pytestmark = pytest.mark.slow
@@ -26,12 +25,6 @@ def saved_task(adapter, backbone, support, tmp_path) -> Path:
     task.save_pretrained(tmp_path / "task")
     task.reset()
     return tmp_path / "task"
-
-
-def forget_digest(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    del config["weights_sha256"]
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_weights_of_an_adapter(saved_adapter):
@@ -56,7 +49,7 @@ def test_weights_of_an_adapter_without_a_digest(saved_adapter):
 
     A flip in a shape may also go unnoticed; a cut never does.
     """
-    forget_digest(saved_adapter)
+    forget_digests(saved_adapter)
     path = saved_adapter / "model.safetensors"
     whole = path.read_bytes()
     n_noticed = 0
@@ -75,7 +68,8 @@ def test_weights_of_an_adapter_without_a_digest(saved_adapter):
 
 
 def test_config_of_an_adapter(saved_adapter):
-    """What still is a sound config loads. Everything else is a `CheckpointError`."""
+    """Without digests, what still is a sound config loads. Everything else is a `CheckpointError`."""
+    forget_digests(saved_adapter)
     path = saved_adapter / "config.json"
     n_errors = 0
     for content in flipped_bits(path.read_bytes(), 80):
