@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..modeling.images import decode
+from ..modeling.images import decode, process_images
 from ..modeling.support import find_columns
 
-#: How many images are decoded at full size before they are resized.
-_IMAGES_AT_ONCE = 512
+#: How many rows are read at a time.
+_ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -140,16 +141,16 @@ def _decode_rows(
     # Undecoded, so that an image that cannot be read is met here, where its row is known.
     dataset = dataset.cast_column(image_column, Image(decode=False))
     chunks = []
-    for chunk in rows.split(_IMAGES_AT_ONCE):
+    for chunk in rows.split(_ROWS_AT_ONCE):
         records = dataset.select(chunk.tolist())[image_column]
-        pictures = [decode(record, f"row {row} of {name}") for row, record in zip(chunk.tolist(), records, strict=True)]
+        pictures = (decode(record, f"row {row} of {name}") for row, record in zip(chunk.tolist(), records, strict=True))
         chunks.append(resize_images(pictures, processor))
     return torch.cat(chunks)
 
 
-def resize_images(pictures: list[PIL.Image.Image], processor: BaseImageProcessor) -> torch.Tensor:
+def resize_images(pictures: Iterable[PIL.Image.Image], processor: BaseImageProcessor) -> torch.Tensor:
     """RGB images as `(n, 3, height, width)` uint8, resized and cropped as `processor` does."""
-    return processor(pictures, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"].byte()
+    return process_images(pictures, processor, do_rescale=False, do_normalize=False).byte()
 
 
 def normalise(images: torch.Tensor, processor: BaseImageProcessor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,9 @@ from .checksums import MODEL_CHECKSUMS, sha256, write_checksums
 from .configuration import HyperFlowConfig
 from .drift import DriftNetwork
 from .fingerprint import compute_fingerprint, fingerprints_match
+from .finite import NotFiniteError, find_bad_image, find_bad_row, require_finite_weights
 from .hub import push_folder
-from .images import PROCESSOR, load_processor
+from .images import PROCESSOR, ImageError, load_processor
 from .injection import Injection, unload
 from .lda import RegularisedLDA
 from .locks import get_lock
@@ -200,7 +201,8 @@ class HyperFlowAdapter(PreTrainedModel):
         Raises:
             SupportSetError, ImageError: see `read_support`.
             IncompatibleBackboneError: the backbone is not of the adapter's kind. It is left as it was.
-            ValueError: the solver is not known, or `n_steps` is below 1.
+            NotFiniteError: the backbone or the adapter has NaN or infinite weights, or the flow diverges.
+            ValueError: the solver is not known, or `n_steps` is not an integer of at least 1.
         """
         split = self.split(backbone)
         images = self._read(support, backbone, skip_bad)
@@ -208,6 +210,8 @@ class HyperFlowAdapter(PreTrainedModel):
             tokens, hidden = self.encode(split, images.pixel_values, images.labels)
             trajectory = self.flow(tokens, n_steps=n_steps, solver=solver)
             thetas = [self.theta(z[0], injection.start) for z in trajectory.states]
+            if not torch.stack(thetas).isfinite().all():
+                self._raise_not_finite(split, images)
             stopping_point = StoppingPoint(trajectory.times[-1])
             if early_stopping:
                 hidden = hidden or split.forward_prefix(images.pixel_values)
@@ -220,9 +224,9 @@ class HyperFlowAdapter(PreTrainedModel):
             space=self.space,
             theta=thetas[trajectory.times.index(stopping_point.time)],
             class_names=images.class_names,
-            scale=self.logit_scale.exp().item(),
+            scale=self._get_scale(),
             processor=self.processor,
-            support=SupportImages(hidden or images.pixel_values, images.labels, self.head),
+            support=SupportImages(hidden or images.pixel_values, images.labels, self.head, images.names),
             nfe=trajectory.nfe,
             stopping_point=stopping_point,
         )
@@ -242,15 +246,49 @@ class HyperFlowAdapter(PreTrainedModel):
             space=self.space,
             theta=theta,
             class_names=images.class_names,
-            scale=self.logit_scale.exp().item(),
+            scale=self._get_scale(),
             processor=self.processor,
-            support=SupportImages(images.pixel_values, images.labels, unit_means),
+            support=SupportImages(images.pixel_values, images.labels, unit_means, images.names),
         )
 
     def _read(self, support: Any, backbone: nn.Module, skip_bad: bool) -> SupportSet:
         """Read a support set, on the backbone's device and in its precision."""
         parameter = next(backbone.parameters())
-        return read_support(support, self.processor, skip_bad=skip_bad).to(parameter.device, parameter.dtype)
+        images = read_support(support, self.processor, skip_bad=skip_bad)
+        if images.skipped and images is not support:
+            warnings.warn(
+                f"{len(images.skipped)} files of the support set were left out: {' '.join(images.skipped)}",
+                stacklevel=4,  # whoever called `adapt`: a frame of torch and ours lie between
+            )
+        return images.to(parameter.device, parameter.dtype)
+
+    def _get_scale(self) -> float:
+        """The scale of the logits."""
+        scale = self.logit_scale.exp().item()
+        if not math.isfinite(scale):
+            raise NotFiniteError(
+                f"logit_scale of the adapter is {self.logit_scale.item()}: its exponential is {scale}."
+            )
+        return scale
+
+    def _raise_not_finite(self, split: SplitBackbone, images: SupportSet) -> NoReturn:
+        """Say why the generated weights are not finite: an image, the backbone's weights or the adapter's, or the flow.
+
+        The backbone carries the adapter, and it is in evaluation mode.
+        """
+        bad = find_bad_image(images.pixel_values)  # again, in the backbone's precision
+        if bad is None:
+            require_finite_weights(split.backbone, f"this {type(split.backbone).__name__}")
+            require_finite_weights(self, "the adapter")
+            features, _ = self.encode_images(split, images.pixel_values)
+            bad = find_bad_row(features.float())
+        if bad is not None:
+            name = images.names[bad] if images.names else f"image {bad}"
+            raise ImageError(
+                f"{name} has or makes values that are NaN, infinite or too large for {images.pixel_values.dtype}. "
+                "Replace it, or check the mean and standard deviation of the image processor."
+            )
+        raise NotFiniteError("the flow leaves the range of finite numbers: use more steps or another solver.")
 
     def split(self, backbone: PreTrainedModel) -> SplitBackbone:
         """The backbone in two halves: the frozen first blocks and the adapted last ones.

@@ -158,7 +158,7 @@ def _require_limits(image: ImageFile, content: bytes, name: str) -> None:
         limit = MAX_PIXELS_IN_PYTHON
     require_size(*image.size, name, limit)
     if isinstance(image, TiffImageFile) and _TILE_WIDTH in image.tag_v2:
-        require_size(image.tag_v2[_TILE_WIDTH], image.tag_v2.get(_TILE_LENGTH, 1), f"a tile of {name}")
+        require_size(image.tag_v2[_TILE_WIDTH], image.tag_v2.get(_TILE_LENGTH, 1), f"{name}: a tile")
     if image.format in ("JPEG", "MPO"):
         n_scans = content.count(b"\xff\xda")
         if n_scans * image.width * image.height > MAX_SCANS * MAX_PIXELS:

@@ -19,7 +19,7 @@ from .saving import CheckpointError
 #: File name of a saved image processor.
 PROCESSOR = "preprocessor_config.json"
 
-#: File name endings that count as images when a folder is read.
+#: Files with these endings are images when a folder is read; of others the content decides.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -85,6 +85,17 @@ def decode(image: Any, name: str) -> PIL.Image.Image:
     except Exception as error:  # the readers of damaged files raise whatever they stumble over
         raise ImageError(f"{name} cannot be read as an image ({error}). Replace or remove it.") from error
     raise ImageError(f"{name} is a {type(image).__name__}, not an image: give a path, bytes, a PIL image or an array.")
+
+
+def why_no_image(path: Path) -> str | None:
+    """None if `decode` would read a file, as its header says; else a sentence that names the file and says why not."""
+    try:
+        with open_image(read_file(path, str(path)), str(path)):
+            return None
+    except ImageError as error:
+        return str(error)
+    except Exception as error:  # whatever the readers of headers stumble over
+        return f"{path} cannot be read as an image ({error})."
 
 
 def _read_picture(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
@@ -196,7 +207,7 @@ def process_images(pictures: Iterable[PIL.Image.Image], processor: BaseImageProc
     The images are processed as they come, so that no more than a few of full size are in memory at a time.
 
     Args:
-        pictures: at least one image.
+        pictures: the images. Without any, the result is `(0, 3, 0, 0)`.
         processor: the backbone's image processor.
         options: further arguments of the processor.
     """
@@ -211,4 +222,6 @@ def process_images(pictures: Iterable[PIL.Image.Image], processor: BaseImageProc
             waiting, n_pixels = [], 0
     if waiting:
         chunks.append(processor(waiting, return_tensors="pt", **options)["pixel_values"])
+    if not chunks:
+        return torch.empty(0, 3, 0, 0)
     return torch.cat(chunks)

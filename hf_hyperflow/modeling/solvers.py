@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -56,9 +57,11 @@ def integrate(
         method: one of `TABLEAUX` or, with torchdiffeq installed, of `ADAPTIVE`.
 
     Raises:
-        ValueError: the method is not known, or `n_steps` is below 1.
+        ValueError: the method is not known, or `n_steps` is not an integer of at least 1.
         ImportError: an adaptive method without torchdiffeq.
     """
+    if not isinstance(n_steps, Integral):
+        raise ValueError(f"n_steps must be an integer, not {n_steps!r}.")
     if n_steps < 1:
         raise ValueError(f"n_steps must be at least 1, not {n_steps}.")
     times = [end_time * i / n_steps for i in range(n_steps + 1)]

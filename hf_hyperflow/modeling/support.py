@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import PIL.Image
 import torch
 from datasets import ClassLabel, Dataset, Image
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .images import IMAGE_SUFFIXES, ImageError, decode
+from .finite import MAX_PIXEL_VALUE, find_bad_image
+from .images import IMAGE_SUFFIXES, ImageError, decode, process_images, why_no_image
 
 
 class SupportSetError(ValueError):
@@ -27,13 +29,15 @@ class SupportSet:
         pixel_values: `(n, 3, height, width)` float32.
         labels: `(n,)` int64 in 0..n_way-1. Every class has an image.
         class_names: one name per class.
-        skipped: why images were left out, one line per image that could not be read.
+        skipped: what was left out and why, one line per file or image that was not read.
+        names: what errors call the images; empty for tensors, whose images are numbered.
     """
 
     pixel_values: torch.Tensor
     labels: torch.Tensor
     class_names: list[str]
     skipped: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
     @property
     def n_way(self) -> int:
@@ -58,15 +62,16 @@ def read_support(support: Any, processor: BaseImageProcessor | None, *, skip_bad
 
     Args:
         support: a `datasets.Dataset` with an image and a label column; a mapping of class name to a list of images
-            (paths, bytes, PIL images, arrays); a folder with one folder of images per class; a `SupportSet`; or a
-            tuple `(pixel_values, labels)` of tensors `(n, 3, height, width)` and `(n,)`, used as they are.
+            (paths, bytes, PIL images, arrays); a folder with one folder of images per class, see `image_folder`; a
+            `SupportSet`; or a tuple `(pixel_values, labels)` of tensors `(n, 3, height, width)` and `(n,)`, used as
+            they are.
         processor: the backbone's image processor. Tensors need none.
         skip_bad: leave out images that cannot be read instead of raising an error.
 
     Raises:
         SupportSetError: there are no images, an empty class, fewer than two classes, labels that are negative, out of
-            range, not integers or of another number than the images, or tensors of a wrong shape or with NaN or
-            infinity.
+            range, not integers or of another number than the images, or tensors of a wrong shape or with NaN, infinity
+            or values beyond a million.
         ImageError: an image cannot be read (`skip_bad=False`).
         FileNotFoundError: the folder is not there.
     """
@@ -74,12 +79,15 @@ def read_support(support: Any, processor: BaseImageProcessor | None, *, skip_bad
         return support
     if isinstance(support, tuple) and len(support) == 2 and isinstance(support[0], torch.Tensor):
         return _read_tensors(*support)
+    left_out: list[str] = []
     if isinstance(support, Dataset):
         examples, class_names = _list_dataset(support)
     elif isinstance(support, Mapping):
         examples, class_names = _list_mapping(support)
     elif isinstance(support, str | os.PathLike):
-        examples, class_names = _list_mapping(image_folder(support))
+        found = image_folder(support)
+        examples, class_names = _list_mapping(found.classes)
+        left_out += found.skipped
     else:
         raise SupportSetError(
             f"a {type(support).__name__} is not a support set: give a datasets.Dataset, a dict of class name to "
@@ -87,22 +95,50 @@ def read_support(support: Any, processor: BaseImageProcessor | None, *, skip_bad
         )
     if processor is None:
         raise SupportSetError("images need an image processor: pass processor=, or give tensors of pixel values.")
-    images, labels, skipped = [], [], []
+    _require_images([example.label for example in examples], class_names, left_out)
+    decoded: list[_LabelledImage] = []
+    pixel_values = process_images(_decode_examples(examples, skip_bad, decoded, left_out), processor)
+    labels = [example.label for example in decoded]
+    _require_images(labels, class_names, left_out)
+    names = tuple(example.name for example in decoded)
+    return SupportSet(pixel_values, torch.tensor(labels), class_names, tuple(left_out), names)
+
+
+def _decode_examples(
+    examples: list[_LabelledImage], skip_bad: bool, decoded: list[_LabelledImage], left_out: list[str]
+) -> Iterator[PIL.Image.Image]:
+    """Yield images as RGB, noting in `decoded` which could be read and in `left_out` why others could not."""
     for example in examples:
         try:
-            images.append(decode(example.image, example.name))
-            labels.append(example.label)
+            picture = decode(example.image, example.name)
         except ImageError as error:
             if not skip_bad:
                 raise
-            skipped.append(str(error))
-    _require_images(labels, class_names)
-    pixel_values = processor(images, return_tensors="pt")["pixel_values"]
-    return SupportSet(pixel_values, torch.tensor(labels), class_names, tuple(skipped))
+            left_out.append(str(error))
+            continue
+        decoded.append(example)
+        yield picture
 
 
-def image_folder(folder: str | os.PathLike) -> dict[str, list[Path]]:
-    """The image files of each class folder of `folder`, sorted. Hidden files and other kinds of files are passed over.
+@dataclass(frozen=True)
+class ImageFolder:
+    """The files of a folder with one folder of images per class.
+
+    Attributes:
+        classes: the image files of each class, sorted.
+        skipped: what is not read and why, one line per file.
+    """
+
+    classes: dict[str, list[Path]]
+    skipped: list[str]
+
+
+def image_folder(folder: str | os.PathLike) -> ImageFolder:
+    """List the image files of each class folder of `folder`.
+
+    A file is an image if its name ends like one (`IMAGE_SUFFIXES`) or if its content begins like one. All other files
+    are named in `skipped`. Hidden files and those that file managers leave behind (Thumbs.db, desktop.ini) are passed
+    over.
 
     Raises:
         FileNotFoundError: the folder is not there.
@@ -111,20 +147,43 @@ def image_folder(folder: str | os.PathLike) -> dict[str, list[Path]]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder. Give a folder with one folder of images per class.")
-    classes = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
-            classes[path.name] = _list_images(path)
+    classes: dict[str, list[Path]] = {}
+    skipped: list[str] = []
+    for path in _list_visible(folder):
+        if path.is_dir():
+            classes[path.name] = _list_images(path, skipped)
+        else:
+            skipped.append(f"{path} is in no folder of a class.")
     if not classes:
         raise SupportSetError(f"{folder} has no folders in it: put the images of each class in a folder of its name.")
-    return classes
+    return ImageFolder(classes, skipped)
 
 
-def _list_images(folder: Path) -> list[Path]:
+#: Files that file managers leave behind.
+_LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
+
+
+def _list_visible(folder: Path) -> list[Path]:
+    """What is in a folder, sorted, without hidden files and litter."""
     paths = []
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+        if not path.name.startswith(".") and path.name.lower() not in _LITTER:
             paths.append(path)
+    return paths
+
+
+def _list_images(folder: Path, skipped: list[str]) -> list[Path]:
+    """The images in a folder. Why other files are none is appended to `skipped`."""
+    paths = []
+    for path in _list_visible(folder):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            paths.append(path)
+            continue
+        reason = why_no_image(path)
+        if reason is None:
+            paths.append(path)
+        else:
+            skipped.append(reason)
     return paths
 
 
@@ -217,25 +276,34 @@ def _read_tensors(pixel_values: torch.Tensor, labels: Any) -> SupportSet:
             f"labels are {labels.dtype} of shape {tuple(labels.shape)}: "
             f"give {len(pixel_values)} integers, one per image."
         )
-    is_finite = torch.isfinite(pixel_values).flatten(1).all(dim=1)
-    if not is_finite.all():
-        raise SupportSetError(f"image {int((~is_finite).nonzero()[0])} has NaN or infinite pixels. Remove it.")
+    pixel_values = pixel_values.float()
+    bad = find_bad_image(pixel_values)
+    if bad is not None:
+        raise SupportSetError(
+            f"image {bad} has NaN or infinite pixels, or values beyond {MAX_PIXEL_VALUE:,.0f}. Remove or normalise it."
+        )
     if int(labels.min()) < 0:
         raise SupportSetError(f"label {int(labels.min())} is out of range: labels are 0, 1, 2, ...")
     values, compact = labels.long().unique(return_inverse=True)
     class_names = [str(value) for value in values.tolist()]
     _require_images(compact.tolist(), class_names)
-    return SupportSet(pixel_values.float(), compact, class_names)
+    return SupportSet(pixel_values, compact, class_names)
 
 
-def _require_images(labels: list[int], class_names: list[str]) -> None:
+def _require_images(labels: list[int], class_names: list[str], skipped: list[str] | None = None) -> None:
     """Raise an error if a class has no images, or if there are fewer than two classes."""
+    reasons = ""
+    if skipped:
+        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        reasons = f" Left out: {' '.join(skipped[:5])}{more}"
     if not labels:
-        raise SupportSetError("the support set has no images. Give at least one image of each of two classes.")
+        raise SupportSetError(
+            f"the support set has no images. Give at least one image of each of two classes.{reasons}"
+        )
     present = set(labels)
     for label, name in enumerate(class_names):
         if label not in present:
-            raise SupportSetError(f"class {name!r} has no images. Give it at least one, or leave it out.")
+            raise SupportSetError(f"class {name!r} has no images. Give it at least one, or leave it out.{reasons}")
     if len(class_names) < 2:
         raise SupportSetError(
             f"there is only one class, {class_names[0]!r}. Give at least two: telling classes apart is the task."

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub import CommitInfo
@@ -20,8 +21,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .backbones import Hidden, IncompatibleBackboneError, SplitBackbone, eval_mode
 from .checksums import CHECKSUMS, write_checksums
+from .finite import MAX_PIXEL_VALUE, NotFiniteError, find_bad_image, find_bad_row, require_finite_weights
 from .hub import push_folder
-from .images import PROCESSOR, decode
+from .images import PROCESSOR, ImageError, decode, process_images
 from .injection import Injection, unload
 from .locks import get_lock
 from .model_card import describe_feature, task_card, write_card
@@ -46,11 +48,13 @@ class SupportImages:
         images: what the frozen blocks computed of the images or, if they were not run, the pixel values.
         labels: `(n,)` in 0..n_way-1.
         head: turns the features of the images into prototypes.
+        names: what errors call the images; empty if they are only numbered.
     """
 
     images: Hidden | torch.Tensor
     labels: torch.Tensor
     head: Head
+    names: Sequence[str] = ()
 
 
 class AdaptedTask:
@@ -110,6 +114,7 @@ class AdaptedTask:
 
         Raises:
             RuntimeError: the task was reset before.
+            ImageError, NotFiniteError: see `logits`.
         """
         with get_lock(self.backbone):
             if self._prototypes is None:
@@ -125,52 +130,98 @@ class AdaptedTask:
             hidden = support.images
             if isinstance(hidden, torch.Tensor):
                 hidden = self._split.forward_prefix(hidden)
-            features = self._split.forward_suffix(hidden)
-        return support.head(features.float(), support.labels)
+            features = self._split.forward_suffix(hidden).float()
+        bad = find_bad_row(features)
+        if bad is not None:
+            self._raise_not_finite(_name_image(support.names, bad))
+        prototypes = support.head(features, support.labels)
+        if not prototypes.isfinite().all():
+            if isinstance(support.head, nn.Module):
+                require_finite_weights(support.head, "the adapter's head")
+            raise NotFiniteError("the features of the support set are too large or too small to be compared.")
+        return prototypes
 
     @torch.no_grad()
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Logits `(n, n_way)` of pixel values `(n, 3, height, width)`. Their softmax is the scores.
+        """Logits `(n, n_way)` of pixel values `(n, 3, height, width)`. Their softmax is the scores. All are finite.
 
         Raises:
+            ImageError: an image has NaN, infinity or values beyond a million, or the backbone makes such features of
+                it. It is numbered.
+            NotFiniteError: the task, its adapter or the backbone has NaN or infinite weights.
             RuntimeError: the task was reset.
             IncompatibleBackboneError: another task is merged into the backbone.
         """
+        return self._compute_logits(pixel_values, ())
+
+    @torch.no_grad()
+    def _compute_logits(self, pixel_values: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+        """Logits of images that errors call by these names, or by their numbers."""
+        bad = find_bad_image(pixel_values)
+        if bad is not None:
+            raise ImageError(
+                f"{_name_image(names, bad)} has NaN or infinite pixel values, or values beyond {MAX_PIXEL_VALUE:,.0f}. "
+                "Replace it, or check the mean and standard deviation of the image processor."
+            )
         classifier = PrototypeClassifier(self.prototypes, self.scale)
         parameter = next(self.backbone.parameters())
         with self._adapted():
-            features = self._split.forward_features(pixel_values.to(parameter.device, parameter.dtype))
-        return classifier(features.float())
+            features = self._split.forward_features(pixel_values.to(parameter.device, parameter.dtype)).float()
+        logits = classifier(features)
+        bad = find_bad_row(features)
+        if bad is None and not logits.isfinite().all():
+            bad = 0
+        if bad is not None:
+            self._raise_not_finite(_name_image(names, bad))
+        return logits
+
+    def _raise_not_finite(self, image: str) -> NoReturn:
+        """Say why the features or the logits of an image are not finite: weights, settings, or the image itself."""
+        parts = {"theta": self.theta, "prototypes": self._prototypes, "scale": torch.tensor(self.scale)}
+        for name, tensor in parts.items():
+            if tensor is not None and not tensor.float().isfinite().all():
+                raise NotFiniteError(f"{name} of this task has NaN or infinite values: adapt again, or load it again.")
+        if not math.isfinite(self._split.intermediate_weight):
+            raise NotFiniteError(f"intermediate_weight is {self._split.intermediate_weight}: give a finite number.")
+        require_finite_weights(self.backbone, f"this {type(self.backbone).__name__}")
+        dtype = next(self.backbone.parameters()).dtype
+        raise ImageError(
+            f"{image} makes features that are too large for {dtype}. Replace it, or use another precision."
+        )
 
     def scores(self, images: Any, *, batch_size: int = 64) -> torch.Tensor:
         """Scores `(n, n_way)`, on the CPU, of images (paths, bytes, PIL images, arrays) or a tensor of pixel values.
 
+        All scores are finite, and those of an image add up to 1.
+
         Raises:
-            ImageError: an image cannot be read. It is named.
-            ValueError: the task has no image processor, and the images are not a tensor.
-            RuntimeError, IncompatibleBackboneError: see `logits`.
+            ImageError: an image cannot be read, see `decode`, or it has or makes values that are not finite. It is
+                named.
+            ValueError: the task has no image processor, and the images are not a tensor; or `batch_size` is below 1.
+            NotFiniteError, RuntimeError, IncompatibleBackboneError: see `logits`.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
         if not isinstance(images, torch.Tensor):
             images = list(images)
         scores = []
         for start in range(0, len(images), batch_size):
-            pixel_values = self._read_pixels(images[start : start + batch_size], start)
-            scores.append(self.logits(pixel_values).softmax(-1).cpu())
+            batch = images[start : start + batch_size]
+            names = [_name_query(image, number) for number, image in enumerate(batch, start=start)]
+            logits = self._compute_logits(self._read_pixels(batch, names), names)
+            scores.append(logits.softmax(-1).cpu())
         if not scores:
             return torch.empty(0, len(self.class_names))
         return torch.cat(scores)
 
-    def _read_pixels(self, images: torch.Tensor | Iterable, offset: int) -> torch.Tensor:
-        """Pixel values `(n, 3, height, width)` of images. `offset` is the number of the first one, for errors."""
+    def _read_pixels(self, images: torch.Tensor | list, names: Sequence[str]) -> torch.Tensor:
+        """Pixel values `(n, 3, height, width)` of images, which errors call by these names."""
         if isinstance(images, torch.Tensor):
             return images
         if self.processor is None:
             raise ValueError("this task has no image processor: give a tensor of pixel values.")
-        decoded = []
-        for number, image in enumerate(images, start=offset):
-            name = str(image) if isinstance(image, str | Path) else f"image {number}"
-            decoded.append(decode(image, name))
-        return self.processor(decoded, return_tensors="pt")["pixel_values"]
+        decoded = (decode(image, name) for image, name in zip(images, names, strict=True))
+        return process_images(decoded, self.processor)
 
     def predict(self, images: Any, *, batch_size: int = 64) -> list[str]:
         """The label with the highest score of each image; see `scores`."""
@@ -188,8 +239,11 @@ class AdaptedTask:
             batch_size: how many images are run at a time.
 
         Raises:
-            ImageError, ValueError, RuntimeError, IncompatibleBackboneError: see `scores`.
+            ImageError, NotFiniteError, RuntimeError, IncompatibleBackboneError: see `scores`.
+            ValueError: see `scores`; or `top_k` is below 1.
         """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {top_k}.")
         batch = images
         if isinstance(images, torch.Tensor):
             is_single = images.ndim == 3
@@ -378,6 +432,15 @@ class AdaptedTask:
             else:  # the weights are the backbone's own now
                 with eval_mode(self.backbone):
                     yield
+
+
+def _name_query(image: Any, number: int) -> str:
+    """What errors call an image: the path that it was given as, or its number."""
+    return str(image) if isinstance(image, str | Path) else f"image {number}"
+
+
+def _name_image(names: Sequence[str], number: int) -> str:
+    return names[number] if names else f"image {number}"
 
 
 def _load_state(injection: Injection, state: dict[str, torch.Tensor]) -> str | None:

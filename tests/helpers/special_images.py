@@ -43,20 +43,20 @@ def overlapping_tags(n_tags: int, n_bytes: int, *, big: bool = False) -> bytes:
     else:
         start, head, entry, after = struct.pack("<HHI", 0x4949, 42, 8), "<H", "<HHII", 4
     place = len(start) + struct.calcsize(head) + n_tags * struct.calcsize(entry) + after
-    directory = struct.pack(head, n_tags)
+    directory = bytearray(struct.pack(head, n_tags))
     for number in range(n_tags):
         directory += struct.pack(entry, 40_000 + number % 20_000, 7, n_bytes, place)
-    return start + directory + b"\0" * after + b"\0" * n_bytes
+    return start + bytes(directory) + b"\0" * after + b"\0" * n_bytes
 
 
 def hidden_tags(n_tags: int, n_bytes: int) -> bytes:
     """Overlapping tags in the Exif directory, which the first directory points at."""
     start = struct.pack("<HHI", 0x4949, 42, 8) + struct.pack("<H", 1) + struct.pack("<HHII", 0x8769, 4, 1, 26)
     place = 26 + 2 + 12 * n_tags + 4
-    directory = struct.pack("<H", n_tags)
+    directory = bytearray(struct.pack("<H", n_tags))
     for number in range(n_tags):
         directory += struct.pack("<HHII", 40_000 + number, 7, n_bytes, place)
-    return start + b"\0" * 4 + directory + b"\0" * (4 + n_bytes)
+    return start + b"\0" * 4 + bytes(directory) + b"\0" * (4 + n_bytes)
 
 
 def jpeg_with_exif(exif: bytes) -> bytes:
@@ -92,9 +92,10 @@ def tiff(tags: dict[int, tuple[int, int, int]], content: bytes = b"\0" * 64) -> 
     return head.ljust(1024, b"\0") + content
 
 
-def tiff_tile(side: int) -> bytes:
-    """A TIFF of one pixel in a compressed tile of `side * side`."""
-    content = zlib.compress(b"\0" * (side * side), 9)
+def tiff_tile(side: int, content: bytes | None = None) -> bytes:
+    """A TIFF of one pixel in a compressed tile of `side * side`, all black unless its content is given."""
+    if content is None:
+        content = zlib.compress(b"\0" * (side * side), 9)
     tags = {256: 1, 257: 1, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 1024, 325: len(content)}
     return tiff({number: (4, 1, value) for number, value in tags.items()}, content)
 
@@ -115,9 +116,14 @@ def tiff_strips(n_strips: int) -> bytes:
 
 
 def gif_header(width: int, height: int) -> bytes:
-    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0, 0, 0) + b"\x2c" + b"\0" * 4 + struct.pack(
-        "<HHBB", width, height, 0, 2
-    ) + b"\x02\x4c\x01\0\x3b"
+    return (
+        b"GIF89a"
+        + struct.pack("<HHBBB", width, height, 0, 0, 0)
+        + b"\x2c"
+        + b"\0" * 4
+        + struct.pack("<HHBB", width, height, 0, 2)
+        + b"\x02\x4c\x01\0\x3b"
+    )
 
 
 def gif_comment(n_pieces: int) -> bytes:
