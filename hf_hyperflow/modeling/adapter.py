@@ -256,8 +256,9 @@ class HyperFlowAdapter(PreTrainedModel):
         parameter = next(backbone.parameters())
         images = read_support(support, self.processor, skip_bad=skip_bad)
         if images.skipped and images is not support:
+            count = "1 file" if len(images.skipped) == 1 else f"{len(images.skipped)} files"
             warnings.warn(
-                f"{len(images.skipped)} files of the support set were left out: {' '.join(images.skipped)}",
+                f"{count} of the support set left out: {' '.join(images.skipped)}",
                 stacklevel=4,  # whoever called `adapt`: a frame of torch and ours lie between
             )
         return images.to(parameter.device, parameter.dtype)
@@ -265,10 +266,9 @@ class HyperFlowAdapter(PreTrainedModel):
     def _get_scale(self) -> float:
         """The scale of the logits."""
         scale = self.logit_scale.exp().item()
-        if not math.isfinite(scale):
-            raise NotFiniteError(
-                f"logit_scale of the adapter is {self.logit_scale.item()}: its exponential is {scale}."
-            )
+        if not 0 < scale < math.inf:
+            exponent = self.logit_scale.item()
+            raise NotFiniteError(f"logit_scale of the adapter is {exponent:g}, which makes a scale of {scale:g}.")
         return scale
 
     def _raise_not_finite(self, split: SplitBackbone, images: SupportSet) -> NoReturn:

@@ -141,7 +141,7 @@ def open_image(content: bytes, name: str) -> ImageFile:
             f"{name} has more than {MAX_PIXELS // 10**6} million pixels ({error}). Make it smaller."
         ) from None
     except PIL.UnidentifiedImageError:
-        raise MetadataError(f"it is none of {', '.join(formats)}") from None
+        raise MetadataError(f"it has no readable header of {', '.join(formats)}") from None
     file.end_header()
     _require_limits(image, content, name)
     if image.format in ("JPEG", "MPO") and min(image.size) > REDUCED_FROM:

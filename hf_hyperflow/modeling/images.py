@@ -13,6 +13,7 @@ import torch
 from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .finite import MAX_PIXEL_VALUE, NotFiniteError
 from .image_gate import MAX_PIXELS, ImageError, open_image, read_file, require_size, turn_upright
 from .saving import CheckpointError
 
@@ -210,7 +211,11 @@ def process_images(pictures: Iterable[PIL.Image.Image], processor: BaseImageProc
         pictures: the images. Without any, the result is `(0, 3, 0, 0)`.
         processor: the backbone's image processor.
         options: further arguments of the processor.
+
+    Raises:
+        NotFiniteError: a setting of the processor is NaN, infinite or huge, or it divides by zero.
     """
+    _require_sound_settings(processor)
     chunks: list[torch.Tensor] = []
     waiting: list[PIL.Image.Image] = []
     n_pixels = 0
@@ -225,3 +230,13 @@ def process_images(pictures: Iterable[PIL.Image.Image], processor: BaseImageProc
     if not chunks:
         return torch.empty(0, 3, 0, 0)
     return torch.cat(chunks)
+
+
+def _require_sound_settings(processor: BaseImageProcessor) -> None:
+    """Raise an error if the processor would make pixel values that are not finite, or wipe out all differences."""
+    settings = vars(processor)
+    for name in ("image_mean", "image_std", "rescale_factor"):
+        values = np.atleast_1d(np.asarray(settings.get(name) or 0.0, dtype=np.float64))
+        is_zero = name == "image_std" and settings.get(name) is not None and (values == 0).any()
+        if is_zero or not (np.abs(values) <= MAX_PIXEL_VALUE).all():
+            raise NotFiniteError(f"{name} of the image processor is {settings[name]}: correct its {PROCESSOR}.")

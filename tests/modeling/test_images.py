@@ -3,11 +3,12 @@ from __future__ import annotations
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from hf_hyperflow import ImageError
-from hf_hyperflow.modeling.images import decode
+from hf_hyperflow.modeling.images import decode, process_images
 from tests.helpers.files import encode_picture
-from tests.helpers.tiny import picture
+from tests.helpers.tiny import picture, tiny_processor
 
 RAMP = np.linspace(0, 1, 48).reshape(6, 8)
 
@@ -182,3 +183,44 @@ def test_nan_and_infinity(value):
 def test_what_is_no_image(given, message):
     with pytest.raises(ImageError, match=f"^thing .*{message}"):
         decode(given, "thing")
+
+
+def test_strips_make_no_difference(monkeypatch):
+    """Large images are converted a few rows at a time."""
+    generator = np.random.default_rng(0)
+    grey = generator.integers(0, 65536, (40, 30)).astype(np.uint16)
+    colours = generator.integers(0, 256, (40, 30, 4)).astype(np.uint8)
+    palette = PIL.Image.fromarray(colours[:, :, :3]).quantize(16)
+    given = [
+        grey,
+        grey / 65535,
+        PIL.Image.fromarray(grey),
+        PIL.Image.fromarray(grey.astype(np.float32)),
+        PIL.Image.fromarray(grey.astype(np.float32) - 30_000),
+        PIL.Image.fromarray(colours),
+        PIL.Image.fromarray(colours).convert("LA"),
+        encode_picture(palette, transparency=3),
+        encode_picture(PIL.Image.fromarray(colours[:, :, :3]), transparency=tuple(map(int, colours[0, 0, :3]))),
+    ]
+    whole = [array(decode(image, "x")) for image in given]
+    monkeypatch.setattr("hf_hyperflow.modeling.images._STRIP_PIXELS", 100)
+    for image, expected in zip(given, whole, strict=True):
+        assert np.array_equal(array(decode(image, "x")), expected)
+
+
+def test_every_shade_of_16_bits():
+    shades = np.arange(65536).reshape(256, 256)
+    expected = np.repeat((shades / 257).round().astype(int)[:, :, None], 3, axis=2)
+    for given in (shades.astype(np.uint16), PIL.Image.fromarray(shades.astype(np.uint16))):
+        assert np.array_equal(array(decode(given, "x")), expected)
+
+
+def test_images_are_processed_as_they_come(monkeypatch):
+    """The result is that of all images at once."""
+    processor = tiny_processor()
+    images = [picture(i, size=(30 + i, 40)) for i in range(7)]
+    expected = processor(images, return_tensors="pt")["pixel_values"]
+    assert torch.equal(process_images(images, processor), expected)
+    monkeypatch.setattr("hf_hyperflow.modeling.images.MAX_PIXELS", 3000)
+    assert torch.equal(process_images(iter(images), processor), expected)
+    assert process_images([], processor).shape[0] == 0

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import sys
+import warnings
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -58,14 +62,86 @@ def test_a_folder_equals_a_dict(support, folder, processor):
 
 def test_a_folder_with_other_things_in_it(folder, processor):
     expected = read_support(folder, processor)
+    assert expected.skipped == ()
     (folder / "red" / "notes.txt").write_text("not a picture")
     (folder / "red" / ".hidden.png").write_text("not a picture")
+    (folder / "red" / "Thumbs.db").write_text("not a picture")
+    (folder / "red" / ".DS_Store").write_text("not a picture")
+    (folder / "red" / "more").mkdir()
     (folder / ".cache").mkdir()
     (folder / "README.md").write_text("about it")
     picture(5).save(folder / "blue" / "9.JPG", "JPEG")
     data = read_support(folder, processor)
     assert data.class_names == expected.class_names
     assert len(data.labels) == len(expected.labels) + 1
+    assert sorted(data.skipped) == [
+        f"{folder / 'README.md'} is in no folder of a class.",
+        f"{folder / 'red' / 'more'} cannot be read as an image (it is not a regular file). Replace or remove it.",
+        data.skipped[-1],
+    ]
+    assert data.skipped[-1].startswith(
+        f"{folder / 'red' / 'notes.txt'} cannot be read as an image (it has no readable header of PNG"
+    )
+
+
+@pytest.mark.parametrize("name", ["9", "9.jfif", "9.jpe", "9.image", "9.heic", "9.PNG"])
+def test_the_content_decides_what_is_an_image(folder, processor, name):
+    """Whatever `predict` reads is read here too."""
+    picture(5).save(folder / "blue" / name, "JPEG")
+    data = read_support(folder, processor)
+    assert (len(data.labels), data.skipped) == (7, ())
+    assert str(folder / "blue" / name) in data.names
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 40
+
+
+def test_heic_is_named_with_what_it_needs(folder, processor, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (folder / "blue" / "9.HEIC").write_bytes(HEIC)
+    data = read_support(folder, processor)
+    assert len(data.labels) == 6
+    assert len(data.skipped) == 1
+    assert data.skipped[0].startswith(f"{folder / 'blue' / '9.HEIC'} is a HEIC image")
+    assert "pip install pillow-heif" in data.skipped[0]
+
+
+def test_a_class_with_nothing_that_can_be_read(folder, processor, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    for path in (folder / "blue").iterdir():
+        path.unlink()
+    (folder / "blue" / "9.heic").write_bytes(HEIC)
+    message = r"class 'blue' has no images\. .*Left out: .*9\.heic is a HEIC image.*pip install pillow-heif"
+    with pytest.raises(SupportSetError, match=message):
+        read_support(folder, processor)
+
+
+def test_adapting_warns_of_files_that_are_left_out(backbone, adapter, folder):
+    (folder / "red" / "notes.txt").write_text("not a picture")
+    with pytest.warns(UserWarning, match=r"1 files? of the support set .*red/notes\.txt cannot be read") as caught:
+        adapter.adapt(backbone, folder)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter.adapt(backbone, read_support(folder, adapter.processor))  # whoever reads it can see what was skipped
+
+
+def test_a_pipe_in_a_folder_is_an_error(folder, processor):
+    os.mkfifo(folder / "red" / "9.png")
+    with pytest.raises(ImageError, match=r"9\.png cannot be read as an image \(it is not a regular file\)"):
+        read_support(folder, processor)
+    data = read_support(folder, processor, skip_bad=True)
+    assert (len(data.labels), len(data.skipped)) == (6, 1)
+    os.mkfifo(folder / "red" / "pipe")
+    assert len(read_support(folder, processor, skip_bad=True).skipped) == 2
+
+
+def test_many_large_images_are_processed_as_they_come(folder, processor, monkeypatch):
+    expected = read_support(folder, processor)
+    monkeypatch.setattr("hf_hyperflow.modeling.images.MAX_PIXELS", 3000)  # two images
+    found = read_support(folder, processor)
+    assert torch.equal(found.pixel_values, expected.pixel_values)
+    assert torch.equal(found.labels, expected.labels)
 
 
 @pytest.mark.parametrize("label", [None, Value("string")], ids=["ClassLabel", "strings"])

@@ -108,8 +108,8 @@ REFUSED = {
     "huge PPM": (lambda: b"P6\n1000000000 1000000000\n255\n", "more than 64 million pixels"),
     "PPM in Python": (lambda: b"P5 3000 3000 100 " + b"\1" * 9_000_000, "more than the limit of 2 million"),
     "PPM of text": (lambda: b"P2 3000 3000 255 " + b"1 " * 9_000_000, "more than the limit of 2 million"),
-    "PostScript": (lambda: EPS, "it is none of PNG, JPEG, WEBP"),
-    "empty": (lambda: b"", "it is none of PNG"),
+    "PostScript": (lambda: EPS, "it has no readable header of PNG, JPEG, WEBP"),
+    "empty": (lambda: b"", "it has no readable header of PNG"),
 }
 
 
