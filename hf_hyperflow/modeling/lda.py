@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .prototypes import class_means, no_autocast
+from .prototypes import class_means, leave_one_out_means, no_autocast
 
 
 class RegularisedLDA(nn.Module):
@@ -110,7 +110,7 @@ class RegularisedLDA(nn.Module):
         # From here on all rows are in the coordinates of the eigenvectors, where S is diagonal.
         rotation = rotation @ eigenvectors
         units, residuals, means = units @ rotation, residuals @ eigenvectors, class_means(rows, labels) @ rotation
-        own_means = means[labels] - residuals / (count - 1)  # of the class of an image, without it
+        own_means = leave_one_out_means(rows, labels) @ rotation
         weights = 1 / (eigenvalues + ridge)  # one diagonal for each image that is left out
         weighted = weights * residuals
         downdate = count / (count - 1) * residuals
@@ -174,7 +174,7 @@ def _leave_one_out_spreads(features: torch.Tensor, labels: torch.Tensor) -> torc
     squares = features.square().sum(dim=1)
     mean_squares = class_means(squares.unsqueeze(1), labels).squeeze(1)
     n_way = len(means)
-    own_means = means[labels] - (features - means[labels]) / (count - 1).unsqueeze(1)
+    own_means = leave_one_out_means(features, labels)
     own_squares = mean_squares[labels] - (squares - mean_squares[labels]) / (count - 1)
     totals = means.sum(dim=0) - means[labels] + own_means
     lengths = means.square().sum(dim=1)

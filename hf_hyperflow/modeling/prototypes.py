@@ -63,6 +63,16 @@ def class_means(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return (one_hot.T @ features) / one_hot.sum(dim=0).unsqueeze(1)
 
 
+def leave_one_out_means(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """For each of the features `(n, width)`, the mean of the others of its label; NaN where there are no others.
+
+    The others are added up, not subtracted from the sum: where they cancel out, a difference would be all rounding.
+    """
+    is_other = (labels.unsqueeze(1) == labels).fill_diagonal_(False).to(features.dtype)
+    with no_autocast(features):
+        return (is_other @ features) / is_other.sum(dim=1, keepdim=True)
+
+
 def no_autocast(features: torch.Tensor) -> torch.autocast:
     """A context of full precision: in bfloat16 the cosines of similar classes are full of ties."""
     return torch.autocast(features.device.type, enabled=False)

@@ -11,7 +11,7 @@ from .backbones import Hidden, SplitBackbone
 from .finite import NotFiniteError, find_bad_row, require_finite_weights
 from .injection import Injection
 from .lda import RegularisedLDA
-from .prototypes import Head, PrototypeClassifier, unit_means
+from .prototypes import Head, PrototypeClassifier, leave_one_out_means, unit_means
 
 #: With fewer images than this part of the features' width, n small LDAs cost less than one eigendecomposition.
 SMALL = 20
@@ -109,13 +109,10 @@ def leave_one_out_logits(
 
 
 def _leave_one_out_cosines(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cosines `(n, n_way)` of each support image with the class means of all the others."""
+    """Cosines `(n, n_way)` of each support image with the class means of all the others; NaN for one alone."""
     units = F.normalize(features, dim=-1)
     cosines = units @ unit_means(features, labels).T
-    # The others are added up, not subtracted from the sum: where they cancel out, a difference would be all rounding.
-    is_other = labels.unsqueeze(1) == labels
-    is_other.fill_diagonal_(False)
-    count = is_other.sum(dim=1, keepdim=True).to(features.dtype)
-    own_means = F.normalize((is_other.to(features.dtype) @ features) / count, dim=-1)
-    own_cosines = (units * own_means).sum(dim=1, keepdim=True)
-    return cosines.scatter(1, labels.unsqueeze(1), own_cosines).masked_fill(count == 0, float("nan"))
+    own_means = F.normalize(leave_one_out_means(features, labels), dim=-1)
+    cosines.scatter_(1, labels.unsqueeze(1), (units * own_means).sum(dim=1, keepdim=True))
+    is_alone = torch.bincount(labels)[labels] == 1
+    return cosines.masked_fill(is_alone.unsqueeze(1), float("nan"))
