@@ -7,7 +7,10 @@ BIN = $(VENV)/bin
 # Two processes of one thread each are faster than one of two: much of the time is the start of Python.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: quickstart train-demo test test-all quality style clean
+# Where the oldest packages are installed that pyproject.toml allows.
+LOWEST ?= .venv-lowest
+
+.PHONY: quickstart train-demo test test-all test-lowest quality style clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +36,14 @@ test: $(VENV)/.installed-test
 test-all: $(VENV)/.installed-test
 	$(PYTEST)
 
+# The library's own tests with the oldest packages allowed. torch is the one that the figures were measured with: older
+# ones have no wheel for the CPU at every registry, and pull in gigabytes of CUDA.
+test-lowest: pyproject.toml
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet "$(TORCH)" $$($(PYTHON) .ci/lowest.py)
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile \
+	  -m "not slow and not browser and not hub" tests/modeling tests/data tests/finetuning
+
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +54,4 @@ style: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info

@@ -14,12 +14,20 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from huggingface_hub import CommitInfo
-from peft import PeftConfig, get_peft_config
+from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .adapter_files import HUB_ARGUMENTS, RENAMED_WEIGHTS, TRAINING_RECORD, WEIGHTS, open_adapter, require_all_weights
+from .adapter_files import (
+    CONFIG,
+    HUB_ARGUMENTS,
+    TRAINING_RECORD,
+    WEIGHTS,
+    open_adapter,
+    read_training_record,
+    read_weights,
+)
 from .backbones import Blocks, Hidden, IncompatibleBackboneError, SplitBackbone, eval_mode, find_blocks
 from .checksums import MODEL_CHECKSUMS, sha256, write_checksums
 from .configuration import HyperFlowConfig
@@ -33,14 +41,15 @@ from .lda import RegularisedLDA
 from .locks import get_lock
 from .model_card import adapter_card, write_card
 from .parameter_space import ParameterSpace
-from .peft_configs import config_to_dict
+from .peft_configs import build_peft_config, config_to_dict
 from .prototypes import Head, unit_means
-from .saving import CheckpointError, atomic_folder, read_record, write_json
+from .saving import CheckpointError, atomic_folder, write_json
 from .solvers import Trajectory, integrate
 from .stopping import StoppingPoint, choose_stopping_point
 from .support import SupportSet, read_support
 from .task import AdaptedTask, SupportImages
 from .task_encoder import TaskEncoder, TaskTokens, pool_tokens
+from .validation import list_differences
 
 
 class HyperFlowAdapter(PreTrainedModel):
@@ -75,7 +84,7 @@ class HyperFlowAdapter(PreTrainedModel):
         if config.image_size is not None and (len(config.image_size) != 2 or min(config.image_size) < 1):
             raise ValueError(f"image_size={config.image_size}, expected a height and a width.")
         self.space = ParameterSpace(
-            get_peft_config(dict(config.peft)),
+            build_peft_config(config.peft),
             width,
             config.tensor_names,
             config.tensor_shapes,
@@ -478,7 +487,8 @@ class HyperFlowAdapter(PreTrainedModel):
 
         Raises:
             CheckpointError: there is no adapter, it may not be read, or it is neither within reach nor in the cache;
-                or its files are damaged, truncated or incomplete.
+                or its files are damaged, truncated or incomplete, or they say what no adapter says: every field is
+                checked before anything is built from it, and nothing is run or unpickled.
         """
         name = pretrained_model_name_or_path
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
@@ -487,22 +497,35 @@ class HyperFlowAdapter(PreTrainedModel):
             config = None
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("dtype", torch.float32)
-        kwargs.update(key_mapping=RENAMED_WEIGHTS, output_loading_info=True, ignore_mismatched_sizes=True)
         with open_adapter(name, hub, kwargs.pop("subfolder", ""), config) as (folder, config):
-            try:
-                loaded: Any = super().from_pretrained(folder, *args, config=config, **kwargs)
-            except Exception as error:  # a damaged header or config can fail anywhere in the making of the parts
+            weights = read_weights(folder / WEIGHTS)
+            wrong = list_differences(weights, cls._build_skeleton(config, folder).state_dict())
+            if wrong:
                 raise CheckpointError(
-                    f"{folder / WEIGHTS} is damaged or does not fit config.json ({type(error).__name__}: {error})"
-                ) from error
-            model, info = loaded
-            require_all_weights(folder, info)
+                    f"{folder / WEIGHTS} does not fit {CONFIG}; missing, unknown or of another shape: "
+                    f"{', '.join(wrong[:8])}. Download or copy the folder again."
+                )
+            # The files are read here. transformers would also follow others in the folder, to base models and kernels.
+            loaded: Any = super().from_pretrained(
+                None, *args, config=config, state_dict=weights, output_loading_info=True, **kwargs
+            )
+            model: HyperFlowAdapter = loaded[0]
             model.processor = load_processor(folder)
-            model.training_record = read_record(folder / TRAINING_RECORD)
-        # transformers remembers the renaming of old weights and would undo it when the model is saved.
-        vars(model).pop("_weight_conversions", None)
+            model.training_record = read_training_record(folder / TRAINING_RECORD, config, model.space)
         model.config.name_or_path = model.name_or_path = str(name)
         return loaded if wants_info else model
+
+    @classmethod
+    def _build_skeleton(cls, config: HyperFlowConfig, folder: Path) -> HyperFlowAdapter:
+        """An adapter without memory for its weights, whatever sizes the config names."""
+        try:
+            with torch.device("meta"):
+                return cls(config)
+        except Exception as error:  # the encoder's model may raise anything
+            raise CheckpointError(
+                f"{folder / CONFIG} describes no adapter that can be built ({type(error).__name__}: {error}). The file "
+                "is damaged: download or copy it again."
+            ) from error
 
 
 def _get_encoder_width(config: PreTrainedConfig) -> int:

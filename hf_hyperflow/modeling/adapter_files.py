@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedConfig
+
 from .checksums import CHECKSUMS, MODEL_CHECKSUMS, check_files, require_sha256
-from .configuration import HyperFlowConfig
+from .configuration import HyperFlowConfig, get_own_fields
 from .hub import fetch
+from .model_card import adapter_card
+from .parameter_space import ParameterSpace
 from .saving import CheckpointError, reading
+from .validation import read_json, read_tensors, validate_config
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -40,12 +48,16 @@ def open_adapter(
 
     Raises:
         CheckpointError: there is no adapter, it may not be read, or it is neither within reach nor in the cache; or a
-            file is damaged or missing.
+            file is damaged or missing, or the config has a value that is not allowed (see `validate_config`).
     """
     root = fetch(name, "*.json", **hub)
     with reading(root / subfolder) as folder:
         if config is None:
             config = _read_config(name, folder)
+        else:  # transformers' AutoConfig made it of a file
+            own_fields = {key: vars(config)[key] for key in get_own_fields()}
+            config = HyperFlowConfig(**own_fields)
+        validate_config(config, folder / CONFIG)
         # The weights are fetched only once this is known to be an adapter, and from the same commit.
         if not os.path.isdir(name):
             hub = dict(hub, revision=root.name)
@@ -75,28 +87,55 @@ def _check_files(folder: Path, config: HyperFlowConfig) -> None:
 
 
 def _read_config(name: str | os.PathLike, folder: Path) -> HyperFlowConfig:
-    try:
-        content, _ = HyperFlowConfig.get_config_dict(folder)
-        is_adapter = content.get("model_type") == HyperFlowConfig.model_type and bool(content.get("peft"))
-        if is_adapter:
-            return HyperFlowConfig.from_pretrained(folder)
-    except Exception as error:  # the file may hold anything
-        raise CheckpointError(f"{name} holds no readable HyperFlow adapter: {error}") from error
-    hint = ""
-    if (folder / CHECKSUMS).is_file():
-        hint = " It is an adapted task: load it with AdaptedTask.from_pretrained."
-    raise CheckpointError(f"{name} does not describe a HyperFlow adapter in its config.json.{hint}")
+    """The fields of an adapter in `config.json`. What any config of transformers can hold besides is left out."""
+    content = read_json(folder / CONFIG)
+    if content.get("model_type") != HyperFlowConfig.model_type or not content.get("peft"):
+        hint = ""
+        if (folder / CHECKSUMS).is_file():
+            hint = " It is an adapted task: load it with AdaptedTask.from_pretrained."
+        raise CheckpointError(f"{name} does not describe a HyperFlow adapter in its {CONFIG}.{hint}")
+    known, general = get_own_fields(), PreTrainedConfig().to_dict().keys()
+    own = {}
+    for key, value in content.items():
+        key = HyperFlowConfig.attribute_map.get(key, key)
+        if key in known:
+            own[key] = value
+        elif key not in general and key not in ("auto_map", "torch_dtype"):
+            raise CheckpointError(
+                f"{folder / CONFIG} has a field {reprlib.repr(key)} that is not known. The file is damaged or was made "
+                "by a newer version: update hf_hyperflow, or download the adapter again."
+            )
+    return HyperFlowConfig(**own)
 
 
-def require_all_weights(folder: Path, info: dict[str, Any]) -> None:
-    """Check the `output_loading_info` of `PreTrainedModel.from_pretrained`: all weights were loaded, and no others.
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read the weights of an adapter, under the names of today; for the errors see `read_tensors`."""
+    weights = {}
+    for name, tensor in read_tensors(path).items():
+        for pattern, new in RENAMED_WEIGHTS.items():
+            name = re.sub(pattern, new, name)
+        weights[name] = tensor
+    return weights
+
+
+def read_training_record(path: Path, config: HyperFlowConfig, space: ParameterSpace) -> dict[str, Any] | None:
+    """Read a training record and check that the adapter's card can be written from it; None if there is none.
+
+    Args:
+        path: the file.
+        config, space: of the adapter.
 
     Raises:
-        CheckpointError: weights are missing, unknown or of another shape. They are named.
+        CheckpointError: the file is damaged.
     """
-    wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-    wrong += sorted(key for key, *_ in info["mismatched_keys"])
-    if wrong:
+    if not path.exists():
+        return None
+    record = read_json(path)
+    try:
+        adapter_card(config, space, record)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
-            f"{folder / WEIGHTS} does not fit config.json; missing, unknown or of another shape: {', '.join(wrong[:8])}"
-        )
+            f"{path} is damaged, it is no record of a training ({type(error).__name__}: {error}). Download or copy it "
+            "again."
+        ) from error
+    return record

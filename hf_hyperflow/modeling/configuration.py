@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -54,3 +54,9 @@ class HyperFlowConfig(PreTrainedConfig):
     n_steps: int = 4
     solver: str = "euler"
     weights_sha256: str | None = None
+
+
+def get_own_fields() -> list[str]:
+    """Names of the fields that a `HyperFlowConfig` has beside those of any config of transformers."""
+    general = {item.name for item in fields(PreTrainedConfig)}
+    return [item.name for item in fields(HyperFlowConfig) if item.name not in general]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from .finite import MAX_PIXEL_VALUE, NotFiniteError
 from .image_gate import MAX_PIXELS, ImageError, open_image, read_file, require_size, turn_upright
 from .saving import CheckpointError
+from .validation import read_json, validate_processor
 
 #: File name of a saved image processor.
 PROCESSOR = "preprocessor_config.json"
@@ -37,15 +40,26 @@ def load_processor(folder: str | Path) -> BaseImageProcessor | None:
     It is always the one on PIL, so that images get the same pixels with and without torchvision.
 
     Raises:
-        CheckpointError: its file is damaged.
+        CheckpointError: its file is damaged, or says what is not allowed (see `validate_processor`).
     """
     path = Path(folder) / PROCESSOR
-    if not path.is_file():
+    if not path.exists():
         return None
+    validate_processor(read_json(path), path)
     try:
-        return AutoImageProcessor.from_pretrained(str(folder), backend="pil")
-    except Exception as error:  # a damaged file can fail anywhere in the making of the processor
+        with tempfile.TemporaryDirectory() as alone:  # transformers would prefer a `processor_config.json` beside it
+            shutil.copyfile(path, Path(alone) / PROCESSOR)
+            processor = AutoImageProcessor.from_pretrained(alone, backend="pil", trust_remote_code=False)
+        blank = PIL.Image.new("RGB", (40, 36), (128, 128, 128))
+        pixel_values = processor(blank, return_tensors="pt")["pixel_values"]
+    except Exception as error:  # a damaged file can fail anywhere in the making and the work of the processor
         raise CheckpointError(f"{path} is damaged or describes no image processor: {error}") from error
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not torch.isfinite(pixel_values).all():
+        raise CheckpointError(
+            f"{path} is damaged: it makes pixel values of shape {tuple(pixel_values.shape)} or values that are not "
+            "finite. Download or copy it again."
+        )
+    return processor
 
 
 def decode(image: Any, name: str) -> PIL.Image.Image:

@@ -92,9 +92,14 @@ class Injection:
         peft_config.inference_mode = False
         try:
             self.peft_model = _build_peft_model(backbone, peft_config, seed)
-        except (ValueError, TypeError) as error:
+        except BaseException as error:
             self.remove()
-            raise IncompatibleBackboneError(f"PEFT cannot adapt this {type(backbone).__name__}: {error}") from error
+            if not isinstance(error, Exception):
+                raise
+            # PEFT raises whatever it stumbles over: ValueError, TypeError, StopIteration, ...
+            raise IncompatibleBackboneError(
+                f"PEFT cannot adapt this {type(backbone).__name__}: {error or type(error).__name__}"
+            ) from error
         for module in backbone.modules():
             module.training = modes.get(module, backbone.training)
 

@@ -9,6 +9,7 @@ from peft import BeftConfig, LNTuningConfig, LoraConfig, PeftConfig, PeftType
 from torch import nn
 
 from .backbones import IncompatibleBackboneError, find_blocks, plain_modules
+from .validation import PEFT_CONFIGS, get_default
 
 
 def find_linear_paths(backbone: nn.Module, last_blocks: int) -> list[str]:
@@ -80,19 +81,26 @@ def get_kind(peft_config: PeftConfig) -> str:
 def config_to_dict(peft_config: PeftConfig) -> dict[str, Any]:
     """The fields of a PEFT config that differ from their defaults, ready for JSON.
 
-    `peft.get_peft_config` is the inverse.
+    `build_peft_config` is the inverse.
     """
     content: dict[str, Any] = {"peft_type": get_kind(peft_config)}
     for field in dataclasses.fields(peft_config):
         if not field.init or field.name in ("peft_type", "peft_version"):
             continue
         value = vars(peft_config)[field.name]
-        if value != _get_default(field):
+        if value != get_default(field):
             content[field.name] = sorted(value) if isinstance(value, set) else value
     return content
 
 
-def _get_default(field: dataclasses.Field) -> Any:
-    if field.default_factory is dataclasses.MISSING:
-        return field.default
-    return field.default_factory()
+def build_peft_config(content: dict[str, Any]) -> PeftConfig:
+    """The PEFT config of fields that `validate_peft` accepts. Fields that this release of PEFT lacks are left out.
+
+    Raises:
+        ValueError: an adapter of this kind could be made but not loaded again.
+    """
+    config_class = PEFT_CONFIGS.get(content["peft_type"])
+    if config_class is None:
+        raise ValueError(f"PEFT's {content['peft_type']} is not supported: use one of {', '.join(PEFT_CONFIGS)}.")
+    known = {field.name for field in dataclasses.fields(config_class) if field.init}
+    return config_class(**{name: value for name, value in content.items() if name in known})

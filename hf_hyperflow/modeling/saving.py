@@ -410,17 +410,3 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     """
     with atomic_file(path) as draft:
         draft.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """Read a training record; None if there is none.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Download or copy it again.") from error

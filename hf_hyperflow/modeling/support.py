@@ -15,6 +15,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .finite import MAX_PIXEL_VALUE, find_bad_image
 from .images import IMAGE_SUFFIXES, ImageError, decode, process_images, why_no_image
+from .validation import find_label_problem
 
 
 class SupportSetError(ValueError):
@@ -69,9 +70,9 @@ def read_support(support: Any, processor: BaseImageProcessor | None, *, skip_bad
         skip_bad: leave out images that cannot be read instead of raising an error.
 
     Raises:
-        SupportSetError: there are no images, an empty class, fewer than two classes, labels that are negative, out of
-            range, not integers or of another number than the images, or tensors of a wrong shape or with NaN, infinity
-            or values beyond a million.
+        SupportSetError: there are no images, an empty class, fewer than two classes, class names that are empty, equal
+            or not printable, labels that are negative, out of range, not integers or of another number than the images,
+            or tensors of a wrong shape or with NaN, infinity or values beyond a million.
         ImageError: an image cannot be read (`skip_bad=False`).
         FileNotFoundError: the folder is not there.
     """
@@ -96,6 +97,9 @@ def read_support(support: Any, processor: BaseImageProcessor | None, *, skip_bad
     if processor is None:
         raise SupportSetError("images need an image processor: pass processor=, or give tensors of pixel values.")
     _require_images([example.label for example in examples], class_names, left_out)
+    problem = find_label_problem(class_names)
+    if problem is not None:
+        raise SupportSetError(problem)
     decoded: list[_LabelledImage] = []
     pixel_values = process_images(_decode_examples(examples, skip_bad, decoded, left_out), processor)
     labels = [example.label for example in decoded]

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from huggingface_hub import CommitInfo
-from peft import BeftConfig, LoraConfig, set_peft_model_state_dict
+from peft import BeftConfig, LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -38,6 +38,7 @@ from .task_files import (
     write_biases_as_lora,
     write_prototypes,
 )
+from .validation import list_differences
 
 
 @dataclass(frozen=True)
@@ -378,20 +379,27 @@ class AdaptedTask:
 
         Raises:
             CheckpointError: there is no task, it may not be read, or it is neither within reach nor in the cache; or
-                its files are damaged.
-            IncompatibleBackboneError: the adapter does not fit the backbone, which is left as it was.
+                its files are damaged or say what no task says. Every field is checked before anything is built.
+            IncompatibleBackboneError: the adapter does not fit the backbone. After any error the backbone is left as it
+                was, bit for bit.
         """
         files = read_task(name_or_folder, **hub)
         with get_lock(backbone):
             split = SplitBackbone(backbone, files.start, files.pooling, intermediate_weight=files.intermediate_weight)
+            expected = (2 if files.intermediate_weight else 1) * backbone.config.hidden_size
+            if files.prototypes.shape[1] != expected:
+                raise IncompatibleBackboneError(
+                    f"{name_or_folder} does not fit this {type(backbone).__name__}: its prototypes have width "
+                    f"{files.prototypes.shape[1]}, the features {expected}. Use the backbone that the task was made "
+                    "with."
+                )
             space = ParameterSpace.from_backbone(backbone, files.peft_config)
             injection = space.inject(backbone)
-            problem = _load_state(injection, files.adapter_state)
-            if problem is not None:
+            try:
+                _load_state(injection, files.adapter_state, str(name_or_folder))
+            except BaseException:
                 injection.remove()
-                raise IncompatibleBackboneError(
-                    f"{name_or_folder} does not fit this {type(backbone).__name__}{problem}"
-                )
+                raise
             theta = injection.read()
         return cls(
             split=split,
@@ -443,14 +451,20 @@ def _name_image(names: Sequence[str], number: int) -> str:
     return names[number] if names else f"image {number}"
 
 
-def _load_state(injection: Injection, state: dict[str, torch.Tensor]) -> str | None:
-    """Load a saved adapter's tensors into an injection. Returns None, or the end of a sentence on what does not fit."""
-    try:
-        loaded: Any = set_peft_model_state_dict(injection.peft_model, state)
-    except (RuntimeError, KeyError) as error:  # of another shape, or missing
-        return f": {error}"
-    expected = {f"base_model.model.{name}" for name in injection.space.names}
-    wrong = sorted(expected & set(loaded.missing_keys)) + sorted(loaded.unexpected_keys)
+def _load_state(injection: Injection, state: dict[str, torch.Tensor], name: str) -> None:
+    """Load the tensors of a saved adapter into an injection.
+
+    Raises:
+        IncompatibleBackboneError: tensors are missing, unknown or of another shape. Unknown ones are never loaded: they
+            could be the backbone's own.
+    """
+    model = injection.peft_model
+    # With `state_dict`, PEFT does not warn of LoRA's biases, which it takes for matrices that lost a part.
+    expected = get_peft_model_state_dict(model, model.state_dict(), save_embedding_layers=False)
+    wrong = list_differences(state, expected)
     if wrong:
-        return f"; missing or unknown: {', '.join(wrong[:8])}"
-    return None
+        raise IncompatibleBackboneError(
+            f"{name} does not fit this {type(injection.backbone).__name__}; missing, unknown or of another shape: "
+            f"{', '.join(wrong[:8])}. Use the backbone that the task was made with."
+        )
+    set_peft_model_state_dict(model, state)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from peft import BeftConfig, LoraConfig, PeftConfig
 from peft.utils.warning import PeftWarning
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -23,8 +23,11 @@ from .hub import fetch
 from .images import load_processor
 from .injection import Injection
 from .locks import ignored_warnings
+from .peft_configs import build_peft_config
 from .saving import CheckpointError, reading
+from .validation import parse_json, read_json, read_tensors, validate_peft, validate_task
 
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PROTOTYPES = "prototypes.safetensors"
 
@@ -62,16 +65,13 @@ def read_task(name_or_folder: str | os.PathLike, **hub: Any) -> TaskFiles:
 
     Raises:
         CheckpointError: there is no task, it may not be read, or it is neither within reach nor in the cache; or its
-            files are damaged.
+            files are damaged, or say what is not allowed (see `validate_task` and `validate_peft`).
     """
     folder = fetch(name_or_folder, "*.json", ADAPTER_WEIGHTS, PROTOTYPES, **hub)
-    try:
-        with reading(folder) as whole:
-            return _read_folder(whole)
-    except CheckpointError:
-        raise
-    except Exception as error:  # the files may hold anything
-        raise CheckpointError(f"{name_or_folder} holds no readable HyperFlow task: {error}") from error
+    with reading(folder) as whole:
+        if not (whole / CHECKSUMS).is_file():
+            raise CheckpointError(f"{name_or_folder} holds no readable HyperFlow task: it has no {CHECKSUMS}.")
+        return _read_folder(whole)
 
 
 def _read_folder(folder: Path) -> TaskFiles:
@@ -79,27 +79,43 @@ def _read_folder(folder: Path) -> TaskFiles:
     for name in (ADAPTER_WEIGHTS, PROTOTYPES):
         if name not in digests or not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing, or {CHECKSUMS} does not name it.")
-    peft_config = PeftConfig.from_pretrained(str(folder))
-    if peft_config.peft_type is None:
-        raise ValueError("its adapter_config.json names no kind of adapter")
-    with safe_open(folder / PROTOTYPES, framework="pt") as file:
-        metadata = file.metadata()
-        prototypes, scale = file.get_tensor("prototypes"), file.get_tensor("scale")
-    if "prototypes" not in metadata:  # the first tasks had plain class means
+    adapter_config = read_json(folder / ADAPTER_CONFIG)
+    validate_peft(adapter_config, folder / ADAPTER_CONFIG)
+    try:
+        peft_config = build_peft_config(adapter_config)
+    except (ValueError, TypeError) as error:  # fields that do not go together
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG} describes no adapter that PEFT can build ({error}). The file is damaged: "
+            "download or copy it again."
+        ) from error
+    tensors, description = read_tensors(folder / PROTOTYPES), _read_description(folder / PROTOTYPES)
+    validate_task(tensors, description, folder / PROTOTYPES)
+    prototypes = tensors["prototypes"].float()
+    if "prototypes" not in description:  # the first tasks had plain class means
         prototypes = F.normalize(prototypes, dim=-1)
-    # Version 0.1 called the intermediate weight "middle"; the first tasks had none.
-    intermediate_weight = metadata.get("intermediate_weight", metadata.get("middle", "0"))
     return TaskFiles(
         peft_config=peft_config,
-        adapter_state=load_file(folder / ADAPTER_WEIGHTS),
+        adapter_state=read_tensors(folder / ADAPTER_WEIGHTS),
         prototypes=prototypes,
-        scale=scale.item(),
-        class_names=json.loads(metadata["labels"]),
-        start=int(metadata["start"]),
-        pooling=metadata["pooling"],
-        intermediate_weight=float(intermediate_weight),
+        scale=tensors["scale"].item(),
+        class_names=description["labels"],
+        start=description["start"],
+        pooling=description["pooling"],
+        intermediate_weight=description["intermediate_weight"],
         processor=load_processor(folder),
     )
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    """What the file of the prototypes says of the labels and the features, as JSON would hold it."""
+    with safe_open(path, framework="pt") as file:
+        description: dict[str, Any] = dict(file.metadata() or {})
+    # Version 0.1 called the intermediate weight "middle"; the first tasks had none.
+    description.setdefault("intermediate_weight", description.pop("middle", "0"))
+    for name in ("labels", "start", "intermediate_weight"):
+        if name in description:
+            description[name] = parse_json(description[name], f"{path}: {name}")
+    return description
 
 
 def write_adapter(folder: Path, injection: Injection) -> None:

@@ -14,7 +14,7 @@ from peft import BeftConfig, LoraConfig, PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hf_hyperflow import AdaptedTask, CheckpointError, ImageError, IncompatibleBackboneError
+from hf_hyperflow import AdaptedTask, CheckpointError, ImageError, IncompatibleBackboneError, SupportSetError
 from hf_hyperflow.modeling.checksums import sha256
 from hf_hyperflow.modeling.peft_configs import bias_config, layernorm_config, lora_config
 from tests.helpers.files import flip_bit, read_folder
@@ -453,10 +453,23 @@ def test_a_loaded_task_can_be_saved_merged_and_shares_a_backbone(adapter, backbo
 
 
 def test_labels_of_any_language(adapter, backbone, tmp_path):
-    names = ["søløve", "猫", 'a "quoted" one', "new\nline"]
+    names = ["søløve", "猫", 'a "quoted" one', "🦊\u200d"]
     support = dict(zip(names, pictures(4).values(), strict=True))
     adapter.adapt(backbone, support).save_pretrained(tmp_path)
     assert AdaptedTask.from_pretrained(tmp_path, backbone).class_names == names
+
+
+@pytest.mark.parametrize("name", ["", " ", "new\nline", "\x1b[2J", "\u2028", "\ud800", "x" * 1001])
+def test_class_names_that_cannot_be_shown(adapter, backbone, name):
+    support = dict(zip(["cat", name], pictures(2).values(), strict=True))
+    with pytest.raises(SupportSetError, match=r"the class name .* Rename the class"):
+        adapter.adapt(backbone, support)
+
+
+def test_class_names_that_read_alike(adapter, backbone):
+    support = dict(zip([1, "1"], pictures(2).values(), strict=True))
+    with pytest.raises(SupportSetError, match="two classes are called '1'"):
+        adapter.adapt(backbone, support)
 
 
 @pytest.mark.parametrize(
@@ -555,13 +568,13 @@ def test_broken_json(backbone, saved, task, name, text):
     before.assert_unchanged()
 
 
-@pytest.mark.parametrize("metadata", [None, {}, {"labels": "[", "start": "2", "pooling": "cls"}])
+@pytest.mark.parametrize("metadata", [None, {}, {"labels": "[", "start": "2", "pooling": "cls"}])  # more in robustness
 def test_prototypes_without_labels(backbone, saved, metadata):
     path = saved / "prototypes.safetensors"
     save_file(load_file(path), path, metadata)
     digests = json.loads((saved / "checksums.json").read_text())
     (saved / "checksums.json").write_text(json.dumps(digests | {path.name: sha256(path)}))
-    with pytest.raises(CheckpointError, match=f"{saved} holds no readable HyperFlow task"):
+    with pytest.raises(CheckpointError, match=f"{path}: (start is missing; allowed is|labels is damaged)"):
         AdaptedTask.from_pretrained(saved, backbone)
 
 
