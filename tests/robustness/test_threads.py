@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 N_TASKS = 4
 
 #: Threads and processes of which none gets anything done for so many seconds wait for each other.
-DEADLINE = 60
+DEADLINE = 120
 
 
 @pytest.fixture(autouse=True)
