@@ -13,9 +13,8 @@ from ..data.domains import Domain
 from ..data.episodes import Episode, cdfsl_episode
 from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.backbones import eval_mode
-from ..modeling.prototypes import Head, PrototypeClassifier, unit_means
 from .domain_features import DomainFeatures
-from .methods import DirectTransfer, FineTuning, HyperFlow, Method, NoFlow, Target
+from .methods import DirectTransfer, HyperFlow, Method, NoFlow, Target
 
 
 def mean_ci95(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
@@ -31,23 +30,10 @@ def label_accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> float:
     return 100 * (predicted.cpu() == labels.cpu()).float().mean().item()
 
 
-def prototype_accuracy(features: torch.Tensor, episode: Episode, head: Head = unit_means) -> float:
-    """Accuracy in % of the prototype classifier on an episode.
-
-    Args:
-        features: `(n_support + n_query, width)`, the support images first.
-        head: makes prototypes of the support features.
-    """
-    n_support = len(episode.support)
-    support_labels = episode.support_labels.to(features.device)
-    classifier = PrototypeClassifier.from_support(features[:n_support], support_labels, head=head)
-    return label_accuracy(classifier(features[n_support:]).argmax(-1), episode.query_labels)
-
-
 def evaluate_method(method: Method, features: DomainFeatures, episode: Episode) -> dict[str, float]:
     """Accuracy in % of a method on an episode's queries, by name.
 
-    Fine-tuning has two names: its own and, for its features in the adapter's head, `head_name`.
+    A method that also has its features classified in the adapter's head has a second name, its `head_name`.
 
     Args:
         features: of the episode's domain.
@@ -56,7 +42,7 @@ def evaluate_method(method: Method, features: DomainFeatures, episode: Episode) 
     with eval_mode(target.backbone), eval_mode(target.adapter):
         classifier = method.fit(features.support(episode))
         accuracies = {method.name: label_accuracy(classifier.predict(queries), episode.query_labels)}
-        if isinstance(method, FineTuning) and classifier.in_head is not None:
+        if method.head_name is not None and classifier.in_head is not None:
             predicted = classifier.in_head.predict(queries)
             accuracies[method.head_name] = label_accuracy(predicted, episode.query_labels)
     return accuracies

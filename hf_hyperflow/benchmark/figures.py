@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -27,16 +29,25 @@ class HasShots(Protocol):
 HasShotsT = TypeVar("HasShotsT", bound=HasShots)
 
 
-def _choose_colours() -> dict[str, tuple]:
-    """A colour for every method."""
-    colours = []
-    for name in ("tab10", "Dark2"):
-        colour_map = matplotlib.colormaps[name]
-        colours += [colour_map(i) for i in range(colour_map.N)]
-    return dict(zip(list_labels(), colours, strict=False))
+@dataclass(frozen=True)
+class Style:
+    """How a method is drawn: its colour in matplotlib's form, and its marker."""
+
+    colour: tuple[float, ...]
+    marker: str
 
 
-COLOURS = _choose_colours()
+def choose_styles(methods: Iterable[str]) -> dict[str, Style]:
+    """A style for every method. Where the colours are used up, they begin anew with another marker."""
+    styles = []
+    for marker in "os^Dv":
+        for name in ("tab10", "Dark2"):
+            colour_map = matplotlib.colormaps[name]
+            styles += [Style(colour_map(i), marker) for i in range(colour_map.N)]
+    return dict(zip(methods, cycle(styles), strict=False))
+
+
+STYLES = choose_styles(list_labels())
 
 
 def draw_figures(results: Results, folder: Path) -> None:
@@ -71,9 +82,9 @@ def draw_accuracy_cost(results: Results) -> Figure:
                     np.mean(seconds),
                     _comparable_accuracy(mean, means),
                     yerr=mean.diff_ci95 or 0,
-                    fmt="o",
+                    fmt=STYLES[mean.method].marker,
                     capsize=3,
-                    color=COLOURS[mean.method],
+                    color=STYLES[mean.method].colour,
                     label=legend.label_once(mean.method),
                 )
         _scale_seconds(axis, all_seconds)
@@ -101,10 +112,10 @@ def draw_gain(results: Results) -> Figure:
                 record.diff_vs_direct or 0,
                 domains.index(record.domain) + shift,
                 xerr=record.diff_ci95 or 0,
-                fmt="o",
+                fmt=STYLES[record.method].marker,
                 markersize=4,
                 capsize=2,
-                color=COLOURS[record.method],
+                color=STYLES[record.method].colour,
                 label=legend.label_once(record.method),
             )
         axis.axvline(0, color="grey", linewidth=0.8)
@@ -132,7 +143,8 @@ def draw_shots(results: Results) -> Figure:
             if len(accuracies) == len(complete) > 0:
                 titles.append(_title(n_shot))
                 heights.append(np.mean(accuracies))
-        axis.plot(titles, heights, "o-", color=COLOURS[method], label=list_labels()[method])
+        style = STYLES[method]
+        axis.plot(titles, heights, f"{style.marker}-", color=style.colour, label=list_labels()[method])
     axis.set_ylabel(f"accuracy, % (mean over {len(complete)} domains)")
     figure.legend(loc="outside right upper", fontsize=8)
     return figure

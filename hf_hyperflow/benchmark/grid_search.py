@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,19 +18,11 @@ from ..modeling.saving import write_json
 from .domain_features import DomainFeatures
 from .evaluation import label_accuracy, mean_ci95
 from .hyperparameters import Hyperparameters
-from .methods import METHODS, Classifier, FineTuning, LogisticRegression, Method, Target
+from .methods import METHODS, Method, Target
+from .methods.fine_tuning import GRID_STEPS
 
-STEPS = (5, 10, 20, 50, 100)
-LEARNING_RATES = {
-    "bias": (3e-4, 1e-3, 3e-3, 1e-2),
-    "lora": (3e-4, 1e-3, 3e-3, 1e-2),
-    "layernorm": (3e-4, 1e-3, 3e-3, 1e-2),
-    "full": (3e-6, 1e-5, 3e-5, 1e-4),
-}
-LOGISTIC_C = (0.1, 1.0, 10.0, 100.0, 1000.0)
-
-#: The methods that have hyper-parameters to choose, by name.
-TUNABLE: dict[str, Method] = {method.name: method for method in METHODS if method.hyperparameters()}
+#: The methods that have a grid, by name.
+TUNABLE: dict[str, Method] = {method.name: method for method in METHODS if method.grid()}
 
 Task = tuple[DomainFeatures, Episode]
 
@@ -59,42 +50,40 @@ def grid_search(
     settings: GridSettings,
     *,
     methods: Sequence[str] = tuple(TUNABLE),
-    max_steps: int = STEPS[-1],
+    max_steps: int = GRID_STEPS[-1],
 ) -> Hyperparameters:
     """Run every method over its grid; write the grid and the best hyper-parameters to a JSON file.
 
     All points of all grids meet the same CD-FSL episodes. The best mean over domains, numbers of shots and episodes
-    wins; of equals the earlier in the grid (fewer steps). The file is written after every run of a learning rate, and
-    a run that is in it already is not done again.
+    wins; of equals the earlier in the grid (fewer steps). The file is written after every group of `Method.grid`, and
+    a group that is in it already is not run again.
 
     Args:
         path: the JSON file; `read_hyperparameters` reads it.
         domains: training domains, never those that are reported.
         methods: names of some of `TUNABLE`.
-        max_steps: gradient steps that there is time for. The grid ends there, and of what is in the file already, no
+        max_steps: gradient steps that there is time for. The grids end there, and of what is in the file already, no
             point of more steps is chosen.
 
     Returns:
         The best hyper-parameters of each method.
 
     Raises:
-        ValueError: a method has nothing to choose; the file is of another grid or no JSON; or a domain has too few
-            images for an episode.
+        ValueError: a method has nothing to choose, or nothing of so few steps; the file is of another grid or no
+            JSON; or a domain has too few images for an episode.
     """
     unknown = [method for method in methods if method not in TUNABLE]
     if unknown:
         raise ValueError(f"there is nothing to choose for {unknown}: give some of {', '.join(TUNABLE)}.")
-    if max_steps < STEPS[0]:
-        raise ValueError(f"max_steps must be at least {STEPS[0]}, not {max_steps}.")
-    steps = [n for n in STEPS if n <= max_steps]
+    groups: list[list[Method]] = []
+    for name in methods:
+        groups += _list_groups(TUNABLE[name], max_steps)
     description = _describe(settings, target, domains)
     grid = _read_grid(Path(path), description)
     tasks = _draw_tasks(target, domains, settings)
-    for name in methods:
-        for candidates in _make_runs(TUNABLE[name], steps):
-            if _is_in_grid(candidates[0], grid):
-                continue
-            grid += _run(candidates, tasks)
+    for group in groups:
+        if not _is_in_grid(group[0], grid):
+            grid += _run(group, tasks)
             _write(path, description, grid, max_steps)
     _write(path, description, grid, max_steps)
     return choose_best(grid, max_steps)
@@ -105,8 +94,7 @@ def choose_best(grid: list[dict[str, Any]], max_steps: int) -> Hyperparameters:
     best = {}
     for name, method in TUNABLE.items():
         entries = [e for e in grid if e["method"] == name and e.get("steps", 0) <= max_steps]
-        rates_run = {e.get("learning_rate") for e in entries}
-        if entries and rates_run == set(LEARNING_RATES.get(name, (None,))):
+        if all(_is_in_grid(group[0], entries) for group in method.grid()):
             entry = max(entries, key=lambda e: e["accuracy"])
             best[name] = {key: entry[key] for key in method.hyperparameters()}
     return best
@@ -134,29 +122,36 @@ def _draw_tasks(target: Target, domains: list[Domain], settings: GridSettings) -
     return tasks
 
 
-def _make_runs(method: Method, steps: list[int]) -> list[list[Method]]:
-    """A method's grid: lists of candidates that one run per task gives."""
-    if isinstance(method, LogisticRegression):
-        return [[LogisticRegression(c) for c in LOGISTIC_C]]
-    assert isinstance(method, FineTuning)
-    runs = []
-    for learning_rate in LEARNING_RATES[method.name]:
-        run: list[Method] = []
-        for n in steps:
-            run.append(dataclasses.replace(method, steps=n, learning_rate=learning_rate))
-        runs.append(run)
-    return runs
+def _list_groups(method: Method, max_steps: int) -> list[list[Method]]:
+    """The groups of a method's grid, without the candidates of more steps.
+
+    Raises:
+        ValueError: no candidate of a group has so few steps.
+    """
+    groups: list[list[Method]] = []
+    for group in method.grid():
+        candidates: list[Method] = []
+        for candidate in group:
+            if candidate.hyperparameters().get("steps", 0) <= max_steps:
+                candidates.append(candidate)
+        if not candidates:
+            fewest = group[0].hyperparameters()["steps"]
+            raise ValueError(f"max_steps must be at least {fewest}, not {max_steps}.")
+        groups.append(candidates)
+    return groups
 
 
-def _is_in_grid(method: Method, grid: list[dict[str, Any]]) -> bool:
-    """Whether a run with the learning rate of `method` is there, of however many steps."""
-    rate = method.hyperparameters().get("learning_rate")
-    return any(e["method"] == method.name and e.get("learning_rate") == rate for e in grid)
+def _is_in_grid(candidate: Method, grid: list[dict[str, Any]]) -> bool:
+    """Whether the group of a candidate was run: an entry has its settings, with however many steps."""
+    settings: dict[str, Any] = {"method": candidate.name}
+    settings.update(candidate.hyperparameters())
+    settings.pop("steps", None)
+    return any(settings.items() <= entry.items() for entry in grid)
 
 
 def _run(candidates: list[Method], tasks: Iterable[Task]) -> list[dict[str, Any]]:
-    """The grid's entries of some candidates, from one run per task."""
-    title = f"{candidates[0].name} {candidates[0].hyperparameters().get('learning_rate', '')}"
+    """The grid's entries of a group of candidates."""
+    title = f"{candidates[0].name} {candidates[0].hyperparameters()}"
     rows = []
     for features, episode in tqdm(tasks, desc=title, disable=None, leave=False):
         rows.append(evaluate_candidates(candidates, features, episode))
@@ -178,16 +173,10 @@ def _describe_point(candidate: Method, accuracies: Sequence[float]) -> dict[str,
 
 
 def evaluate_candidates(candidates: list[Method], features: DomainFeatures, episode: Episode) -> list[float]:
-    """Accuracies in % on an episode; of candidates that differ in their steps alone by one run of fine-tuning."""
+    """Accuracies in % of a group of candidates on an episode."""
     support, queries, target = features.support(episode), features.queries(episode), features.target
-    longest = candidates[-1]
-    classifiers: Sequence[Classifier]
     with eval_mode(target.backbone), eval_mode(target.adapter):
-        if isinstance(longest, FineTuning):
-            steps = [c.steps for c in candidates if isinstance(c, FineTuning)]
-            classifiers = longest.fit_after(support, steps)
-        else:
-            classifiers = [candidate.fit(support) for candidate in candidates]
+        classifiers = type(candidates[0]).fit_group(candidates, support)
         return [label_accuracy(c.predict(queries), episode.query_labels) for c in classifiers]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from .episode_log import EpisodeResult
 from .evaluation import mean_ci95
-from .methods import FLOW_POINTS, METHODS, FineTuning, HyperFlow, list_labels
+from .methods import FLOW_POINTS, METHODS, HyperFlow, list_labels
 from .task_cost import CostKey, TaskCost
 
 T = TypeVar("T")
@@ -24,12 +24,12 @@ Accuracies = dict[int, float]
 REFERENCE, HYPERFLOW = "direct", "hyperflow"
 
 #: The method that was run, by the name that its tuned features have in the adapter's head.
-TUNED_METHODS = {method.head_name: method.name for method in METHODS if isinstance(method, FineTuning)}
+TUNED_METHODS = {method.head_name: method.name for method in METHODS if method.head_name is not None}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over episodes with the half-width of its 95 % interval; None for what there is not."""
+    """A mean over episodes with the half-width of its 95 % interval; None where no episodes, or too few, were run."""
 
     mean: float | None
     ci95: float | None

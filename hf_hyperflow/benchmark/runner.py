@@ -36,7 +36,7 @@ from .episode_log import EPISODES, EpisodeLog, EpisodeResult
 from .evaluation import evaluate_method
 from .figures import draw_figures
 from .hyperparameters import read_hyperparameters, with_hyperparameters
-from .methods import FLOW_POINTS, FineTuning, Method, Target, find_methods, list_labels
+from .methods import FLOW_POINTS, Method, Target, find_methods, list_labels
 from .results import HYPERFLOW, REFERENCE, TUNED_METHODS, EpisodeTable, Results, cost_key, summarise
 from .task_cost import CostFile, CostKey, CostSetting, TaskCost, task_cost
 
@@ -49,7 +49,8 @@ HYPERPARAMETERS = "hyperparameters of "
 GRADIENT_EPISODES_ON_CPU = 60
 
 #: Episodes that a process runs between two writings of the log.
-EPISODES_PER_WRITE, GRADIENT_EPISODES_PER_WRITE = 50, 1
+EPISODES_PER_WRITE = 50
+SLOW_EPISODES_PER_WRITE = 1
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -150,8 +151,7 @@ class Benchmark:
         done = self.log.done(domain.name, n_shot, method.name) if accelerator.is_main_process else set()
         (done,) = broadcast_object_list([done])
         missing = [index for index in range(n_episodes) if index not in done]
-        is_gradient = isinstance(method, FineTuning)
-        per_write = GRADIENT_EPISODES_PER_WRITE if is_gradient else EPISODES_PER_WRITE
+        per_write = SLOW_EPISODES_PER_WRITE if method.is_slow else EPISODES_PER_WRITE
         title = f"{domain.name}, {n_shot or 'any'}-shot, {method.name}"
 
         def run_episode(index: int) -> list[EpisodeResult]:
@@ -303,14 +303,14 @@ def draw_episode(arguments: BenchmarkArguments, domain: Domain, n_shot: int | No
 
 def count_episodes(arguments: BenchmarkArguments, methods: Sequence[Method], device: torch.device) -> dict[Method, int]:
     """How many episodes each method runs, points along the flow included."""
-    n_gradient = arguments.n_episodes
+    n_slow = arguments.n_episodes
     if arguments.max_episodes_gradient is not None:
-        n_gradient = min(n_gradient, arguments.max_episodes_gradient)
+        n_slow = min(n_slow, arguments.max_episodes_gradient)
     elif device.type == "cpu":
-        n_gradient = min(n_gradient, GRADIENT_EPISODES_ON_CPU)
+        n_slow = min(n_slow, GRADIENT_EPISODES_ON_CPU)
     counts = {}
     for method in methods:
-        counts[method] = n_gradient if isinstance(method, FineTuning) else arguments.n_episodes
+        counts[method] = n_slow if method.is_slow else arguments.n_episodes
     if {REFERENCE, HYPERFLOW} <= {method.name for method in methods}:
         for point in FLOW_POINTS:
             counts[point] = min(arguments.flow_episodes, arguments.n_episodes)

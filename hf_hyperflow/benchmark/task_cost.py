@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from transformers.utils.logging import disable_progress_bar
 from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.saving import CheckpointError, write_json
 from .cost import count_flops, device_name, measure_cost, run_in_fresh_process
-from .methods import Classifier, FineTuning, Method, Target
+from .methods import Classifier, Method, Support, Target
 
-#: How often a method without gradients is run for its median time.
+#: How often a method that is not slow is run for its median time.
 REPETITIONS = 10
 
 
@@ -44,7 +45,7 @@ class TaskCost:
     """Cost of one task, from support images in memory to a classifier.
 
     Attributes:
-        seconds_per_task: of fine-tuning that of the one run, of other methods the median of ten after the first.
+        seconds_per_task: of a slow method (fine-tuning) that of one run, of others the median of ten after the first.
         peak_memory_mb: of the first run, beyond the loaded models, in MiB (see `Cost`).
         flops_per_task: operations of the networks; those of a logistic regression are not counted.
     """
@@ -125,23 +126,28 @@ def _measure(method: Method, setting: CostSetting, n_way: int, n_support: int, n
     def run() -> Classifier:
         return prepare_task(method, target, images, labels)
 
+    def count(fit: Callable[[Support], Classifier]) -> int:
+        return count_flops(lambda: prepare_task(method, target, images, labels, fit))
+
     with torch.autocast(device, torch.bfloat16, enabled=setting.bf16):
-        # The libraries' own start is nobody's cost.
+        # Importing and warming up the libraries is not part of any method's cost.
         method.require_packages()
         with torch.no_grad():
             backbone(torch.zeros(1, 3, *setting.size, device=device))
         _, cost = measure_cost(run, device)
-        if isinstance(method, FineTuning):
-            seconds = cost.seconds
-            operations = _count_fine_tuning(method, target, images, labels)
-        else:
+        seconds = cost.seconds
+        if not method.is_slow:
             seconds = statistics.median(measure_cost(run, device)[1].seconds for _ in range(REPETITIONS))
-            operations = count_flops(run)
+        operations = method.count_operations(count)
     return TaskCost(seconds, round(cost.peak_memory_mb, 2), operations)
 
 
 def prepare_task(
-    method: Method, target: Target, images: torch.Tensor, labels: torch.Tensor, n_steps: int | None = None
+    method: Method,
+    target: Target,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    fit: Callable[[Support], Classifier] | None = None,
 ) -> Classifier:
     """Do all the work between holding a support set and being able to classify. Nothing is taken from a cache.
 
@@ -150,23 +156,11 @@ def prepare_task(
     Args:
         images: `(n, 3, height, width)` uint8 on the backbone's device.
         labels: `(n,)` there.
-        n_steps: of fine-tuning, run the first so many gradient steps only.
+        fit: what is run in place of `method.fit`, such as the first gradient steps of fine-tuning.
     """
     support = target.support(images, labels)
-    if n_steps is not None and isinstance(method, FineTuning):
-        classifier: Classifier = method.fit_after(support, [n_steps])[0]
-    else:
-        classifier = method.fit(support)
+    classifier = (fit or method.fit)(support)
     if method.works_in_predict:
         classifier.predict(support.images)
     target.unload()
     return classifier
-
-
-def _count_fine_tuning(method: FineTuning, target: Target, images: torch.Tensor, labels: torch.Tensor) -> int:
-    """Operations of a whole run. All gradient steps are alike, so that two are enough to count."""
-    one = count_flops(lambda: prepare_task(method, target, images, labels, 1))
-    if method.steps == 1:
-        return one
-    two = count_flops(lambda: prepare_task(method, target, images, labels, 2))
-    return one + (method.steps - 1) * (two - one)

@@ -9,11 +9,12 @@ from scipy import stats
 
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.benchmark.domain_features import DomainFeatures
-from hf_hyperflow.benchmark.evaluation import Comparison, compare_flow, label_accuracy, mean_ci95, prototype_accuracy
+from hf_hyperflow.benchmark.evaluation import Comparison, compare_flow, label_accuracy, mean_ci95
 from hf_hyperflow.benchmark.methods import Target
 from hf_hyperflow.data.domains import Domain, normalise, resize_images
 from hf_hyperflow.data.episodes import cdfsl_episode
 from hf_hyperflow.modeling.peft_configs import bias_config
+from hf_hyperflow.modeling.prototypes import PrototypeClassifier
 from tests.helpers.tiny import Snapshot, picture, tiny_adapter, tiny_resnet
 
 
@@ -112,7 +113,10 @@ def test_accuracies_in_the_adapter_s_head_without_the_flow(backbone, processor, 
     comparison = compare_flow(adapter, backbone, domain, n_episodes=4, n_shot=2, n_way=4, n_query=5)
     episode = cdfsl_episode(domain, 0, n_shot=2, n_way=4, n_query=5)
     features = DomainFeatures(Target(backbone, adapter), domain).features(torch.cat([episode.support, episode.query]))
-    assert comparison.no_flow[0] == pytest.approx(prototype_accuracy(features, episode, adapter.head), abs=5.1)
+    n_support = len(episode.support)
+    classifier = PrototypeClassifier.from_support(features[:n_support], episode.support_labels, head=adapter.head)
+    expected = label_accuracy(classifier(features[n_support:]).argmax(-1), episode.query_labels)
+    assert comparison.no_flow[0] == pytest.approx(expected, abs=5.1)
     assert not np.array_equal(comparison.no_flow, comparison.direct)
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from hf_hyperflow.benchmark.episode_log import EpisodeResult
-from hf_hyperflow.benchmark.figures import COLOURS, draw_accuracy_cost, draw_flow, draw_gain, draw_shots
+from hf_hyperflow.benchmark.figures import STYLES, choose_styles, draw_accuracy_cost, draw_flow, draw_gain, draw_shots
 from hf_hyperflow.benchmark.methods import list_labels
 from hf_hyperflow.benchmark.results import Results, cost_key, summarise
 from hf_hyperflow.benchmark.task_cost import TaskCost
@@ -46,7 +46,7 @@ def test_fewer_episodes_are_drawn_by_their_paired_difference(results):
     assert list(lines[LABELS["bias"]].get_xdata()) == ["5-shot"]
     assert list(lines[LABELS["bias"]].get_ydata()) == [53.5]
     assert list(lines[LABELS["hyperflow"]].get_ydata()) == [54.5, 54.5]
-    assert lines[LABELS["bias"]].get_color() == COLOURS["bias"]
+    assert lines[LABELS["bias"]].get_color() == STYLES["bias"].colour
 
 
 def test_gains_along_the_flow(results):
@@ -57,6 +57,15 @@ def test_gains_along_the_flow(results):
     assert len(steps_axis.get_lines()) == 1  # the zero alone
 
 
-def test_methods_have_colours_of_their_own():
-    assert set(COLOURS) == set(LABELS)
-    assert len(set(COLOURS.values())) == len(LABELS)
+def test_methods_have_styles_of_their_own():
+    assert set(STYLES) == set(LABELS)
+    assert len({style.colour for style in STYLES.values()}) == len(LABELS)
+
+
+@pytest.mark.parametrize("n_new", [1, 2, 30])
+def test_new_methods_have_styles_of_their_own_too(n_new):
+    methods = [*LABELS, *(f"new-{i}" for i in range(n_new))]
+    styles = choose_styles(methods)
+    assert list(styles) == methods
+    assert len(set(styles.values())) == len(methods)
+    assert styles["direct"] == STYLES["direct"]

@@ -10,7 +10,15 @@ from hf_hyperflow.benchmark.domain_features import DomainFeatures
 from hf_hyperflow.benchmark.evaluation import evaluate_method
 from hf_hyperflow.benchmark.grid_search import GridSettings, grid_search
 from hf_hyperflow.benchmark.hyperparameters import read_hyperparameters
-from hf_hyperflow.benchmark.methods import LayerNormTuning
+from hf_hyperflow.benchmark.methods import (
+    LayerNormTuning,
+    LogisticRegression,
+    Method,
+    NearestPrototype,
+    NoFlow,
+    Support,
+    fine_tuning,
+)
 from hf_hyperflow.data.episodes import cdfsl_episode
 
 FEW = GridSettings(n_episodes=2, n_shot=(1,), n_way=3, n_query=2)
@@ -18,9 +26,9 @@ FEW = GridSettings(n_episodes=2, n_shot=(1,), n_way=3, n_query=2)
 
 @pytest.fixture(autouse=True)
 def small_grid(monkeypatch):
-    monkeypatch.setattr(module, "STEPS", (1, 3))
-    monkeypatch.setattr(module, "LEARNING_RATES", {"layernorm": (1e-3, 3e-2)})
-    monkeypatch.setattr(module, "LOGISTIC_C", (0.01, 10.0))
+    monkeypatch.setattr(fine_tuning, "GRID_STEPS", (1, 3))
+    monkeypatch.setattr(LayerNormTuning, "grid_rates", (1e-3, 3e-2))
+    monkeypatch.setattr(LogisticRegression, "grid_c", (0.01, 10.0))
 
 
 def test_the_grid_is_run_written_and_its_best_chosen(tmp_path, target, colours):
@@ -87,3 +95,45 @@ def test_a_grid_ends_where_there_is_no_more_time(tmp_path, target, colours):
     assert best["layernorm"]["steps"] == 1
     with pytest.raises(ValueError, match="max_steps must be at least 1, not 0"):
         grid_search(path, target, [colours], FEW, methods=["layernorm"], max_steps=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Knn(Method):
+    """A method as somebody may add it: hyper-parameters, and no gradient descent."""
+
+    k: int = 3
+
+    name = "knn"
+    label = "k nearest neighbours"
+
+    def hyperparameters(self):
+        return {"k": self.k}
+
+    def grid(self):
+        return [[Knn(1)], [Knn(3)]]
+
+    def fit(self, support: Support) -> NearestPrototype:
+        return NoFlow().fit(support)
+
+
+def test_a_new_method_brings_its_own_grid(tmp_path, target, colours, monkeypatch):
+    path = tmp_path / "hyperparameters.json"
+    monkeypatch.setitem(module.TUNABLE, "knn", Knn())
+    best = grid_search(path, target, [colours], FEW, methods=["knn"])
+    assert [entry["k"] for entry in json.loads(path.read_text())["grid"]] == [1, 3]
+    assert best == {"knn": {"k": 1}}  # of equals the earlier
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed(Knn):
+    """The same without a grid: there is nothing to choose."""
+
+    name = "fixed"
+
+    def grid(self):
+        return []
+
+
+def test_hyperparameters_without_a_grid_are_not_searched():
+    assert Fixed().hyperparameters() == {"k": 3}
+    assert set(module.TUNABLE) == {"logistic", "bias", "lora", "layernorm", "full"}

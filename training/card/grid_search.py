@@ -18,8 +18,9 @@ from transformers import AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.arguments import parse
-from hf_hyperflow.benchmark.grid_search import STEPS, TUNABLE, GridSettings, grid_search
+from hf_hyperflow.benchmark.grid_search import TUNABLE, GridSettings, grid_search
 from hf_hyperflow.benchmark.methods import Target
+from hf_hyperflow.benchmark.methods.fine_tuning import GRID_STEPS
 from hf_hyperflow.data.domains import load_domain
 
 
@@ -34,7 +35,8 @@ class Arguments:
         metadata={"help": f"separated by commas, of {', '.join(TUNABLE)}; other methods in the file are kept"},
     )
     max_steps: int = field(
-        default=STEPS[-1], metadata={"help": f"the grid ends there; where time is short, less than {STEPS[-1]}"}
+        default=GRID_STEPS[-1],
+        metadata={"help": f"the grid ends there; where time is short, less than {GRID_STEPS[-1]}"},
     )
     n_way: int = field(default=5, metadata={"help": "classes of an episode"})
     n_shot: list[int] = field(default_factory=lambda: [5], metadata={"help": "support images of a class"})

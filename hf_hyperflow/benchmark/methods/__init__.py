@@ -4,7 +4,8 @@
     classifier = HyperFlow().fit(target.support(images, labels))
     predicted = classifier.predict(target.images(queries))
 
-A new method is a file beside these with a subclass of `Method`, and an instance of it in `METHODS`.
+A new method is a file beside these with a subclass of `Method`, and an instance of it in `METHODS`. Its words in
+tables, its grid of hyper-parameters and how its cost is counted are members of the class.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def list_labels() -> dict[str, str]:
     """Labels by name, in the order of tables and figures, those of tuned features in the adapter's head included."""
     labels = {method.name: method.label for method in METHODS}
     for method in METHODS:
-        if isinstance(method, FineTuning):
+        if method.head_name is not None and method.head_label is not None:
             labels[method.head_name] = method.head_label
     for method in EASYFSL_METHODS:
         labels[method.name] = method.label

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from ...modeling.prototypes import Head, PrototypeClassifier, unit_means
 from .target import Images, Support
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -18,9 +22,11 @@ class Method(ABC):
 
     Attributes:
         works_in_predict: whether the classifier does its work when it predicts and not when it is fitted.
+        is_slow: whether a task takes so long that a benchmark runs fewer episodes of it and times one run only.
     """
 
     works_in_predict = False
+    is_slow = False
 
     @property
     @abstractmethod
@@ -32,9 +38,27 @@ class Method(ABC):
     def label(self) -> str:
         """What tables and figures call it, in words."""
 
+    @property
+    def head_name(self) -> str | None:
+        """What results call its features in the adapter's head (`Classifier.in_head`); None if it has none there."""
+        return None
+
+    @property
+    def head_label(self) -> str | None:
+        """What tables and figures call that."""
+        return None
+
     def hyperparameters(self) -> dict[str, int | float]:
         """The settings that its accuracy depends on, for the record; empty for a method without."""
         return {}
+
+    def grid(self) -> list[list[Self]]:
+        """What a grid search tries: groups of candidates that `fit_group` fits together; empty for nothing to choose.
+
+        All candidates of a group have the same hyper-parameters but for `steps`, the number of gradient steps, and
+        ascend in these.
+        """
+        return []
 
     def require_packages(self) -> None:  # noqa: B027
         """Import the packages that only this method needs, before any work.
@@ -49,6 +73,19 @@ class Method(ABC):
 
         The backbone's own weights are as before; a PEFT adapter may be left in it, see `Target`.
         """
+
+    @classmethod
+    def fit_group(cls, candidates: Sequence[Self], support: Support) -> Sequence[Classifier]:
+        """The classifiers of a group of `grid`, one for each candidate."""
+        return [candidate.fit(support) for candidate in candidates]
+
+    def count_operations(self, count: Callable[[Callable[[Support], Classifier]], int]) -> int:
+        """Operations of a task, of which a method of many equal steps needs to run only some.
+
+        Args:
+            count: takes a function like `fit`, runs it, and returns its number of operations.
+        """
+        return count(self.fit)
 
 
 class Classifier(ABC):

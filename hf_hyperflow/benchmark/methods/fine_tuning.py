@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -14,6 +15,12 @@ from ...modeling.backbones import SplitBackbone
 from .adapted import AdaptedBackbone, Weights
 from .base import Classifier, Method, NearestPrototype
 from .target import Images, Support, Target
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+#: Numbers of gradient steps that a grid search tries.
+GRID_STEPS = (5, 10, 20, 50, 100)
 
 
 @dataclass(frozen=True)
@@ -26,23 +33,32 @@ class FineTuning(Method):
     Attributes:
         steps: gradient steps.
         learning_rate: of Adam.
+        grid_rates: learning rates that a grid search tries.
     """
 
     steps: int = 50
     learning_rate: float = 1e-3
 
+    is_slow = True
+    grid_rates: ClassVar[tuple[float, ...]] = (3e-4, 1e-3, 3e-3, 1e-2)
+
     @property
     def head_name(self) -> str:
-        """What results call it where its features are classified in the adapter's head."""
         return f"{self.name}-head"
 
     @property
     def head_label(self) -> str:
-        """What tables and figures call that."""
         return f"{self.label}, in HyperFlow's head"
 
     def hyperparameters(self) -> dict[str, int | float]:
         return {"steps": self.steps, "learning_rate": self.learning_rate}
+
+    def grid(self) -> list[list[Self]]:
+        groups = []
+        for learning_rate in self.grid_rates:
+            group = [replace(self, steps=steps, learning_rate=learning_rate) for steps in GRID_STEPS]
+            groups.append(group)
+        return groups
 
     @abstractmethod
     def get_weights(self, target: Target) -> Weights:
@@ -86,6 +102,27 @@ class FineTuning(Method):
             tuned = AdaptedBackbone(split, lambda: self.get_weights(target), thetas[step])
             classifiers.append(TunedClassifier(tuned, support))
         return classifiers
+
+    @classmethod
+    def fit_group(cls, candidates: Sequence[Self], support: Support) -> Sequence[Classifier]:
+        """All of them by the one run of the last, which has the most steps."""
+        return candidates[-1].fit_after(support, [candidate.steps for candidate in candidates])
+
+    def count_operations(self, count: Callable[[Callable[[Support], Classifier]], int]) -> int:
+        """All gradient steps are alike, so that two are enough to count."""
+        one = count(self._first_steps(1))
+        if self.steps == 1:
+            return one
+        two = count(self._first_steps(2))
+        return one + (self.steps - 1) * (two - one)
+
+    def _first_steps(self, n_steps: int) -> Callable[[Support], Classifier]:
+        """A function that fits by the first steps of the run alone."""
+
+        def fit(support: Support) -> Classifier:
+            return self.fit_after(support, [n_steps])[0]
+
+        return fit
 
 
 class TunedClassifier(NearestPrototype):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -19,6 +20,8 @@ class FullFineTuning(FineTuning):
     """Tunes every parameter of the backbone."""
 
     learning_rate: float = 3e-5
+
+    grid_rates: ClassVar[tuple[float, ...]] = (3e-6, 1e-5, 3e-5, 1e-4)
 
     name = "full"
     label = "full fine-tuning"

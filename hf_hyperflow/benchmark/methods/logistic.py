@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from .target import Images, Support
 
 if TYPE_CHECKING:
     import sklearn.linear_model
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,21 @@ class LogisticRegression(Method):
 
     Attributes:
         c: scikit-learn's `C`, the inverse of the weight decay.
+        grid_c: those that a grid search tries.
     """
 
     c: float = 10.0
+
+    grid_c: ClassVar[tuple[float, ...]] = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
     name = "logistic"
     label = "logistic regression"
 
     def hyperparameters(self) -> dict[str, int | float]:
         return {"c": self.c}
+
+    def grid(self) -> list[list[Self]]:
+        return [[replace(self, c=c)] for c in self.grid_c]
 
     def require_packages(self) -> None:
         try:
