@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,29 @@ from .support import SupportSet, read_support
 from .task import AdaptedTask, SupportImages
 from .task_encoder import TaskEncoder, TaskTokens, pool_tokens
 from .validation import list_differences
+
+
+class WeightPath(NamedTuple):
+    """The weights along the flow of one support set.
+
+    Attributes:
+        times: from 0 to the end of the flow.
+        thetas: the adapter's weights at each of these times, `(n_tokens, token_dim)`.
+        stopping_point: where the flow was stopped.
+        nfe: how often the velocity was computed.
+        hidden: what the first blocks compute of the support images; None where that was not needed.
+    """
+
+    times: list[float]
+    thetas: list[torch.Tensor]
+    stopping_point: StoppingPoint
+    nfe: int
+    hidden: Hidden | None
+
+    @property
+    def theta(self) -> torch.Tensor:
+        """The weights where the flow was stopped."""
+        return self.thetas[self.times.index(self.stopping_point.time)]
 
 
 class HyperFlowAdapter(PreTrainedModel):
@@ -154,6 +177,7 @@ class HyperFlowAdapter(PreTrainedModel):
             _require_in_last_blocks(space, blocks, last_blocks)
             SplitBackbone(backbone, len(blocks) - last_blocks, blocks=blocks).check()
             fingerprint = compute_fingerprint(backbone)
+        encoder_config = None if encoder is None else encoder.config.to_dict()
         model = cls(
             HyperFlowConfig(
                 backbone={
@@ -168,7 +192,7 @@ class HyperFlowAdapter(PreTrainedModel):
                 tensor_names=space.names,
                 tensor_shapes=[list(shape) for shape in space.shapes],
                 frozen_tensors=list(frozen_tensors),
-                encoder=None if encoder is None else encoder.config.to_dict(),
+                encoder=encoder_config,
                 **config,
             )
         )
@@ -216,28 +240,28 @@ class HyperFlowAdapter(PreTrainedModel):
         split = self.split(backbone)
         images = self._read(support, backbone, skip_bad)
         with get_lock(backbone), self._injected(backbone) as injection, eval_mode(backbone):
-            tokens, hidden = self.encode(split, images.pixel_values, images.labels)
-            trajectory = self.flow(tokens, n_steps=n_steps, solver=solver)
-            thetas = [self.theta(z[0], injection.start) for z in trajectory.states]
-            if not torch.stack(thetas).isfinite().all():
+            path = self.follow(
+                split,
+                injection,
+                images.pixel_values,
+                images.labels,
+                n_steps=n_steps,
+                solver=solver,
+                early_stopping=early_stopping,
+            )
+            if not torch.stack(path.thetas).isfinite().all():
                 self._raise_not_finite(split, images)
-            stopping_point = StoppingPoint(trajectory.times[-1])
-            if early_stopping:
-                hidden = hidden or split.forward_prefix(images.pixel_values)
-                stopping_point = choose_stopping_point(
-                    split, injection, hidden, images.labels, trajectory.times, thetas, self.head
-                )
         # The task writes theta into the backbone whenever it is used, so that several tasks can share it.
         return AdaptedTask(
             split=split,
             space=self.space,
-            theta=thetas[trajectory.times.index(stopping_point.time)],
+            theta=path.theta,
             class_names=images.class_names,
             scale=self._get_scale(),
             processor=self.processor,
-            support=SupportImages(hidden or images.pixel_values, images.labels, self.head, images.names),
-            nfe=trajectory.nfe,
-            stopping_point=stopping_point,
+            support=SupportImages(path.hidden or images.pixel_values, images.labels, self.head, images.names),
+            nfe=path.nfe,
+            stopping_point=path.stopping_point,
         )
 
     @torch.no_grad()
@@ -350,6 +374,38 @@ class HyperFlowAdapter(PreTrainedModel):
                 stacklevel=6,  # whoever called `adapt`: four frames of contextlib, torch and ours lie between
             )
 
+    def follow(
+        self,
+        split: SplitBackbone,
+        injection: Injection,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor,
+        hidden: Hidden | None = None,
+        *,
+        n_steps: int | None = None,
+        solver: str | None = None,
+        end_time: float = 1.0,
+        early_stopping: bool = False,
+    ) -> WeightPath:
+        """The flow of one support set, as weights. This is `adapt` without reading images and without locks.
+
+        Args:
+            injection: the adapter in the backbone.
+            pixel_values: `(n, 3, height, width)`.
+            labels: `(n,)` in 0..n_way-1.
+            hidden: the hidden states of the images behind the first blocks, if they are known already.
+            n_steps, solver, end_time: see `flow`.
+            early_stopping: see `adapt`.
+        """
+        tokens, hidden = self.encode(split, pixel_values, labels, hidden)
+        trajectory = self.flow(tokens, n_steps=n_steps, solver=solver, end_time=end_time)
+        times, thetas = trajectory.times, [self.theta(z[0], injection.start) for z in trajectory.states]
+        stopping_point = StoppingPoint(times[-1])
+        if early_stopping:
+            hidden = hidden or split.forward_prefix(pixel_values)
+            stopping_point = choose_stopping_point(split, injection, hidden, labels, times, thetas, self.head)
+        return WeightPath(times, thetas, stopping_point, trajectory.nfe, hidden)
+
     def encode(
         self, split: SplitBackbone, pixel_values: torch.Tensor, labels: torch.Tensor, hidden: Hidden | None = None
     ) -> tuple[TaskTokens, Hidden | None]:
@@ -363,8 +419,8 @@ class HyperFlowAdapter(PreTrainedModel):
         """Features `(n, feature_dim)` of images for the task encoder, and the hidden states behind the first blocks.
 
         Images larger than `config.image_size` are encoded at that size, because the flow has seen no larger ones. For
-        these, and with a separate encoder, the first blocks are not run on the images as they are. The second result is
-        then `hidden` as it was given.
+        these, and with a separate encoder, the features do not come from the hidden states of the images as they are,
+        and the second result is `hidden` as it was given.
 
         Args:
             pixel_values: `(n, 3, height, width)`.
@@ -374,9 +430,9 @@ class HyperFlowAdapter(PreTrainedModel):
         if self.encoder is not None:
             states = self.encoder(reduced.to(self.device, self.encoder.dtype)).last_hidden_state
             return pool_tokens(states), hidden
-        if hidden is None and reduced is not pixel_values:
+        if reduced is not pixel_values:
             states = split.forward_prefix(reduced).states
-            return pool_tokens(states).to(self.device), None
+            return pool_tokens(states).to(self.device), hidden
         if hidden is None:
             hidden = split.forward_prefix(pixel_values)
         return pool_tokens(hidden.states).to(self.device), hidden

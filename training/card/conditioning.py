@@ -97,8 +97,7 @@ class Experiment:
 
     def generate(self, domain: DomainFeatures, episode: Episode) -> torch.Tensor:
         """Weights `(n_tokens, token_dim)` at t = 1, conditioned on the support set of an episode."""
-        _, thetas = HyperFlow().follow_flow(domain.support(episode))
-        return thetas[-1]
+        return HyperFlow().follow_flow(domain.support(episode)).theta
 
     def compute_unconditional(self) -> torch.Tensor:
         """The mean of the generated weights over tasks of the training domains, `(n_tokens, token_dim)`."""

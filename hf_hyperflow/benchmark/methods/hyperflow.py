@@ -8,12 +8,16 @@ from dataclasses import dataclass
 
 import torch
 
+from ...modeling.adapter import WeightPath
 from ...modeling.injection import Injection
-from ...modeling.stopping import StoppingPoint, choose_stopping_point
+from ...modeling.stopping import StoppingPoint
 from .adapted import AdaptedBackbone
 from .base import Method, NearestPrototype
 from .no_flow import NoFlow
 from .target import Images, Support
+
+#: The times in the figures along the flow are quarters of t, so each quarter is divided into whole steps.
+QUARTERS = 4
 
 
 @dataclass(frozen=True)
@@ -65,29 +69,24 @@ class HyperFlow(Method):
     def fit(self, support: Support) -> NearestPrototype:
         if self.end_time == 0:
             return NoFlow().fit(support)
-        target = support.target
-        times, thetas = self.follow_flow(support)
-        stopping_point = StoppingPoint(times[-1])
-        if self.early_stopping:
-            injection = target.adapter.space.inject(target.backbone)
-            hidden, head = support.images.hidden, target.adapter.head
-            stopping_point = choose_stopping_point(target.split, injection, hidden, support.labels, times, thetas, head)
-        return FlowClassifier(support, thetas[times.index(stopping_point.time)], stopping_point)
+        path = self.follow_flow(support)
+        return FlowClassifier(support, path.theta, path.stopping_point)
 
     @torch.no_grad()
-    def follow_flow(self, support: Support) -> tuple[list[float], list[torch.Tensor]]:
-        """The points of the flow: times from 0 to the end, and theta `(n_tokens, token_dim)` at each.
-
-        The support images are read at the size they have, which should be that of the adapter's image processor.
-        (`HyperFlowAdapter.adapt` reduces larger ones before the task encoder reads them.)
-        """
+    def follow_flow(self, support: Support) -> WeightPath:
+        """The weights along the flow, see `HyperFlowAdapter.follow`."""
         target, images = support.target, support.images
         adapter = target.adapter
-        injection = adapter.space.inject(target.backbone)
-        tokens, _ = adapter.encode(target.split, images.pixel_values, support.labels, images.hidden)
-        end_time = 1.0 if self.end_time is None else self.end_time
-        trajectory = adapter.flow(tokens, n_steps=self.count_steps(adapter.config.n_steps), end_time=end_time)
-        return trajectory.times, [adapter.theta(z[0], injection.start) for z in trajectory.states]
+        return adapter.follow(
+            target.split,
+            adapter.space.inject(target.backbone),
+            images.pixel_values,
+            support.labels,
+            images.hidden,
+            n_steps=self.count_steps(adapter.config.n_steps),
+            end_time=1.0 if self.end_time is None else self.end_time,
+            early_stopping=self.early_stopping,
+        )
 
     def count_steps(self, adapter_steps: int) -> int:
         """Solver steps to the end, with an adapter that takes `adapter_steps` to t = 1."""
@@ -95,14 +94,23 @@ class HyperFlow(Method):
             return self.n_steps
         if self.end_time is None:
             return adapter_steps
-        return round(self.end_time * 4 * math.ceil(adapter_steps / 4))
+        steps_per_quarter = math.ceil(adapter_steps / QUARTERS)
+        return round(self.end_time * QUARTERS * steps_per_quarter)
 
 
 #: Points of the flow for the figures: along it, and at t = 1 with other numbers of steps.
-FLOW_POINTS: tuple[HyperFlow, ...] = (
-    *(HyperFlow(end_time=end_time) for end_time in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)),
-    *(HyperFlow(n_steps=n_steps) for n_steps in (1, 2, 4, 8, 16, 50)),
-)
+END_TIMES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+NUMBERS_OF_STEPS = (1, 2, 4, 8, 16, 50)
+
+
+def _list_flow_points() -> tuple[HyperFlow, ...]:
+    points = [HyperFlow(end_time=end_time) for end_time in END_TIMES]
+    for n_steps in NUMBERS_OF_STEPS:
+        points.append(HyperFlow(n_steps=n_steps))
+    return tuple(points)
+
+
+FLOW_POINTS = _list_flow_points()
 
 
 class FlowClassifier(NearestPrototype):

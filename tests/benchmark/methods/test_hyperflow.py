@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_hyperflow.benchmark.domain_features import DomainFeatures
 from hf_hyperflow.benchmark.methods import FLOW_POINTS, HyperFlow, NoFlow
 from hf_hyperflow.data.domains import normalise
 from hf_hyperflow.data.episodes import cdfsl_episode
@@ -26,6 +27,25 @@ def test_it_does_what_adapt_does(target, colours, early_stopping):
         task.reset()
 
 
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_it_does_what_adapt_does_on_images_larger_than_those_of_training(target, colours, episode, early_stopping):
+    """The flow reads them reduced, whether or not the hidden states of the large images are known already."""
+    target.adapter.config.image_size = [14, 14]
+    images, labels = colours.images[episode.support], episode.support_labels
+    assert images.shape[-1] > 14
+    features = DomainFeatures(target, colours)
+    task = target.adapter.adapt(
+        target.backbone, (normalise(images, target.processor), labels), early_stopping=early_stopping
+    )
+    for support in (target.support(images, labels), features.support(episode)):
+        classifier = HyperFlow(early_stopping=early_stopping).fit(support)
+        torch.testing.assert_close(classifier.theta, task.theta, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(classifier.prototypes, task.prototypes, rtol=2e-2, atol=1e-2)  # half precision
+    target.adapter.config.image_size = None
+    at_full_size = HyperFlow().fit(target.support(images, labels)).theta
+    assert not torch.allclose(at_full_size, task.theta, rtol=1e-3, atol=1e-4)
+
+
 def test_early_stopping_is_where_leave_one_out_is_best(target, colours, episode):
     support = target.support(colours.images[episode.support], episode.support_labels)
     point = HyperFlow(early_stopping=True).fit(support).stopping_point
@@ -38,9 +58,9 @@ def test_the_flow_begins_without_the_flow(target, colours, episode):
     expected = NoFlow().fit(target.support(images, labels)).prototypes
     along = HyperFlow(end_time=0.0).fit(target.support(images, labels)).prototypes
     torch.testing.assert_close(along, expected)
-    times, thetas = HyperFlow().follow_flow(target.support(images, labels))
-    assert times[0] == 0
-    assert torch.equal(thetas[0], target.adapter.space.inject(target.backbone).start)
+    path = HyperFlow().follow_flow(target.support(images, labels))
+    assert path.times[0] == 0
+    assert torch.equal(path.thetas[0], target.adapter.space.inject(target.backbone).start)
     moved = HyperFlow().fit(target.support(images, labels)).prototypes
     assert not torch.allclose(moved, expected, rtol=0.05)
 
@@ -50,9 +70,9 @@ def test_the_end_of_the_flow_is_hyperflow(target, features, episode):
     expected = HyperFlow().fit(features.support(episode)).theta
     for point in (HyperFlow(end_time=1.0), HyperFlow(n_steps=target.adapter.config.n_steps)):
         assert torch.equal(point.fit(features.support(episode)).theta, expected)
-    times, thetas = HyperFlow(end_time=0.5).follow_flow(features.support(episode))
-    assert times[-1] == 0.5
-    assert not torch.allclose(thetas[-1], expected, atol=1e-3)
+    path = HyperFlow(end_time=0.5).follow_flow(features.support(episode))
+    assert path.times[-1] == path.stopping_point.time == 0.5
+    assert not torch.allclose(path.theta, expected, atol=1e-3)
 
 
 def test_steps_to_a_point():
