@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 
 #: Arguments that say where results go and do not change them.
-NOT_RECORDED = ("output", "output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id")
+NOT_RECORDED = ("output_file", "output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id")
 
 
 def parse(kind: type[T], argv: list[str] | None = None) -> T:

@@ -174,7 +174,7 @@ class EpisodeTable:
 
 
 def summarise(rows: Sequence[EpisodeResult], costs: Mapping[CostKey, TaskCost]) -> Results:
-    """The results of the rows of an `EpisodeLog`, with the costs that are known by `cost_key`."""
+    """The results of the rows of an `EpisodeLog`, with the costs that are known by `build_cost_key`."""
     table = EpisodeTable(rows)
     records: list[Record] = []
     against: list[AgainstRecord] = []
@@ -184,7 +184,7 @@ def summarise(rows: Sequence[EpisodeResult], costs: Mapping[CostKey, TaskCost]) 
             method_rows = table.rows(domain, n_shot, method)
             if not method_rows:
                 continue
-            records.append(_summarise_method(table, method_rows, costs.get(cost_key(method_rows))))
+            records.append(_summarise_method(table, method_rows, costs.get(build_cost_key(method_rows))))
             if hyperflow and method != HYPERFLOW:
                 difference = _compare(hyperflow, table.accuracies(domain, n_shot, method))
                 against.append(_build_against(domain, n_shot, method, difference))
@@ -207,7 +207,7 @@ def _build_against(domain: str, n_shot: int | None, method: str, difference: Est
     )
 
 
-def cost_key(rows: Sequence[EpisodeResult]) -> CostKey:
+def build_cost_key(rows: Sequence[EpisodeResult]) -> CostKey:
     """What the cost of a method's episodes depends on; medians where the episodes differ.
 
     The cost of fine-tuning does not depend on the head that its features are classified in.
@@ -218,7 +218,7 @@ def cost_key(rows: Sequence[EpisodeResult]) -> CostKey:
     return CostKey(TUNED_METHODS.get(method, method), n_way, n_support)
 
 
-def over_domains(values: Sequence[float], half_widths: Sequence[float | None]) -> tuple[float, float | None]:
+def average_over_domains(values: Sequence[float], half_widths: Sequence[float | None]) -> tuple[float, float | None]:
     """Mean over domains and its half-width, None if one has none.
 
     Domains are taken as given and episodes as drawn, so that variances add up.
@@ -241,7 +241,7 @@ def average_estimates(estimates: Sequence[Estimate]) -> Estimate:
         means.append(estimate.mean)
         half_widths.append(estimate.ci95)
         n_episodes += estimate.n_episodes or 0
-    return Estimate(*over_domains(means, half_widths), n_episodes)
+    return Estimate(*average_over_domains(means, half_widths), n_episodes)
 
 
 def _summarise_method(table: EpisodeTable, rows: list[EpisodeResult], cost: TaskCost | None) -> Record:

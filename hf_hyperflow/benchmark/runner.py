@@ -37,8 +37,8 @@ from .evaluation import evaluate_method
 from .figures import draw_figures
 from .hyperparameters import read_hyperparameters, with_hyperparameters
 from .methods import FLOW_POINTS, Method, Target, find_methods, list_labels
-from .results import HYPERFLOW, REFERENCE, TUNED_METHODS, EpisodeTable, Results, cost_key, summarise
-from .task_cost import CostFile, CostKey, CostSetting, TaskCost, task_cost
+from .results import HYPERFLOW, REFERENCE, TUNED_METHODS, EpisodeTable, Results, build_cost_key, summarise
+from .task_cost import CostFile, CostKey, CostSetting, TaskCost, measure_task_cost
 
 RESULTS, COSTS = "results.json", "costs.json"
 
@@ -225,7 +225,7 @@ class Benchmark:
         file = CostFile(path, device)
         missing = [key for key in self._list_cost_keys() if key not in file.costs]
         for key in tqdm(missing, desc="costs", disable=None, leave=False):
-            file.add(key, task_cost(self._find_method(key.method), setting, key.n_way, key.n_support))
+            file.add(key, measure_task_cost(self._find_method(key.method), setting, key.n_way, key.n_support))
         return file.costs
 
     def _list_cost_keys(self) -> list[CostKey]:
@@ -236,7 +236,7 @@ class Benchmark:
             for name in list_labels():
                 rows = table.rows(domain, n_shot, name)
                 if rows and name not in TUNED_METHODS:
-                    keys[cost_key(rows)] = None
+                    keys[build_cost_key(rows)] = None
         return list(keys)
 
     def _find_method(self, name: str) -> Method:

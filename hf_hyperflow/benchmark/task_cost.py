@@ -107,7 +107,7 @@ def _read_entries(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def task_cost(method: Method, setting: CostSetting, n_way: int, n_support: int) -> TaskCost:
+def measure_task_cost(method: Method, setting: CostSetting, n_way: int, n_support: int) -> TaskCost:
     """Measure a task of `n_support` random images in a process of its own."""
     return run_in_fresh_process(_measure, method, setting, n_way, n_support, torch.get_num_threads())
 

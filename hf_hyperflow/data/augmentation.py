@@ -27,15 +27,20 @@ def random_views(images: torch.Tensor, generator: torch.Generator, *, min_area: 
         """One number per image, `(n,)`."""
         return (low + (high - low) * torch.rand(len(images), generator=generator)).to(images.device)
 
-    area, ratio = uniform(min_area, 1.0), torch.exp(uniform(-0.29, 0.29))
-    width, height = (area * ratio).sqrt().clamp(max=1.0), (area / ratio).sqrt().clamp(max=1.0)
+    area = uniform(min_area, 1.0)
+    ratio = torch.exp(uniform(-0.29, 0.29))
+    width = (area * ratio).sqrt().clamp(max=1.0)
+    height = (area / ratio).sqrt().clamp(max=1.0)
     flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
     affine = torch.zeros(len(images), 2, 3, device=images.device)
-    affine[:, 0, 0], affine[:, 1, 1] = width * flip, height
-    affine[:, 0, 2], affine[:, 1, 2] = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
+    affine[:, 0, 0] = width * flip
+    affine[:, 1, 1] = height
+    affine[:, 0, 2] = uniform(-1, 1) * (1 - width)
+    affine[:, 1, 2] = uniform(-1, 1) * (1 - height)
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)
     views = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    return _change_colours(views, uniform(0.7, 1.3), uniform(0.7, 1.3), uniform(0.6, 1.4))
+    brightness, contrast, saturation = uniform(0.7, 1.3), uniform(0.7, 1.3), uniform(0.6, 1.4)
+    return _change_colours(views, brightness, contrast, saturation)
 
 
 def _change_colours(

@@ -39,7 +39,7 @@ TRAINING_COLUMNS = (
 _OLD_TRANSFORM_SEED = "made_seed"
 
 
-def shard_path(folder: str | os.PathLike, number: int) -> Path:
+def get_shard_path(folder: str | os.PathLike, number: int) -> Path:
     return Path(folder, DATA, f"shard-{number:05d}.parquet")
 
 
@@ -52,9 +52,9 @@ def _checksum_line(path: Path) -> str:
     return f"{sha256(path)}  {path.name}\n"
 
 
-def shard_problem(folder: str | os.PathLike, number: int) -> str | None:
+def find_shard_problem(folder: str | os.PathLike, number: int) -> str | None:
     """Why a shard cannot be used, with the name of its file; None if it is whole."""
-    path = shard_path(folder, number)
+    path = get_shard_path(folder, number)
     if not path.is_file():
         return f"{path.name} is missing"
     checksum = _checksum_path(path)
@@ -71,12 +71,12 @@ def write_shard(folder: str | os.PathLike, number: int, columns: dict[str, Any])
     Where the process is killed at any moment, the shard is either whole or does not count.
 
     Args:
-        columns: see `shard_columns`.
+        columns: see `build_shard_columns`.
 
     Raises:
         CheckpointError: it cannot be written (the disk is full, say); what was there before still is.
     """
-    path = shard_path(folder, number)
+    path = get_shard_path(folder, number)
     _, n_points, n_parameters = columns["theta"].shape
     table = Dataset.from_dict(columns, features=_features(n_points, n_parameters)).with_format("arrow")[:]
     with atomic_file(path) as draft:
@@ -87,13 +87,13 @@ def write_shard(folder: str | os.PathLike, number: int, columns: dict[str, Any])
 
 def read_shard(folder: str | os.PathLike, number: int) -> pyarrow.Table:
     """The columns of a whole shard that training reads."""
-    table = read_parquet(shard_path(folder, number), [*TRAINING_COLUMNS, _OLD_TRANSFORM_SEED])
+    table = read_parquet(get_shard_path(folder, number), [*TRAINING_COLUMNS, _OLD_TRANSFORM_SEED])
     # Collections recorded by version 0.1 can be trained on: only the name of this column differs.
     names = ["transform_seed" if name == _OLD_TRANSFORM_SEED else name for name in table.column_names]
     return table.rename_columns(names)
 
 
-def shard_columns(
+def build_shard_columns(
     tasks: list[TrainingTask], recording: Recording, mask: torch.Tensor, times: list[float], seconds: float, flops: int
 ) -> dict[str, Any]:
     """The rows of a group of tasks, by column.
@@ -160,7 +160,7 @@ def _features(n_points: int, n_parameters: int) -> Features:
     )
 
 
-def totals(folder: str | os.PathLike, groups: int) -> dict:
+def summarise_shards(folder: str | os.PathLike, groups: int) -> dict:
     """What the whole shards of a collection hold and cost.
 
     Returns:
@@ -170,8 +170,8 @@ def totals(folder: str | os.PathLike, groups: int) -> dict:
     """
     rows, n_bytes = [], 0
     for number in range(groups):
-        if shard_problem(folder, number) is None:
-            path = shard_path(folder, number)
+        if find_shard_problem(folder, number) is None:
+            path = get_shard_path(folder, number)
             rows += read_parquet(path, ["diverged", "seconds", "flops", "query_accuracy", "losses"]).to_pylist()
             n_bytes += path.stat().st_size
     seconds, flops = 0.0, 0

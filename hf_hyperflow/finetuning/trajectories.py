@@ -28,7 +28,7 @@ from ..modeling.hub import fetch
 from ..modeling.parameter_space import ParameterSpace
 from ..modeling.saving import CheckpointError
 from .collection import COLLECTION, check_backbone, check_domains, check_space, read_collection
-from .shards import DATA, read_shard, shard_problem, totals
+from .shards import DATA, find_shard_problem, read_shard, summarise_shards
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def load_trajectories(
     numbers = _find_whole_shards(folder, collection["groups"], source)
     # Either it is not finished, or not all of what it says is there.
     if not collection["totals"] or len(numbers) < collection["groups"]:
-        collection["totals"] = totals(folder, collection["groups"])
+        collection["totals"] = summarise_shards(folder, collection["groups"])
     tasks: list[TrainingTask] = []
     deltas, diverged = [], 0
     for number in numbers:
@@ -113,7 +113,7 @@ def _find_whole_shards(folder: Path, groups: int, source: str | os.PathLike) -> 
     """The numbers of the whole shards, with a warning about the others; CheckpointError if there is none."""
     whole, problems = [], []
     for number in range(groups):
-        problem = shard_problem(folder, number)
+        problem = find_shard_problem(folder, number)
         if problem is None:
             whole.append(number)
         else:

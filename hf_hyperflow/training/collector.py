@@ -23,7 +23,14 @@ from ..data.episodes import episode_generator
 from ..data.tasks import TrainingTask, draw_group_shape, draw_task, load_domains, task_images
 from ..finetuning.collection import COLLECTION, describe_domain, describe_space, read_collection
 from ..finetuning.collection_card import collection_card
-from ..finetuning.shards import DATA, shard_columns, shard_path, shard_problem, totals, write_shard
+from ..finetuning.shards import (
+    DATA,
+    build_shard_columns,
+    find_shard_problem,
+    get_shard_path,
+    summarise_shards,
+    write_shard,
+)
 from ..finetuning.teacher import Recording, Teacher, fine_tune_tasks
 from ..modeling.backbones import SplitBackbone, find_blocks
 from ..modeling.fingerprint import compute_fingerprint, fingerprints_match
@@ -33,7 +40,7 @@ from ..modeling.parameter_space import ParameterSpace
 from ..modeling.saving import CheckpointError, write_json
 from .checkpoints import exclusive_run
 from .config import ParameterKind, build_peft_config
-from .cost_log import hardware, versions
+from .cost_log import describe_hardware, list_versions
 from .precision import HELP, MixedPrecision, resolve_precision
 from .tracking import list_domains
 
@@ -188,7 +195,7 @@ class TrajectoryCollector:
         return collection
 
     def _is_complete(self, n_groups: int) -> bool:
-        return all(shard_problem(self.folder, group) is None for group in range(n_groups))
+        return all(find_shard_problem(self.folder, group) is None for group in range(n_groups))
 
     def describe(self) -> dict[str, Any]:
         """What `collection.json` says before anything is collected."""
@@ -203,8 +210,8 @@ class TrajectoryCollector:
             "parameter_space": describe_space(self.space),
             "domains": [describe_domain(domain, config.max_per_class) for domain in self.domains],
             "groups": config.n_groups,
-            "versions": versions(),
-            "hardware": hardware(self.accelerator),
+            "versions": list_versions(),
+            "hardware": describe_hardware(self.accelerator),
             "totals": None,
         }
 
@@ -216,11 +223,11 @@ class TrajectoryCollector:
         """
         missing = []
         for group in range(self.accelerator.process_index, self.config.n_groups, self.accelerator.num_processes):
-            problem = shard_problem(self.folder, group)
+            problem = find_shard_problem(self.folder, group)
             if problem is None:
                 continue
             missing.append(group)
-            if shard_path(self.folder, group).exists():
+            if get_shard_path(self.folder, group).exists():
                 print(f"warning: {problem}; it is collected again.", file=sys.stderr)
         bar = tqdm(missing, desc="groups", disable=not self.accelerator.is_main_process, mininterval=5)
         for group in bar:
@@ -237,7 +244,7 @@ class TrajectoryCollector:
         tasks = self.draw_tasks(group)
         recording = self._fine_tune_and_count(tasks)
         seconds = (time.perf_counter() - started) / len(tasks)
-        columns = shard_columns(
+        columns = build_shard_columns(
             tasks,
             recording,
             self.space.mask,
@@ -309,7 +316,7 @@ class TrajectoryCollector:
 
     def finish(self, collection: dict[str, Any]) -> None:
         """Add up the costs, write the card, and push the folder if the config says so."""
-        collection["totals"] = totals(self.folder, collection["groups"])
+        collection["totals"] = summarise_shards(self.folder, collection["groups"])
         write_json(self.folder / COLLECTION, collection)
         write_card(collection_card(collection), self.folder, self.folder)
         done = collection["totals"]

@@ -100,7 +100,7 @@ class OfflineCost:
         return summaries
 
 
-def hardware(accelerator: Accelerator) -> dict[str, Any]:
+def describe_hardware(accelerator: Accelerator) -> dict[str, Any]:
     """What a run runs on: the device in words, the number of processes and of threads in each, the precision."""
     return {
         "device": device_name(accelerator.device.type),
@@ -111,6 +111,6 @@ def hardware(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
+def list_versions() -> dict[str, str]:
     """Versions of the packages that a run depends on."""
     return {package: version(package) for package in PACKAGES}

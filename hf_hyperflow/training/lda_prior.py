@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
+from tqdm.auto import tqdm
 
 from ..modeling.lda import RegularisedLDA, spread_between, within_covariance
 from .batches import StepBatches
@@ -26,6 +27,7 @@ def measure_lda_prior(accelerator: Accelerator, loss: EpisodicLoss, batches: Ste
     width = len(head.directions)
     covariances = torch.zeros(width, width, device=accelerator.device, dtype=torch.float64)
     sums = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
+    bar = tqdm(total=n_tasks, desc="measuring the head", disable=not accelerator.is_main_process, mininterval=5)
     for episode in batches.first_episodes(n_tasks):
         features = loss.adapted_features(loss.start, loss.split.forward_prefix(episode.pixel_values)).double()
         labels = torch.cat([episode.support_labels, episode.query_labels])
@@ -34,6 +36,8 @@ def measure_lda_prior(accelerator: Accelerator, loss: EpisodicLoss, batches: Ste
         if variance > 0:  # a randomised domain can be blank
             covariances += covariance / variance
             sums += torch.stack([torch.ones_like(variance), variance, spread_between(features, labels)])
+        bar.update(min(accelerator.num_processes, n_tasks - bar.n))
+    bar.close()
     n_measured, variance_sum, spread_sum = accelerator.reduce(sums)
     if n_measured == 0:
         raise ValueError(f"the LDA cannot be measured: in {n_tasks} tasks the images of each class are all the same.")

@@ -23,7 +23,7 @@ from ..modeling.backbones import SplitBackbone, find_blocks
 from ..modeling.prototypes import PrototypeClassifier
 from ..modeling.saving import write_json
 from .checkpoints import exclusive_run, load_checkpoint, save_checkpoint
-from .cost_log import OfflineCost, hardware, versions
+from .cost_log import OfflineCost, describe_hardware, list_versions
 from .optimizer import build_optimizer
 from .precision import HELP, MixedPrecision, resolve_precision
 
@@ -144,16 +144,16 @@ class BackbonePretrainer:
         config = self.config
         self.processor = AutoImageProcessor.from_pretrained(config.backbone, backend="pil")
         domains = [load_domain(source, self.processor) for source in config.dataset]
-        joined = join_domains(domains, "pretraining")
+        merged_domain = join_domains(domains, "pretraining")
         trained: list[int] = []
         held_out: list[int] = []
-        for label in range(len(joined.class_names)):
+        for label in range(len(merged_domain.class_names)):
             if config.holdout_every > 0 and label % config.holdout_every == 0:
                 held_out.append(label)
             else:
                 trained.append(label)
-        self.domain = joined.select_classes(trained)
-        self.held_out = joined.select_classes(held_out, "held-out") if held_out else None
+        self.domain = merged_domain.select_classes(trained)
+        self.held_out = merged_domain.select_classes(held_out, "held-out") if held_out else None
         self.accelerator.print(f"{len(self.domain)} images of {len(trained)} classes; {len(held_out)} classes held out")
 
     def _load_backbone(self) -> None:
@@ -247,8 +247,8 @@ class BackbonePretrainer:
             "arguments": describe_arguments(self.config),
             "history": self.history,
             "phases": self.cost.summary(),
-            "hardware": hardware(self.accelerator),
-            "versions": versions(),
+            "hardware": describe_hardware(self.accelerator),
+            "versions": list_versions(),
         }
         write_json(self.output / "pretraining.json", record)
         self.accelerator.print(f"wrote {self.output}")

@@ -34,7 +34,7 @@ from ..modeling.saving import CheckpointError
 from .batches import BatchSizes, StepBatches, load_recorded
 from .checkpoints import exclusive_run, load_checkpoint, save_adapter, save_checkpoint
 from .config import DriftTrainingConfig, build_peft_config
-from .cost_log import OfflineCost, hardware, versions
+from .cost_log import OfflineCost, describe_hardware, list_versions
 from .lda_prior import measure_lda_prior
 from .objectives import EpisodicLoss, VelocityMatchingLoss
 from .optimizer import build_optimizer
@@ -42,8 +42,10 @@ from .progress import TrainingProgress
 from .schedule import METRICS, Schedule, ScheduledLoss
 from .tracking import flatten, get_logging_folder, list_domains, require_tracker, start_tracker
 
-#: Ways, shots and queries that each domain must have: of the smallest training task, and of a validation episode.
-SMALLEST_TASK, VALIDATION_TASK = (MIN_WAY, 1, query_count(MIN_WAY)), (2, 5, 15)
+#: Ways, shots and queries of the smallest training task; each training domain must have the images for it.
+SMALLEST_TASK = (MIN_WAY, 1, query_count(MIN_WAY))
+#: Those of the smallest validation episode, for the validation domains.
+VALIDATION_TASK = (2, 5, 15)
 
 
 class DriftTrainer:
@@ -174,7 +176,10 @@ class DriftTrainer:
         require_enough(self.training_domains, *SMALLEST_TASK)
         require_enough(self.validation_domains, *VALIDATION_TASK)
         self.accelerator.print("train on", list_domains(self.training_domains))
-        self.accelerator.print("validate on", list_domains(self.validation_domains))
+        if self.validation_domains:
+            self.accelerator.print("validate on", list_domains(self.validation_domains))
+        else:
+            self.accelerator.print("no validation domains (choose some with --holdout)")
 
     def _build_adapter(self) -> None:
         """The backbone, an untrained adapter for it, and the trajectories that the adapter starts from."""
@@ -377,8 +382,8 @@ class DriftTrainer:
             "history": self.progress.history,
             "phases": self.cost.summary(),
             "trajectories": None if self.recorded is None else self.recorded.collection,
-            "hardware": hardware(self.accelerator),
-            "versions": versions(),
+            "hardware": describe_hardware(self.accelerator),
+            "versions": list_versions(),
         }
 
     def _describe_data(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 
 from hf_hyperflow.benchmark.episode_log import EpisodeResult
 from hf_hyperflow.benchmark.evaluation import mean_ci95
-from hf_hyperflow.benchmark.results import cost_key, over_domains, summarise
+from hf_hyperflow.benchmark.results import average_over_domains, build_cost_key, summarise
 from hf_hyperflow.benchmark.task_cost import CostKey, TaskCost
 
 
@@ -85,7 +85,7 @@ def test_points_of_the_flow_are_compared_on_their_episodes():
 def test_costs_and_variable_shots():
     cost = TaskCost(seconds_per_task=1.5, peak_memory_mb=3.0, flops_per_task=7)
     episodes = rows("a", "direct", [50.0, 60.0], n_shot=None, n_way=7) + rows("a", "direct", [1.0], n_shot=None)
-    assert cost_key(episodes) == CostKey("direct", 7, 21)
+    assert build_cost_key(episodes) == CostKey("direct", 7, 21)
     (record,) = summarise(episodes, {CostKey("direct", 7, 21): cost}).records
     assert record.seconds_per_task == 1.5
     assert record.n_shot is None
@@ -95,7 +95,11 @@ def test_costs_and_variable_shots():
 
 
 def test_tuned_features_in_the_adapter_s_head_cost_what_tuning_costs():
-    assert cost_key(rows("a", "bias-head", [50.0])) == cost_key(rows("a", "bias", [60.0])) == CostKey("bias", 5, 25)
+    assert (
+        build_cost_key(rows("a", "bias-head", [50.0]))
+        == build_cost_key(rows("a", "bias", [60.0]))
+        == CostKey("bias", 5, 25)
+    )
 
 
 def test_the_json_has_the_fields_of_the_records():
@@ -109,5 +113,5 @@ def test_the_json_has_the_fields_of_the_records():
 
 
 def test_an_interval_that_a_domain_lacks():
-    assert over_domains([1.0, 2.0], [3.0, 4.0]) == (1.5, 2.5)
-    assert over_domains([1.0, 2.0], [3.0, None]) == (1.5, None)
+    assert average_over_domains([1.0, 2.0], [3.0, 4.0]) == (1.5, 2.5)
+    assert average_over_domains([1.0, 2.0], [3.0, None]) == (1.5, None)

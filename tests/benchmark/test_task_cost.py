@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_hyperflow.benchmark.methods import METHODS, DirectTransfer, FineTuning, FullFineTuning
-from hf_hyperflow.benchmark.task_cost import CostFile, CostKey, CostSetting, TaskCost, prepare_task, task_cost
+from hf_hyperflow.benchmark.task_cost import CostFile, CostKey, CostSetting, TaskCost, measure_task_cost, prepare_task
 from hf_hyperflow.finetuning.finetune import FineTuningConfig, draw_batches
 from hf_hyperflow.modeling.saving import CheckpointError
 
@@ -55,8 +55,8 @@ def test_costs_are_measured(target, tmp_path):
         bf16=False,
         size=(28, 28),
     )
-    direct = task_cost(DirectTransfer(), setting, 5, 10)
-    full = task_cost(FullFineTuning(steps=3, learning_rate=1e-4), setting, 5, 10)
+    direct = measure_task_cost(DirectTransfer(), setting, 5, 10)
+    full = measure_task_cost(FullFineTuning(steps=3, learning_rate=1e-4), setting, 5, 10)
     # A step runs 20 images forwards and, at twice the cost, backwards, but for what is behind the first layer.
     assert 4.5 * 3 < full.flops_per_task / direct.flops_per_task < 6 * 3 + 1.5
     assert full.seconds_per_task > direct.seconds_per_task > 0

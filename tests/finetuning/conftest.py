@@ -9,7 +9,7 @@ from hf_hyperflow.data.domains import Domain
 from hf_hyperflow.data.tasks import draw_task
 from hf_hyperflow.finetuning.collection import COLLECTION, describe_domain, describe_space
 from hf_hyperflow.finetuning.collection_card import collection_card
-from hf_hyperflow.finetuning.shards import shard_columns, totals, write_shard
+from hf_hyperflow.finetuning.shards import build_shard_columns, summarise_shards, write_shard
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.peft_configs import bias_config
 from hf_hyperflow.modeling.saving import write_json
@@ -35,7 +35,7 @@ def collected(tmp_path, space, domains) -> Collected:
         if group == 1:
             trajectories.deltas[1, 2] = float("nan")
             trajectories.diverged[1] = True
-        columns = shard_columns(rows, trajectories, space.mask, TEACHER.times, seconds=0.5, flops=1000)
+        columns = build_shard_columns(rows, trajectories, space.mask, TEACHER.times, seconds=0.5, flops=1000)
         write_shard(tmp_path, group, columns)
         tasks += rows
         deltas.append(trajectories.deltas)
@@ -48,7 +48,7 @@ def collected(tmp_path, space, domains) -> Collected:
         "domains": [describe_domain(domain, None) for domain in domains],
         "groups": 3,
         "hardware": {"device": "a CPU"},
-        "totals": totals(tmp_path, 3),
+        "totals": summarise_shards(tmp_path, 3),
     }
     write_json(tmp_path / COLLECTION, description)
     (tmp_path / "README.md").write_text(collection_card(description))

@@ -11,7 +11,7 @@ from datasets import load_dataset
 
 from hf_hyperflow.data.parquet import read_parquet
 from hf_hyperflow.finetuning.collection import COLLECTION
-from hf_hyperflow.finetuning.shards import _checksum_line, shard_path
+from hf_hyperflow.finetuning.shards import _checksum_line, get_shard_path
 from hf_hyperflow.finetuning.trajectories import Trajectories, load_trajectories, measure_token_scale
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.peft_configs import lora_config
@@ -52,7 +52,7 @@ def test_datasets_opens_the_folder(collected, space, tmp_path):
 
 
 def test_a_damaged_shard_is_named_and_left_out(collected, space):
-    path = shard_path(collected.folder, 1)
+    path = get_shard_path(collected.folder, 1)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.warns(UserWarning, match=r"lacks 1 of 3 shards.*shard-00001.parquet"):
         loaded = load_trajectories(collected.folder, space)
@@ -68,7 +68,7 @@ def test_a_collection_that_is_not_finished_has_totals(collected, space):
 def test_a_collection_of_version_0_1(collected, space):
     write_json(collected.folder / COLLECTION, dict(collected.description, arguments={"made_share": 0.5}))
     for number in range(3):
-        path = shard_path(collected.folder, number)
+        path = get_shard_path(collected.folder, number)
         table = read_parquet(path)
         old = ["made_seed" if name == "transform_seed" else name for name in table.column_names]
         pyarrow.parquet.write_table(table.rename_columns(old), path)
@@ -78,7 +78,7 @@ def test_a_collection_of_version_0_1(collected, space):
 
 def test_nothing_whole_is_an_error(collected, space):
     for number in range(3):
-        shard_path(collected.folder, number).write_bytes(b"PAR1")
+        get_shard_path(collected.folder, number).write_bytes(b"PAR1")
     with pytest.warns(UserWarning, match="lacks 3 of 3"), pytest.raises(CheckpointError, match="no whole shard"):
         load_trajectories(collected.folder, space)
 

@@ -123,7 +123,7 @@ def test_command(tmp_path, capsys):
     (tmp_path / "adapter").mkdir()
     write_json(tmp_path / "adapter/training.json", training())
     write_json(tmp_path / "cost.json", cost())
-    common = ["--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "offline_cost.json")]
+    common = ["--adapter", str(tmp_path / "adapter"), "--output_file", str(tmp_path / "offline_cost.json")]
     main([*common, "--cost", str(tmp_path / "cost.json")])
     assert "after 40 tasks" in capsys.readouterr().out
     assert json.loads((tmp_path / "offline_cost.json").read_text())["total"]["seconds"] == 1000

@@ -17,7 +17,14 @@ from tests.helpers.modules import run_module
 from tests.helpers.tiny import tiny_dinov2, tiny_processor
 from tests.helpers.training_runs import make_images
 from training.card.build import FIGURES, FILES, FINE_TUNING_EPISODES, read_results, write_cards
-from training.card.tables import conditioning_table, fill_tables, make_tables, methods_table, summary_table
+from training.card.tables import (
+    build_conditioning_table,
+    build_methods_table,
+    build_speed_table,
+    build_summary_table,
+    fill_tables,
+    make_tables,
+)
 
 DRAWN = {name for names in FIGURES.values() for name in names}
 ADAPTER = "hyperflow-vit-s14-70"
@@ -41,9 +48,20 @@ def test_tables_are_those_of_the_results(card, adapter, tmp_path):
     assert copy.read_text() == (ROOT / card).read_text()
 
 
-def test_every_table_is_in_the_report(adapter):
-    shown = re.findall(r"<!-- table: ([a-z-]+) -->", (ROOT / REPORT).read_text() + (ROOT / CARD).read_text())
+def test_every_table_is_shown(adapter):
+    texts = [(ROOT / path).read_text() for path in ("README.md", CARD, REPORT)]
+    shown = re.findall(r"<!-- table: ([a-z-]+) -->", "".join(texts))
     assert set(shown) == set(make_tables(read_results(adapter / "results")))
+
+
+def test_the_speed_is_that_of_the_first_image_size():
+    costs = {}
+    for name, seconds in (("direct", 0.2), ("hyperflow", 0.25), ("bias", 20.0), ("full", 65.4)):
+        costs[name] = {"seconds": seconds, "peak_memory_mb": 1024.4}
+    lines = build_speed_table({"hardware": "a CPU", "70 px": costs, "224 px": {}}).splitlines()
+    assert lines[0] == "| 25 images of 5 classes at 70 px, on a CPU | time | peak memory |"
+    assert "| **HyperFlow, ready to predict** | 0.25 s | 1,024 MB |" in lines
+    assert "| full fine-tuning | 65.4 s | 1,024 MB |" in lines
 
 
 def test_every_episode_of_fine_tuning_is_there_undamaged(adapter, tmp_path):
@@ -119,7 +137,9 @@ def test_a_table_of_methods_names_steps_and_leaves_out_what_is_unfinished():
         "hyperflow_against": [],
         "arguments": {"hyperparameters": {"full": {"steps": 3}}},
     }
-    lines = methods_table((few, ["direct", "bias", "bias-head", "lora", "layernorm"]), (more, ["full"])).splitlines()
+    lines = build_methods_table(
+        (few, ["direct", "bias", "bias-head", "lora", "layernorm"]), (more, ["full"])
+    ).splitlines()
     assert lines[0].count("-shot") == 2
     assert lines[2:] == [
         "| direct transfer |  | +2.00 |  |  |",
@@ -132,7 +152,7 @@ def test_a_table_of_methods_names_steps_and_leaves_out_what_is_unfinished():
 
 def test_the_summary_tells_the_head_and_the_flow_apart():
     means = [mean_record(method, 1, accuracy=a) for method, a in (("direct", 40), ("no-flow", 41), ("hyperflow", 43))]
-    lines = summary_table({"means": means, "hyperflow_against": [against_record("no-flow")]}).splitlines()
+    lines = build_summary_table({"means": means, "hyperflow_against": [against_record("no-flow")]}).splitlines()
     assert lines[2:] == ["| 1 | 40.0 | 43.0 | **+1.25 ± 0.50** | +1.25 ± 0.50 | +2.00 |"]
 
 
@@ -141,7 +161,7 @@ def test_a_table_of_conditions_has_no_difference_of_the_own_support_set_to_itsel
     for condition, advantage in (("own support set", 0.0), ("other episode", 0.5)):
         record = {"condition": condition, "domain": None, "gain": 1.0, "gain_ci95": 0.25}
         records.append(record | {"own_advantage": advantage, "own_advantage_ci95": 0.75})
-    lines = conditioning_table(("unseen domains", {"records": records})).splitlines()
+    lines = build_conditioning_table(("unseen domains", {"records": records})).splitlines()
     assert lines[2:] == [
         "| own support set | +1.00 ± 0.25 |  |",
         "| other episode | +1.00 ± 0.25 | +0.50 ± 0.75 |",

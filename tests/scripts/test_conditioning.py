@@ -29,7 +29,7 @@ from training.card.conditioning import (
     shuffle_labels,
     summarise,
 )
-from training.card.tables import conditioning_table
+from training.card.tables import build_conditioning_table
 
 WITHOUT = NoFlow.name
 
@@ -51,7 +51,7 @@ def measure(ground, tmp_path):
     def run(*more: object) -> Path:
         output = tmp_path / "conditioning.json"
         command = ["--backbone", ground / "backbone", "--adapter", ground / "adapter", "--dataset", ground / "alpha"]
-        command += ["--unseen", ground / "beta", ground / "gamma", "--output", output, *more]
+        command += ["--unseen", ground / "beta", ground / "gamma", "--output_file", output, *more]
         main([str(part) for part in command])
         return output
 
@@ -75,7 +75,7 @@ def test_a_record_for_every_condition_and_domain(measure):
     assert {(r["domain"], r["n_episodes"]) for r in records} == {("beta", 2), ("gamma", 2), (None, 4)}
     own = [r for r in records if r["condition"] == OWN]
     assert [(r["own_advantage"], r["own_advantage_ci95"]) for r in own] == [(0, 0)] * 3
-    assert "| other episode | " in conditioning_table(("unseen domains", {"records": records}))
+    assert "| other episode | " in build_conditioning_table(("unseen domains", {"records": records}))
 
 
 @torch.no_grad()
@@ -170,4 +170,4 @@ def test_no_episodes_no_other_domain_or_too_few_images_are_named(measure, tmp_pa
 def test_a_place_that_cannot_be_written_is_told_before_the_work(measure, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="file"):
-        measure("--dataset", tmp_path / "nowhere", "--output", tmp_path / "file" / "conditioning.json")
+        measure("--dataset", tmp_path / "nowhere", "--output_file", tmp_path / "file" / "conditioning.json")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hf_hyperflow.training.cost_log import OfflineCost, hardware, versions
+from hf_hyperflow.training.cost_log import OfflineCost, describe_hardware, list_versions
 
 
 @pytest.fixture
@@ -58,8 +58,8 @@ def test_goes_on_from_its_state(accelerator):
 
 
 def test_hardware_and_versions(accelerator):
-    found = hardware(accelerator)
+    found = describe_hardware(accelerator)
     assert found["device"].endswith(f"CPU, {torch.get_num_threads()} threads")
     assert not found["gpu"]
     assert found["processes"] == 1
-    assert versions()["torch"].startswith(torch.__version__.split("+")[0])
+    assert list_versions()["torch"].startswith(torch.__version__.split("+")[0])

@@ -27,7 +27,7 @@ from hf_hyperflow.modeling.saving import atomic_file, write_json
 
 from .records import Records, find, get, list_stems
 from .stages import run
-from .tables import ablations_table
+from .tables import build_ablations_table
 
 ABLATIONS = "ablations.json"
 #: The variant that the others are compared with, and the one that has the head and features of a released adapter.
@@ -215,8 +215,8 @@ def main() -> None:
         rows.sort(key=lambda row: row["variant"] != FIRST)
         write_json(output / ABLATIONS, rows)
         with atomic_file(output / "ablations.md") as draft:
-            draft.write_text(ablations_table(rows) + "\n")
-    print(ablations_table(rows))
+            draft.write_text(build_ablations_table(rows) + "\n")
+    print(build_ablations_table(rows))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The offline cost of an adapter, and the number of tasks after which it breaks even with fine-tuning.
 
     python -m training.card.break_even --adapter ADAPTER --cost cost.json [--backbone BACKBONE] \
-        --output offline_cost.json
+        --output_file offline_cost.json
 
 A method that adapts by gradients costs nothing beforehand and much for every task. HyperFlow is the other way round. It
 breaks even after `offline cost / (a task by the method - a task by HyperFlow)` tasks, rounded up.
@@ -23,7 +23,7 @@ from hf_hyperflow.modeling.hub import fetch
 from hf_hyperflow.modeling.saving import CheckpointError, write_json
 
 from .costs import BIAS, COST_LABELS, FULL, READY
-from .markdown import markdown_table
+from .markdown import format_table
 
 UNITS = ("seconds", "flops")
 #: What HyperFlow is compared with.
@@ -34,7 +34,7 @@ RIVALS = (BIAS, FULL)
 class Arguments:
     adapter: str = field(metadata={"help": "the HyperFlow adapter: Hub id or folder"})
     cost: str = field(metadata={"help": "the JSON of training.card.costs for it"})
-    output: str = field(metadata={"help": "JSON file to write"})
+    output_file: str = field(metadata={"help": "JSON file to write"})
     backbone: str | None = field(default=None, metadata={"help": "its backbone: Hub id or folder"})
 
 
@@ -97,28 +97,35 @@ def compute_offline_cost(
             "training.json has no `phases`: it was written by a version that did not count the offline cost. "
             "Train again with training/train_drift.py."
         )
-    costs = {size: rows for size, rows in cost.items() if isinstance(rows, dict) and READY in rows}
+    costs: dict[str, dict[str, Any]] = {}
+    for size, rows in cost.items():
+        if isinstance(rows, dict) and READY in rows:
+            costs[size] = rows
     if not costs:
         raise ValueError(f"the costs have no row {READY!r}: give the JSON of training.card.costs.")
     collections = (training.get("trajectories") or {}).get("collections", [])
     stages, stored_bytes = [], 0
     for collection in collections:
-        stages.append(_collection_stage(collection))
+        stages.append(_describe_collection(collection))
         stored_bytes += collection["totals"]["bytes"]
     for name, phase in training["phases"].items():
-        stages.append(_training_stage(name, phase, training["hardware"]))
-    total = _sum(stages)
+        stages.append(_describe_phase(name, phase, training["hardware"]))
+    total = _add_up(stages)
     total["bytes"] = stored_bytes
     per_task: dict[str, Any] = {}
     tasks: dict[str, Any] = {}
     for size, rows in costs.items():
-        per_task[size], tasks[size] = {READY: _select_units(rows[READY])}, {}
+        per_task[size] = {READY: _select_units(rows[READY])}
+        tasks[size] = {}
         for rival in RIVALS:
             per_task[size][rival] = _select_units(rows[rival])
-            tasks[size][rival] = _break_even_with(per_task[size][rival], per_task[size][READY], total)
+            tasks[size][rival] = _compare_with(per_task[size][rival], per_task[size][READY], total)
     task_device = cost.get("hardware", "unknown")
+    backbone_stage = None
+    if backbone is not None:
+        backbone_stage = asdict(_describe_pretraining(backbone))
     return {
-        "backbone": None if backbone is None else asdict(_pretraining_stage(backbone)),
+        "backbone": backbone_stage,
         "offline": [asdict(stage) for stage in stages],
         "total": total,
         "per_task": per_task,
@@ -128,7 +135,7 @@ def compute_offline_cost(
     }
 
 
-def _collection_stage(collection: dict[str, Any]) -> Stage:
+def _describe_collection(collection: dict[str, Any]) -> Stage:
     """The seconds of a collection are already those of all its processes together."""
     totals, hardware = collection["totals"], collection["hardware"]
     return Stage(
@@ -142,7 +149,7 @@ def _collection_stage(collection: dict[str, Any]) -> Stage:
     )
 
 
-def _training_stage(name: str, phase: dict[str, Any], hardware: dict[str, Any]) -> Stage:
+def _describe_phase(name: str, phase: dict[str, Any], hardware: dict[str, Any]) -> Stage:
     """The seconds of a phase are wall-clock: its processes ran side by side."""
     return Stage(
         stage=name,
@@ -155,11 +162,11 @@ def _training_stage(name: str, phase: dict[str, Any], hardware: dict[str, Any]) 
     )
 
 
-def _pretraining_stage(record: dict[str, Any]) -> Stage:
+def _describe_pretraining(record: dict[str, Any]) -> Stage:
     """The backbone's own training."""
     name = "pretraining the backbone"
     if "phases" in record:
-        return _training_stage(name, record["phases"]["pretraining"], record["hardware"])
+        return _describe_phase(name, record["phases"]["pretraining"], record["hardware"])
     # Older records have a clock only, which begins anew wherever the run was resumed: add up its last readings.
     seconds = last_reading = 0
     for entry in record["history"]:
@@ -171,7 +178,7 @@ def _pretraining_stage(record: dict[str, Any]) -> Stage:
     return Stage(stage=name, hardware="not recorded", gpu=False, seconds=seconds, flops=None)
 
 
-def _sum(stages: list[Stage]) -> dict[str, float]:
+def _add_up(stages: list[Stage]) -> dict[str, float]:
     """Sums over the stages; trajectories are counted where they were recorded."""
     total: dict[str, float] = {"seconds": 0.0, "flops": 0.0, "episodes": 0, "trajectories": 0}
     for stage in stages:
@@ -188,7 +195,7 @@ def _select_units(row: dict[str, float]) -> dict[str, float]:
     return {unit: row[unit] for unit in UNITS}
 
 
-def _break_even_with(
+def _compare_with(
     rival: dict[str, float], hyperflow: dict[str, float], total: dict[str, float]
 ) -> dict[str, int | None]:
     return {unit: compute_break_even(total[unit], rival[unit], hyperflow[unit]) for unit in UNITS}
@@ -196,9 +203,9 @@ def _break_even_with(
 
 def format_offline_cost(record: dict[str, Any]) -> str:
     """The offline cost and the break-even as two Markdown tables, with notes on how to read them."""
-    parts = [_stages_table(record)]
+    parts = [_build_stages_table(record)]
     parts.append(f"Stored trajectories: {record['total']['bytes'] / 1e6:,.1f} MB.")
-    parts.append(_break_even_table(record))
+    parts.append(_build_break_even_table(record))
     if len(record["break_even"]) > 1:
         parts.append(
             "The offline cost is that of the image size the adapter was trained at. Rows of other sizes tell when that "
@@ -212,52 +219,53 @@ def format_offline_cost(record: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _stages_table(record: dict[str, Any]) -> str:
+def _build_stages_table(record: dict[str, Any]) -> str:
     stages = list(record["offline"])
     if record["backbone"]:
         stages.insert(0, record["backbone"])
     rows = []
     for stage in stages:
-        row = [stage["stage"], stage["hardware"], _hours(stage["seconds"]), _flops(stage["flops"])]
-        rows.append([*row, _count(stage["trajectories"]), _count(stage["episodes"])])
+        row = [stage["stage"], stage["hardware"], _format_hours(stage["seconds"]), _format_flops(stage["flops"])]
+        rows.append([*row, _format_count(stage["trajectories"]), _format_count(stage["episodes"])])
     total = record["total"]
     title = "**offline cost**"
     if record["backbone"]:
         title += " (without the backbone, which every method needs)"
-    sums = [f"**{_hours(total['seconds'])}**", f"**{_flops(total['flops'])}**"]
+    sums = [f"**{_format_hours(total['seconds'])}**", f"**{_format_flops(total['flops'])}**"]
     rows.append([title, "", *sums, f"{total['trajectories']:,} recorded", f"{total['episodes']:,}"])
-    return markdown_table(["stage", "hardware", "hours", "FLOPs", "trajectories", "episodes"], rows)
+    return format_table(["stage", "hardware", "hours", "FLOPs", "trajectories", "episodes"], rows)
 
 
-def _break_even_table(record: dict[str, Any]) -> str:
+def _build_break_even_table(record: dict[str, Any]) -> str:
     rows = []
     for size, rivals in record["break_even"].items():
         own = record["per_task"][size][READY]
         for rival, tasks in rivals.items():
             other = record["per_task"][size][rival]
-            row = [size, COST_LABELS[rival], _cost(other), _cost(own), _tasks(tasks["seconds"]), _tasks(tasks["flops"])]
+            row = [size, COST_LABELS[rival], _format_cost(other), _format_cost(own)]
+            row += [_format_tasks(tasks["seconds"]), _format_tasks(tasks["flops"])]
             rows.append(row)
     headings = ["images", "against", "a task with it", "a task with HyperFlow", "break-even in time", "in FLOPs"]
-    return markdown_table(headings, rows)
+    return format_table(headings, rows)
 
 
-def _hours(seconds: float) -> str:
+def _format_hours(seconds: float) -> str:
     return f"{seconds / 3600:.2f} h"
 
 
-def _flops(flops: float | None) -> str:
+def _format_flops(flops: float | None) -> str:
     return "not recorded" if flops is None else f"{flops / 1e12:,.1f} T"
 
 
-def _count(number: int) -> str:
+def _format_count(number: int) -> str:
     return f"{number:,}" if number else ""
 
 
-def _cost(cost: dict[str, float]) -> str:
+def _format_cost(cost: dict[str, float]) -> str:
     return f"{cost['seconds']:.3g} s, {cost['flops'] / 1e9:,.0f} G"
 
 
-def _tasks(number: int | None) -> str:
+def _format_tasks(number: int | None) -> str:
     return "never" if number is None else f"after {number:,} tasks"
 
 
@@ -281,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.backbone is not None:
             backbone = read_json(fetch(arguments.backbone, "pretraining.json") / "pretraining.json")
         record = compute_offline_cost(training, read_json(Path(arguments.cost)), backbone)
-        write_json(arguments.output, record)
+        write_json(arguments.output_file, record)
     except KeyError as error:
         raise SystemExit(f"error: one of the files has no {error}: it was written by something else.") from error
     except (CheckpointError, ValueError) as error:

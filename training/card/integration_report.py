@@ -32,7 +32,7 @@ from hf_hyperflow.finetuning.trajectories import Trajectories, load_trajectories
 from hf_hyperflow.modeling.fingerprint import compute_fingerprint, fingerprints_match
 from hf_hyperflow.modeling.hub import fetch
 from hf_hyperflow.modeling.saving import CheckpointError, exclusive, write_json
-from hf_hyperflow.training.cost_log import hardware, versions
+from hf_hyperflow.training.cost_log import describe_hardware, list_versions
 from hf_hyperflow.training.objectives import encode_recorded_support
 from hf_hyperflow.training.precision import HELP, MixedPrecision, resolve_precision
 
@@ -50,7 +50,7 @@ from .arrival import (
     summarise_teacher,
 )
 from .arrival_figures import Report, draw_integration
-from .markdown import format_interval, markdown_table
+from .markdown import format_interval, format_table
 from .records import column, list_stems
 
 #: Columns of the summary: heading, key of an arrival record, number format.
@@ -256,7 +256,7 @@ def format_summary(report: Report) -> str:
         for _, key, style in COLUMNS:
             row.append(format_interval(record[key], record[f"{key}_ci95"], style))
         rows.append(row)
-    return markdown_table(headings, rows)
+    return format_table(headings, rows)
 
 
 def run(arguments: Arguments) -> None:
@@ -277,8 +277,8 @@ def run(arguments: Arguments) -> None:
         "adapters": {name: {"interpolant": get_interpolant(adapter)} for name, adapter in adapters.items()},
         "tasks": {tasks.name: _domain_names(tasks) for tasks in sets},
         "seconds": round(time.monotonic() - started, 1),
-        "hardware": hardware(accelerator),
-        "versions": versions(),
+        "hardware": describe_hardware(accelerator),
+        "versions": list_versions(),
     }
     content.update(reporter.report)
     folder = Path(arguments.output_dir)

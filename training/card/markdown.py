@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-def markdown_table(headings: list[str], rows: Iterable[list[str]]) -> str:
+def format_table(headings: list[str], rows: Iterable[list[str]]) -> str:
     """A Markdown table without a line break at its end."""
     lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
     for row in rows:

@@ -13,11 +13,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_hyperflow.benchmark.evaluation import mean_ci95
 from hf_hyperflow.benchmark.methods import NoFlow, list_labels
-from hf_hyperflow.benchmark.results import HYPERFLOW, REFERENCE, TUNED_METHODS, over_domains
+from hf_hyperflow.benchmark.results import HYPERFLOW, REFERENCE, TUNED_METHODS, average_over_domains
 
 from .break_even import format_offline_cost
-from .costs import COST_LABELS
-from .markdown import format_interval, markdown_table
+from .costs import BIAS, COST_LABELS, DIRECT, FULL, READY
+from .markdown import format_interval, format_table
 from .records import Records, column, find, get, list_values, select
 
 TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -38,7 +38,7 @@ def format_difference(record: dict[str, Any] | None) -> str:
     return "" if record is None else format_interval(record["diff"], record["diff_ci95"])
 
 
-def summary_table(results: dict[str, Any]) -> str:
+def build_summary_table(results: dict[str, Any]) -> str:
     """A row per number of shots: means over the domains, and which part of the gain is the head's and the flow's."""
     rows = []
     for shots in list_values(results["means"], "n_shot"):
@@ -49,11 +49,11 @@ def summary_table(results: dict[str, Any]) -> str:
         accuracies = [f"{direct['accuracy']:.1f}", f"{hyperflow['accuracy']:.1f}"]
         parts = [format_gain(head), format_difference(flow)]
         rows.append([f"{shots}", *accuracies, f"**{format_gain(hyperflow)}**", *parts])
-    headings = ["images per class", "direct transfer", "HyperFlow", "gain, points", "of it the head", "of it the flow"]
-    return markdown_table(headings, rows)
+    headings = ["images per class", "direct transfer", "HyperFlow", "gain, points", "from the head", "from the flow"]
+    return format_table(headings, rows)
 
 
-def domains_table(results: dict[str, Any], n_shot: int) -> str:
+def build_domains_table(results: dict[str, Any], n_shot: int) -> str:
     """A row per domain: direct transfer, HyperFlow, the gain, and which part of it is the flow's."""
     domains = list_values(results["records"], "domain")
     rows = []
@@ -70,15 +70,15 @@ def domains_table(results: dict[str, Any], n_shot: int) -> str:
     accuracies = [f"{direct['accuracy']:.1f}", f"{hyperflow['accuracy']:.1f}"]
     gain = f"**{format_gain(hyperflow)}**"
     rows.append([f"**mean of {len(domains)}**", "", *accuracies, gain, format_difference(flow)])
-    return markdown_table(["domain", "ways", "direct transfer", "HyperFlow", "gain, points", "of it the flow"], rows)
+    return format_table(["domain", "ways", "direct transfer", "HyperFlow", "gain, points", "from the flow"], rows)
 
 
-def shots_table(results: dict[str, Any]) -> str:
+def build_shots_table(results: dict[str, Any]) -> str:
     """A row per domain and one for the mean: the gain at each number of shots, and which part of it is the flow's."""
     shots_there = list_values(results["records"], "n_shot")
     headings = ["gain, points"]
     for shots in shots_there:
-        headings += [f"{shots}-shot", "of it the flow"]
+        headings += [f"{shots}-shot", "from the flow"]
     rows = []
     for domain in list_values(results["records"], "domain"):
         row = [domain]
@@ -93,10 +93,10 @@ def shots_table(results: dict[str, Any]) -> str:
         against = find(results["hyperflow_against"], domain=None, n_shot=shots, method=NO_FLOW)
         row.append(format_difference(against))
     rows.append(row)
-    return markdown_table(headings, rows)
+    return format_table(headings, rows)
 
 
-def methods_table(*sources: tuple[dict[str, Any], list[str]]) -> str:
+def build_methods_table(*sources: tuple[dict[str, Any], list[str]]) -> str:
     """A row per method: its mean gain over direct transfer at each number of shots, and what HyperFlow has more.
 
     Means over only some of the domains, which an interrupted benchmark has, are left out.
@@ -125,7 +125,7 @@ def methods_table(*sources: tuple[dict[str, Any], list[str]]) -> str:
             row.append(format_gain(mean))
             row.append("" if mean is None else format_difference(against))
         rows.append(row)
-    return markdown_table(headings, rows)
+    return format_table(headings, rows)
 
 
 def _method_label(results: dict[str, Any], method: str) -> str:
@@ -137,7 +137,7 @@ def _method_label(results: dict[str, Any], method: str) -> str:
     return f"**{label}**" if method == HYPERFLOW else label
 
 
-def flow_table(results: dict[str, Any], along: str) -> str:
+def build_flow_table(results: dict[str, Any], along: str) -> str:
     """Means over domains at points of the flow (`along` "t") or by the number of solver steps (`along` "steps").
 
     Each is told as the gain over direct transfer, and as the difference to HyperFlow as it is on the same episodes.
@@ -154,14 +154,14 @@ def flow_table(results: dict[str, Any], along: str) -> str:
             gains.append(_mean_over_domains(at_value, "diff_vs_direct", "diff_ci95"))
             differences.append(_mean_over_domains(at_value, "diff_vs_hyperflow", "diff_vs_hyperflow_ci95"))
         rows += [gains, differences]
-    return markdown_table(headings, rows)
+    return format_table(headings, rows)
 
 
 def _mean_over_domains(records: Records, key: str, half_width_key: str) -> str:
-    return format_interval(*over_domains(column(records, key), column(records, half_width_key)))
+    return format_interval(*average_over_domains(column(records, key), column(records, half_width_key)))
 
 
-def conditioning_table(*sources: tuple[str, dict[str, Any]]) -> str:
+def build_conditioning_table(*sources: tuple[str, dict[str, Any]]) -> str:
     """What the flow gains by what it is conditioned on, means over domains.
 
     Args:
@@ -178,10 +178,10 @@ def conditioning_table(*sources: tuple[str, dict[str, Any]]) -> str:
             row.append(format_interval(mean["gain"], mean["gain_ci95"]))
             advantage = format_interval(mean["own_advantage"], mean["own_advantage_ci95"])
             row.append("" if mean["condition"] == own else advantage)
-    return markdown_table(headings, rows.values())
+    return format_table(headings, rows.values())
 
 
-def cost_table(cost: dict[str, Any]) -> str:
+def build_cost_table(cost: dict[str, Any]) -> str:
     """Time, memory and operations until a task is ready, from the JSON of `training.card.costs`."""
     headings = ["25 images, 5 classes"]
     rows = {name: [label] for name, label in COST_LABELS.items()}
@@ -194,10 +194,20 @@ def cost_table(cost: dict[str, Any]) -> str:
             row += [f"{costs['seconds']:.3g} s", f"{costs['peak_memory_mb']:,.0f} MB", f"{costs['flops'] / 1e9:,.0f} G"]
             time_share, memory_share = 100 * costs["time_share_of_full"], 100 * costs["memory_share_of_full"]
             row.append(f"{time_share:.3g} %, {memory_share:.3g} %")
-    return markdown_table(headings, rows.values())
+    return format_table(headings, rows.values())
 
 
-def hyperparameters_table(content: dict[str, Any]) -> str:
+def build_speed_table(cost: dict[str, Any]) -> str:
+    """Time and memory until a task is ready, at the first image size in the JSON of `training.card.costs`."""
+    size = next(key for key in cost if key != "hardware")
+    rows = []
+    for name in (DIRECT, READY, BIAS, FULL):
+        costs = cost[size][name]
+        rows.append([COST_LABELS[name], f"{costs['seconds']:.3g} s", f"{costs['peak_memory_mb']:,.0f} MB"])
+    return format_table([f"25 images of 5 classes at {size}, on {cost['hardware']}", "time", "peak memory"], rows)
+
+
+def build_hyperparameters_table(content: dict[str, Any]) -> str:
     """What was chosen for the baselines, and how well it and the best and the worst setting of the grid do."""
     labels = list_labels()
     rows = []
@@ -210,7 +220,7 @@ def hyperparameters_table(content: dict[str, Any]) -> str:
         if best is not entry:
             best_cell += f" ({_format_settings(best, chosen)})"
         rows.append([labels[method], _format_settings(chosen, chosen), _percent(entry), best_cell, _percent(worst)])
-    return markdown_table(["baseline", "chosen", "accuracy", "best of the grid", "worst"], rows)
+    return format_table(["baseline", "chosen", "accuracy", "best of the grid", "worst"], rows)
 
 
 def _accuracy(entry: dict[str, Any]) -> float:
@@ -225,13 +235,13 @@ def _format_settings(entry: Mapping[str, Any], names: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {entry[name]:g}" for name in names)
 
 
-def ablations_table(rows: Records) -> str:
+def build_ablations_table(rows: Records) -> str:
     """A row per variant, from the JSON of `training.card.ablations`.
 
     It has the variant's gain, and what it has more than the first on the same episodes.
     """
     first = rows[0]
-    headings = ["variant", "gain over direct transfer", "of it the flow", f"minus {first['variant']}"]
+    headings = ["variant", "gain over direct transfer", "from the flow", f"minus {first['variant']}"]
     headings.append("minutes of training")
     cells = []
     for row in rows:
@@ -241,7 +251,7 @@ def ablations_table(rows: Records) -> str:
         if row is not first:
             difference = _paired_difference(row["accuracies"], first["accuracies"])
         cells.append([row["variant"], gain, flow, difference, str(row["training_minutes"])])
-    return markdown_table(headings, cells)
+    return format_table(headings, cells)
 
 
 def _paired_difference(one: dict[str, list[float]], other: dict[str, list[float]]) -> str:
@@ -252,7 +262,7 @@ def _paired_difference(one: dict[str, list[float]], other: dict[str, list[float]
         mean, half_width = mean_ci95([a - b for a, b in pairs])
         means.append(mean)
         half_widths.append(half_width)
-    return format_interval(*over_domains(means, half_widths))
+    return format_interval(*average_over_domains(means, half_widths))
 
 
 def make_tables(contents: Mapping[str, Any]) -> dict[str, str]:
@@ -264,31 +274,32 @@ def make_tables(contents: Mapping[str, Any]) -> dict[str, str]:
     tables = {}
     if "results" in contents:
         results = contents["results"]
-        tables["summary"] = summary_table(results)
-        tables["domains"] = domains_table(results, 5)
-        tables["shots"] = shots_table(results)
-        tables["methods"] = methods_table((results, _list_methods(tuned=False)))
+        tables["summary"] = build_summary_table(results)
+        tables["domains"] = build_domains_table(results, 5)
+        tables["shots"] = build_shots_table(results)
+        tables["methods"] = build_methods_table((results, _list_methods(tuned=False)))
     if "fine_tuning" in contents:
         sources = [(contents["fine_tuning"], list(list_labels()))]
         if "results" in contents:
             sources.append((contents["results"], _list_methods(tuned=True)))
-        tables["fine-tuning"] = methods_table(*sources)
+        tables["fine-tuning"] = build_methods_table(*sources)
         if contents["fine_tuning"]["flow"]:
-            tables["time"] = flow_table(contents["fine_tuning"], "t")
-            tables["steps"] = flow_table(contents["fine_tuning"], "steps")
+            tables["time"] = build_flow_table(contents["fine_tuning"], "t")
+            tables["steps"] = build_flow_table(contents["fine_tuning"], "steps")
     if "conditioning" in contents:
         kinds = [("unseen domains", contents["conditioning"])]
         if "conditioning_training" in contents:
             kinds.append(("training and validation domains", contents["conditioning_training"]))
-        tables["conditioning"] = conditioning_table(*kinds)
+        tables["conditioning"] = build_conditioning_table(*kinds)
     if "cost" in contents:
-        tables["cost"] = cost_table(contents["cost"])
+        tables["cost"] = build_cost_table(contents["cost"])
+        tables["speed"] = build_speed_table(contents["cost"])
     if "offline_cost" in contents:
         tables["offline-cost"] = format_offline_cost(contents["offline_cost"]).rstrip()
     if "hyperparameters" in contents:
-        tables["hyperparameters"] = hyperparameters_table(contents["hyperparameters"])
+        tables["hyperparameters"] = build_hyperparameters_table(contents["hyperparameters"])
     if "ablations" in contents:
-        tables["ablations"] = ablations_table(contents["ablations"])
+        tables["ablations"] = build_ablations_table(contents["ablations"])
     return tables
 
 
