@@ -26,6 +26,25 @@ T = TypeVar("T", bound="DataclassInstance")
 NOT_RECORDED = ("output_file", "output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of an option, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, []):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def make_parser(kind: type[DataclassInstance], **options: Any) -> HfArgumentParser:
+    """A parser with a flag for each field of the dataclass `kind`.
+
+    Args:
+        options: those of `argparse.ArgumentParser`.
+    """
+    # Its own annotation wants the type of a type.
+    return HfArgumentParser(kind, formatter_class=HelpFormatter, **options)  # type: ignore[arg-type]
+
+
 def parse(kind: type[T], argv: list[str] | None = None) -> T:
     """Parse `--config preset.yaml --flag value ...` into the dataclass `kind`.
 
@@ -36,7 +55,7 @@ def parse(kind: type[T], argv: list[str] | None = None) -> T:
         SystemExit: a flag is unknown, the preset cannot be read or has unknown keys, or a required value is missing.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(kind)  # type: ignore[arg-type]  # its own annotation wants the type of a type
+    parser = make_parser(kind)
     parser.add_argument("--config", help="a YAML preset; flags override it")
     preset_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     preset_parser.add_argument("--config")

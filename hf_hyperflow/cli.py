@@ -67,8 +67,7 @@ class Result:
 def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     """Adapt vision transformers to your classes from a handful of images, without gradients.
 
-    The exit code is 1 after an error, 2 after wrong usage and 130 after Ctrl-C. A folder is written whole or not at
-    all. Control characters in names are printed as \\x1b or \\u202e, and tokens as hf_***.
+    The exit code is 1 after an error, 2 after wrong usage and 130 after Ctrl-C.
     """
 
 
@@ -284,10 +283,10 @@ def _survives_bytes(text: str) -> bool:
 
 
 def _explain(error: Exception) -> str:
-    """An error in one line; for those that nobody foresaw with their type and how to see more."""
+    """An error in one line. An unexpected error comes with its type and the way to its traceback."""
     text = " ".join(str(error).split())
-    is_foreseen = isinstance(error, OSError | ValueError | ImportError) and not isinstance(error, ModuleNotFoundError)
-    if text and is_foreseen:
+    is_expected = isinstance(error, OSError | ValueError | ImportError) and not isinstance(error, ModuleNotFoundError)
+    if text and is_expected:
         return text
     return f"{type(error).__name__}: {text} (hyperflow --debug shows where)"
 

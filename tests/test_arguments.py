@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_hyperflow.arguments import describe_arguments, exit_on_error, parse
+from hf_hyperflow.arguments import describe_arguments, exit_on_error, make_parser, parse
 from hf_hyperflow.modeling.saving import CheckpointError
 from hf_hyperflow.training import DriftTrainingConfig
 from hf_hyperflow.training.collector import CollectionConfig
@@ -28,7 +28,7 @@ PRESETS = {
 @dataclass
 class Arguments:
     backbone: str = field(metadata={"help": "required"})
-    steps: int = 3
+    steps: int = field(default=3, metadata={"help": "how many"})
     norms: bool = True
 
 
@@ -121,3 +121,10 @@ def test_errors_of_the_user_end_in_one_line():
             raise error
     with pytest.raises(ZeroDivisionError), exit_on_error():
         raise ZeroDivisionError
+
+
+def test_help_names_defaults_where_there_are_some():
+    text = " ".join(make_parser(Arguments).format_help().split())
+    assert "required (default" not in text
+    assert "(default: 3)" in text
+    assert "None" not in make_parser(DriftTrainingConfig).format_help()

@@ -12,8 +12,23 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_hyperflow"
 MODELING = PACKAGE / "modeling"
 
-#: Each room imports from itself and from the rooms before it. `extras` and `arguments` are small files at the top.
-LAYERS = ["modeling", "extras", "arguments", "data", "finetuning", "benchmark", "training"]
+#: What each room or file at the top may import from, beside itself.
+BELOW = {
+    "modeling": (),
+    "extras": (),
+    "arguments": (),
+    "data": ("modeling",),
+    "finetuning": ("modeling", "data"),
+    "benchmark": ("modeling", "data", "finetuning", "extras", "arguments"),
+    "training": ("modeling", "data", "finetuning", "benchmark", "extras", "arguments"),
+    "info": ("modeling",),
+    "download": ("modeling",),
+    "pipeline": ("modeling", "download"),
+    "demo": ("modeling", "data", "finetuning", "benchmark", "extras"),
+    "cli": ("modeling", "benchmark", "demo", "info", "download", "extras"),
+    "__main__": ("cli", "extras"),
+    "": ("modeling", "pipeline"),
+}
 
 
 def list_modules() -> dict[str, ast.Module]:
@@ -104,10 +119,16 @@ def test_modeling_imports_by_one_dot_only(path):
         assert (MODELING / f"{name}.py").is_file(), f"{path.name}: .{name}"
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if get_room(name) in LAYERS])
-def test_a_room_imports_only_from_the_rooms_before_it(module):
+def test_every_room_and_file_has_its_place():
+    assert {get_room(module) for module in MODULES} == set(BELOW)
+    for i, room in enumerate(BELOW):
+        assert set(BELOW[room]) <= set(list(BELOW)[:i]), "the layers are in order"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_room_imports_only_from_the_rooms_below_it(module):
     room = get_room(module)
-    allowed = LAYERS[: LAYERS.index(room) + 1]
+    allowed = (room, *BELOW[room])
     for node in list_imports(MODULES[module]):
         for target in resolve(node, module, MODULES):
             assert get_room(target) in allowed, f"{module} imports {target or 'the whole package'}, line {node.lineno}"

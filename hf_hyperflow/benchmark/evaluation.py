@@ -113,5 +113,5 @@ def compare_flow(
     finally:
         if not was_in:
             target.unload()
-    direct, no_flow, adapted = (np.array(column) for column in columns)
+    direct, no_flow, adapted = np.array(columns)
     return Comparison(domain.name, episode.n_way, n_shot, direct, no_flow, adapted)

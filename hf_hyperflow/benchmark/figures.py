@@ -43,7 +43,8 @@ def choose_styles(methods: Iterable[str]) -> dict[str, Style]:
     for marker in "os^Dv":
         for name in ("tab10", "Dark2"):
             colour_map = matplotlib.colormaps[name]
-            styles += [Style(colour_map(i), marker) for i in range(colour_map.N)]
+            for i in range(colour_map.N):
+                styles.append(Style(colour_map(i), marker))
     return dict(zip(methods, cycle(styles), strict=False))
 
 
@@ -139,7 +140,9 @@ def draw_shots(results: Results) -> Figure:
             accuracies = []
             for domain in complete:
                 in_domain = records_by_domain[domain, n_shot]
-                accuracies += [_comparable_accuracy(r, in_domain) for r in in_domain if r.method == method]
+                for record in in_domain:
+                    if record.method == method:
+                        accuracies.append(_comparable_accuracy(record, in_domain))
             if len(accuracies) == len(complete) > 0:
                 titles.append(_title(n_shot))
                 heights.append(np.mean(accuracies))
@@ -263,7 +266,11 @@ def _list_complete_domains(records: Sequence[Record]) -> list[str]:
     """The domains that have records of all numbers of shots."""
     n_shots = len(_group_by_shots(records))
     by_domain = group_by(records, lambda record: record.domain)
-    return [domain for domain, group in by_domain.items() if len(_group_by_shots(group)) == n_shots]
+    complete = []
+    for domain, group in by_domain.items():
+        if len(_group_by_shots(group)) == n_shots:
+            complete.append(domain)
+    return complete
 
 
 def _list_seconds(records: Sequence[Record]) -> list[float]:

@@ -93,10 +93,13 @@ def choose_best(grid: list[dict[str, Any]], max_steps: int) -> Hyperparameters:
     """The best point, of no more steps, of every method whose grid is complete."""
     best = {}
     for name, method in TUNABLE.items():
-        entries = [e for e in grid if e["method"] == name and e.get("steps", 0) <= max_steps]
+        entries = []
+        for entry in grid:
+            if entry["method"] == name and entry.get("steps", 0) <= max_steps:
+                entries.append(entry)
         if all(_is_in_grid(group[0], entries) for group in method.grid()):
-            entry = max(entries, key=lambda e: e["accuracy"])
-            best[name] = {key: entry[key] for key in method.hyperparameters()}
+            best_entry = max(entries, key=lambda e: e["accuracy"])
+            best[name] = {key: best_entry[key] for key in method.hyperparameters()}
     return best
 
 
@@ -177,7 +180,10 @@ def evaluate_candidates(candidates: list[Method], features: DomainFeatures, epis
     support, queries, target = features.support(episode), features.queries(episode), features.target
     with eval_mode(target.backbone), eval_mode(target.adapter):
         classifiers = type(candidates[0]).fit_group(candidates, support)
-        return [label_accuracy(c.predict(queries), episode.query_labels) for c in classifiers]
+        accuracies = []
+        for classifier in classifiers:
+            accuracies.append(label_accuracy(classifier.predict(queries), episode.query_labels))
+    return accuracies
 
 
 def _read_grid(path: Path, description: dict[str, Any]) -> list[dict[str, Any]]:

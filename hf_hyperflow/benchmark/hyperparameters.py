@@ -14,7 +14,7 @@ Hyperparameters = dict[str, dict[str, int | float]]
 
 
 def read_hyperparameters(path: str | Path | None) -> Hyperparameters:
-    """The result of a grid search in a JSON file; of no file, that of none.
+    """Read the hyper-parameters that a grid search chose and wrote to a JSON file; no file gives none.
 
     Raises:
         ValueError: the file is no such JSON, or names methods or hyper-parameters that there are not; it is named.

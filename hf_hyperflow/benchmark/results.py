@@ -250,6 +250,9 @@ def _summarise_method(table: EpisodeTable, rows: list[EpisodeResult], cost: Task
     accuracy = _estimate([row.accuracy for row in rows])
     difference = _compare_with_direct(table, domain, n_shot, method)
     assert accuracy.mean is not None
+    seconds = memory = flops = None
+    if cost is not None:
+        seconds, memory, flops = cost.seconds_per_task, cost.peak_memory_mb, cost.flops_per_task
     return Record(
         method=method,
         domain=domain,
@@ -261,9 +264,9 @@ def _summarise_method(table: EpisodeTable, rows: list[EpisodeResult], cost: Task
         diff_vs_direct=difference.mean,
         diff_ci95=difference.ci95,
         diff_n_episodes=difference.n_episodes,
-        seconds_per_task=None if cost is None else cost.seconds_per_task,
-        peak_memory_mb=None if cost is None else cost.peak_memory_mb,
-        flops_per_task=None if cost is None else cost.flops_per_task,
+        seconds_per_task=seconds,
+        peak_memory_mb=memory,
+        flops_per_task=flops,
     )
 
 
@@ -325,7 +328,8 @@ def _average_against(records: list[AgainstRecord]) -> list[MeanAgainstRecord]:
     comparable = [record for record in records if record.diff is not None]
     means = []
     for (n_shot, method), group in group_by(comparable, lambda record: (record.n_shot, record.method)).items():
-        difference = average_estimates([Estimate(r.diff, r.diff_ci95, r.n_episodes) for r in group])
+        estimates = [Estimate(record.diff, record.diff_ci95, record.n_episodes) for record in group]
+        difference = average_estimates(estimates)
         assert difference.mean is not None
         mean = MeanAgainstRecord(
             method=method,

@@ -22,8 +22,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import AutoModel
-from transformers.hf_argparser import DataClassType, HfArgumentParser
 
+from ..arguments import make_parser
 from ..data.domains import Domain, load_domain
 from ..data.episodes import Episode, cdfsl_episode, meta_dataset_episode
 from ..modeling.adapter import HyperFlowAdapter
@@ -55,7 +55,7 @@ SLOW_EPISODES_PER_WRITE = 1
 
 def main(argv: list[str] | None = None) -> None:
     """The command line, from `argv` or that of the process."""
-    parser = HfArgumentParser(DataClassType(BenchmarkArguments), prog="hyperflow benchmark")
+    parser = make_parser(BenchmarkArguments, prog="hyperflow benchmark")
     (arguments,) = parser.parse_args_into_dataclasses(argv)
     run(arguments)
 
@@ -223,7 +223,10 @@ class Benchmark:
         height, width = self.domains[0].images.shape[-2:]
         setting = CostSetting(self.backbone_name, self.arguments.adapter, device, self.arguments.bf16, (height, width))
         file = CostFile(path, device)
-        missing = [key for key in self._list_cost_keys() if key not in file.costs]
+        missing = []
+        for key in self._list_cost_keys():
+            if key not in file.costs:
+                missing.append(key)
         for key in tqdm(missing, desc="costs", disable=None, leave=False):
             file.add(key, measure_task_cost(self._find_method(key.method), setting, key.n_way, key.n_support))
         return file.costs

@@ -137,7 +137,11 @@ def _measure(method: Method, setting: CostSetting, n_way: int, n_support: int, n
         _, cost = measure_cost(run, device)
         seconds = cost.seconds
         if not method.is_slow:
-            seconds = statistics.median(measure_cost(run, device)[1].seconds for _ in range(REPETITIONS))
+            repeated = []
+            for _ in range(REPETITIONS):
+                _, repetition = measure_cost(run, device)
+                repeated.append(repetition.seconds)
+            seconds = statistics.median(repeated)
         operations = method.count_operations(count)
     return TaskCost(seconds, round(cost.peak_memory_mb, 2), operations)
 

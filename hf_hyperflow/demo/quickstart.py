@@ -207,11 +207,11 @@ def _draw(measurements: dict[str, Measurement], path: Path) -> Path:
     """Draw accuracy, time and memory of the methods side by side."""
     names = [label(method).replace(", ", ",\n") for method in METHODS]
     rows = [measurements[method.name] for method in METHODS]
-    panels = {
-        "accuracy, %": [row.accuracy for row in rows],
-        "ready after, s": [row.seconds for row in rows],
-        "peak memory, MB": [row.peak_memory_mb for row in rows],
-    }
+    panels: dict[str, list[float]] = {"accuracy, %": [], "ready after, s": [], "peak memory, MB": []}
+    for row in rows:
+        panels["accuracy, %"].append(row.accuracy)
+        panels["ready after, s"].append(row.seconds)
+        panels["peak memory, MB"].append(row.peak_memory_mb)
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     axes = figure.subplots(1, 3)
     for axis, (title, values) in zip(axes, panels.items(), strict=True):

@@ -73,15 +73,15 @@ def check_space(collection: dict, source: str | os.PathLike, space: ParameterSpa
     Raises:
         ValueError: they are of another; the message says what differs.
     """
-    recorded, given = collection["parameter_space"], describe_space(space)
-    keys = sorted(set(recorded) | set(given))
-    different = [key for key in keys if recorded.get(key) != given.get(key)]
+    recorded, current = collection["parameter_space"], describe_space(space)
+    keys = sorted(set(recorded) | set(current))
+    different = [key for key in keys if recorded.get(key) != current.get(key)]
     if different:
         raise ValueError(
             f"the trajectories of {source} are of another parameter space ({', '.join(different)} differ): "
             f"{recorded['n_parameters']} parameters of {recorded['peft']['peft_type']} in {len(recorded['tensors'])} "
-            f"tensors, here {given['n_parameters']} of {given['peft']['peft_type']} in {len(given['tensors'])}. Train "
-            "with the backbone and the parameter set they were collected with, or collect anew."
+            f"tensors, here {current['n_parameters']} of {current['peft']['peft_type']} in {len(current['tensors'])}. "
+            "Train with the backbone and the parameter set they were collected with, or collect anew."
         )
 
 
@@ -113,11 +113,11 @@ def check_domains(collection: dict, source: str | os.PathLike, domains: Sequence
                 f"the trajectories of {source} need the domain {name!r}, and the domains given are {sorted(by_name)}. "
                 "Give all datasets they were collected from, with the same --holdout."
             )
-        given = describe_domain(by_name[name], recorded["max_per_class"])
-        if given["sha256"] != recorded["sha256"]:
+        current = describe_domain(by_name[name], recorded["max_per_class"])
+        if current["sha256"] != recorded["sha256"]:
             raise ValueError(
                 f"domain {name!r} is not the one that the trajectories of {source} were collected from: it has "
-                f"{given['images']} images of {given['classes']} classes, theirs {recorded['images']} of "
+                f"{current['images']} images of {current['classes']} classes, theirs {recorded['images']} of "
                 f"{recorded['classes']} (max_per_class {recorded['max_per_class']}), or other pixels. Give the same "
                 "dataset, --max_per_class, --holdout and image processor, or collect anew."
             )

@@ -89,7 +89,9 @@ def read_shard(folder: str | os.PathLike, number: int) -> pyarrow.Table:
     """The columns of a whole shard that training reads."""
     table = read_parquet(get_shard_path(folder, number), [*TRAINING_COLUMNS, _OLD_TRANSFORM_SEED])
     # Collections recorded by version 0.1 can be trained on: only the name of this column differs.
-    names = ["transform_seed" if name == _OLD_TRANSFORM_SEED else name for name in table.column_names]
+    names = table.column_names
+    if _OLD_TRANSFORM_SEED in names:
+        names[names.index(_OLD_TRANSFORM_SEED)] = "transform_seed"
     return table.rename_columns(names)
 
 
@@ -185,15 +187,17 @@ def summarise_shards(folder: str | os.PathLike, groups: int) -> dict:
         "seconds": round(seconds, 3),
         "flops": flops,
         "bytes": n_bytes,
-        "query_accuracy": _mean_ends([row["query_accuracy"] for row in whole]),
-        "loss": _mean_ends([row["losses"] for row in whole]),
+        "query_accuracy": _average_ends(whole, "query_accuracy"),
+        "loss": _average_ends(whole, "losses"),
     }
 
 
-def _mean_ends(rows: list[list[float]]) -> dict[str, float | None]:
-    """The means of the rows' first and last values."""
+def _average_ends(rows: list[dict], column: str) -> dict[str, float | None]:
+    """The means of the first and of the last values of a column of lists."""
     if not rows:
         return {"start": None, "end": None}
-    start = sum(values[0] for values in rows) / len(rows)
-    end = sum(values[-1] for values in rows) / len(rows)
-    return {"start": round(start, 4), "end": round(end, 4)}
+    start = end = 0.0
+    for row in rows:
+        start += row[column][0]
+        end += row[column][-1]
+    return {"start": round(start / len(rows), 4), "end": round(end / len(rows), 4)}

@@ -10,7 +10,10 @@ from .prototypes import class_means, leave_one_out_means, no_autocast
 
 
 class RegularisedLDA(nn.Module):
-    """Class prototypes for cosines in the metric of the covariance within classes.
+    """Class prototypes for cosines in the Mahalanobis geometry of the covariance within classes.
+
+    The *Mahalanobis product* of two vectors is x^T C^-1 y, where C is the covariance within classes. It defines the
+    Mahalanobis length |x|_C = (x^T C^-1 x)^(1/2) and the cosine of two vectors, their product over their lengths.
 
     Directions in which images of one class differ should count less. A few images tell little about these directions,
     so the covariance of a support set is completed by that of the training domains:
@@ -53,8 +56,9 @@ class RegularisedLDA(nn.Module):
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Prototypes `(n_way, width)` from features `(n, width)` and labels `(n,)` of at least two classes.
 
-        The product of a prototype with an image of length 1 is their cosine in the metric, if the image has the mean
-        length of the support images there. Differentiable in the features. The order of the images does not matter.
+        The product of a prototype with an image of length 1 is their Mahalanobis cosine, if the Mahalanobis length of
+        the image is the mean one of the support images. Differentiable in the features. The order of the images does
+        not matter.
         """
         with no_autocast(features):
             whitening = self._get_whitening(features, labels)
@@ -70,9 +74,9 @@ class RegularisedLDA(nn.Module):
                 return rows - (rows @ residuals.T) @ solved
 
             units = F.normalize(features, dim=1) @ whitening
-            image_length = _metric_lengths(units, apply_inverse(units)).mean()
+            image_length = _mahalanobis_lengths(units, apply_inverse(units)).mean()
             directions = apply_inverse(means)
-            return directions @ whitening.T / (_metric_lengths(means, directions) * image_length)
+            return directions @ whitening.T / (_mahalanobis_lengths(means, directions) * image_length)
 
     def _get_whitening(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The map `(width, width)` to coordinates in which the prior's covariance, ridge included, is the identity."""
@@ -122,7 +126,7 @@ class RegularisedLDA(nn.Module):
             return (weights * left * right).sum(dim=1, keepdim=True) + gain * on_residuals
 
         def square(vectors: torch.Tensor) -> torch.Tensor:
-            """For the C of each row, the squared lengths in the metric of the same vectors."""
+            """For the C of each row, the squared Mahalanobis lengths of the same vectors."""
             return weights @ vectors.square().T + gain * (weighted @ vectors.T).square()
 
         undone = gain * (weighted * units).sum(dim=1, keepdim=True)
@@ -155,8 +159,8 @@ class RegularisedLDA(nn.Module):
         self.spread.fill_(float(spread))
 
 
-def _metric_lengths(rows: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
-    """Lengths in the metric, `(n, 1)`, of rows `(n, width)`, given their products with the inverse covariance."""
+def _mahalanobis_lengths(rows: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+    """Mahalanobis lengths `(n, 1)` of rows `(n, width)`, given their products with the inverse covariance."""
     return (rows * products).sum(dim=1, keepdim=True).clamp_min(1e-24).sqrt()
 
 

@@ -211,7 +211,10 @@ def _list_dataset(support: Dataset) -> tuple[list[_LabelledImage], list[str]]:
     feature = support.features[label_column]
     _require_labels(values, feature, label_column)
     classes = sorted(set(values))
-    names = [feature.names[value] if isinstance(feature, ClassLabel) else str(value) for value in classes]
+    if isinstance(feature, ClassLabel):
+        names = [feature.names[value] for value in classes]
+    else:
+        names = [str(value) for value in classes]
     position = {value: i for i, value in enumerate(classes)}
     records = support.cast_column(image_column, Image(decode=False))[image_column]
     examples = []

@@ -41,7 +41,9 @@ def load_recorded(sources: list[str], adapter: HyperFlowAdapter, domains: list[D
     collections = [load_trajectories(s, adapter.space, domains=domains, fingerprint=fingerprint) for s in sources]
     first = collections[0]
     tasks: list[TrainingTask] = []
+    deltas: list[torch.Tensor] = []
     descriptions = []
+    diverged = 0
     for source, trajectories in zip(sources, collections, strict=True):
         if not torch.equal(trajectories.times, first.times):
             raise ValueError(
@@ -49,13 +51,15 @@ def load_recorded(sources: list[str], adapter: HyperFlowAdapter, domains: list[D
                 f"{first.times.tolist()}: collect both with the same steps and recorded points."
             )
         tasks += trajectories.tasks
+        deltas.append(trajectories.deltas)
+        diverged += trajectories.diverged
         descriptions.append(_describe_collection(source, trajectories.collection))
     return Trajectories(
         tasks=tasks,
         times=first.times,
-        deltas=torch.cat([trajectories.deltas for trajectories in collections]),
+        deltas=torch.cat(deltas),
         mask=first.mask,
-        diverged=sum(trajectories.diverged for trajectories in collections),
+        diverged=diverged,
         collection={"collections": descriptions},
     )
 

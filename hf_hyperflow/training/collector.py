@@ -202,13 +202,15 @@ class TrajectoryCollector:
         config = self.config
         teacher = asdict(self.teacher)
         teacher["recorded"] = self.teacher.recorded
+        arguments = {name: value for name, value in vars(config).items() if name not in NOT_COMPARED}
+        domains = [describe_domain(domain, config.max_per_class) for domain in self.domains]
         return {
-            "arguments": {name: value for name, value in vars(config).items() if name not in NOT_COMPARED},
+            "arguments": arguments,
             "teacher": teacher,
             "times": self.teacher.times,
             "backbone": {"name": Path(config.backbone).name, "fingerprint": self.fingerprint},
             "parameter_space": describe_space(self.space),
-            "domains": [describe_domain(domain, config.max_per_class) for domain in self.domains],
+            "domains": domains,
             "groups": config.n_groups,
             "versions": list_versions(),
             "hardware": describe_hardware(self.accelerator),

@@ -388,11 +388,12 @@ class DriftTrainer:
 
     def _describe_data(self) -> dict[str, Any]:
         """How much there is to train on. An interrupted run goes on with the same."""
-        collections = [] if self.recorded is None else self.recorded.collection["collections"]
-        return {
-            "images": {domain.name: len(domain) for domain in self.training_domains},
-            "trajectories": {entry["name"]: entry["totals"]["rows"] for entry in collections},
-        }
+        images = {domain.name: len(domain) for domain in self.training_domains}
+        trajectories = {}
+        if self.recorded is not None:
+            for entry in self.recorded.collection["collections"]:
+                trajectories[entry["name"]] = entry["totals"]["rows"]
+        return {"images": images, "trajectories": trajectories}
 
 
 def build_adapter(

@@ -21,10 +21,10 @@ from transformers import AutoModel, pipeline
 
 from hf_hyperflow import HyperFlowAdapter
 
-here = Path(__file__).resolve().parent if "__file__" in globals() else Path("model_cards/hyperflow-vit-s14-70")
+folder = Path(__file__).resolve().parent if "__file__" in globals() else Path("model_cards/hyperflow-vit-s14-70")
 parser = argparse.ArgumentParser()
-parser.add_argument("--backbone", default=here.parent / "vit-s14-focus-70", help="folder or Hub id")
-parser.add_argument("--adapter", default=here, help="folder or Hub id of the HyperFlow adapter made for it")
+parser.add_argument("--backbone", default=folder.parent / "vit-s14-focus-70", help="folder or Hub id")
+parser.add_argument("--adapter", default=folder, help="folder or Hub id of the HyperFlow adapter made for it")
 parser.add_argument("--output_dir", default="outputs/digits-task", help="folder for the adapted task")
 arguments, _ = parser.parse_known_args()  # a notebook has arguments of its own
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import doctest
 import math
 
 import numpy as np
 import pytest
 
 from hf_hyperflow.benchmark.evaluation import mean_ci95
+from tests.helpers.benchmark_runs import ROOT
 
-FewShotAccuracy = pytest.importorskip("hf_hyperflow.benchmark.evaluate_metric").FewShotAccuracy
+evaluate_metric = pytest.importorskip("hf_hyperflow.benchmark.evaluate_metric")
+FewShotAccuracy = evaluate_metric.FewShotAccuracy
 
 
 @pytest.fixture
@@ -70,3 +73,14 @@ def test_what_does_not_fit_is_named(metric):
         metric.compute(predictions=[[1], [1]], references=[[1], [1]], baseline=[[1]])
     with pytest.raises(ValueError, match="episode 0 has 2 baseline and 1 references"):
         metric.compute(predictions=[[1], [1]], references=[[1], [1]], baseline=[[1, 1], [1]])
+
+
+@pytest.mark.parametrize("text", ["README", "metric"])
+def test_examples_say_what_is_returned(text, tmp_path, monkeypatch):
+    """Those of the README and of the metric's own description."""
+    monkeypatch.setattr(evaluate_metric.evaluate.Metric, "_data_dir_root", str(tmp_path), raising=False)
+    monkeypatch.setattr(evaluate_metric.evaluate.config, "HF_METRICS_CACHE", str(tmp_path))
+    content = (ROOT / "README.md").read_text() if text == "README" else evaluate_metric._INPUTS
+    examples = doctest.DocTestParser().get_doctest(content, {}, text, text, 0)
+    assert examples.examples
+    assert doctest.DocTestRunner().run(examples).failed == 0

@@ -19,7 +19,7 @@ def rows(
 
 
 @pytest.fixture
-def made() -> dict[str, np.ndarray]:
+def accuracies() -> dict[str, np.ndarray]:
     generator = np.random.default_rng(0)
     direct = generator.uniform(40, 80, 50)
     return {
@@ -29,19 +29,19 @@ def made() -> dict[str, np.ndarray]:
     }
 
 
-def test_differences_are_paired_on_the_episodes_of_both(made):
-    results = summarise([r for method, a in made.items() for r in rows("a", method, a.tolist())], {})
+def test_differences_are_paired_on_the_episodes_of_both(accuracies):
+    results = summarise([r for method, a in accuracies.items() for r in rows("a", method, a.tolist())], {})
     direct, hyperflow, bias = results.records
     assert [r.method for r in results.records] == ["direct", "hyperflow", "bias"]
     assert (direct.diff_vs_direct, direct.diff_n_episodes) == (None, None)
     for record, method in ((hyperflow, "hyperflow"), (bias, "bias")):
-        mean, half = mean_ci95(made[method] - made["direct"][: len(made[method])])
+        mean, half = mean_ci95(accuracies[method] - accuracies["direct"][: len(accuracies[method])])
         assert (record.diff_vs_direct, record.diff_ci95) == pytest.approx((mean, half), abs=1e-4)
-        assert record.diff_n_episodes == record.n_episodes == len(made[method])
+        assert record.diff_n_episodes == record.n_episodes == len(accuracies[method])
     assert hyperflow.diff_ci95 < hyperflow.ci95 / 5
     against = {r.method: r for r in results.hyperflow_against if r.domain == "a"}
     assert set(against) == {"direct", "bias"}
-    mean, half = mean_ci95(made["hyperflow"][:10] - made["bias"])
+    mean, half = mean_ci95(accuracies["hyperflow"][:10] - accuracies["bias"])
     assert (against["bias"].diff, against["bias"].diff_ci95) == pytest.approx((mean, half), abs=1e-4)
     assert against["bias"].n_episodes == 10
 
@@ -54,12 +54,12 @@ def test_only_common_episodes_are_compared():
     assert summarise(apart, {}).records[1].diff_vs_direct is None
 
 
-def test_domains_count_the_same_in_the_mean(made):
-    many = [r for m in ("direct", "hyperflow") for r in rows("a", m, made[m].tolist())]
+def test_domains_count_the_same_in_the_mean(accuracies):
+    many = [r for m in ("direct", "hyperflow") for r in rows("a", m, accuracies[m].tolist())]
     many += rows("b", "direct", [50.0, 60.0]) + rows("b", "hyperflow", [40.0, 52.0], n_way=3)
     results = summarise(many, {})
     mean = next(m for m in results.means if m.method == "hyperflow")
-    gain, half = mean_ci95(made["hyperflow"] - made["direct"])
+    gain, half = mean_ci95(accuracies["hyperflow"] - accuracies["direct"])
     gain_b, half_b = mean_ci95([-10.0, -8.0])
     assert mean.diff_vs_direct == pytest.approx((gain + gain_b) / 2, abs=1e-3)
     assert mean.diff_ci95 == pytest.approx(np.hypot(half, half_b) / 2, abs=1e-3)
@@ -69,15 +69,15 @@ def test_domains_count_the_same_in_the_mean(made):
 
 
 def test_points_of_the_flow_are_compared_on_their_episodes():
-    found = rows("a", "direct", [50.0, 60.0, 70.0]) + rows("a", "hyperflow t=0.5", [51.0, 63.0])
-    found += rows("a", "hyperflow steps=16", [52.0, 64.0])
-    results = summarise(found, {})
+    episodes = rows("a", "direct", [50.0, 60.0, 70.0]) + rows("a", "hyperflow t=0.5", [51.0, 63.0])
+    episodes += rows("a", "hyperflow steps=16", [52.0, 64.0])
+    results = summarise(episodes, {})
     assert [r.method for r in results.records] == ["direct"]
     steps, time = results.flow
     assert (time.along, time.value, time.diff_vs_direct) == ("t", 0.5, 2.0)
     assert (steps.along, steps.value, steps.diff_vs_direct) == ("steps", 16.0, 3.0)
     assert steps.diff_vs_hyperflow is None
-    steps, time = summarise(found + rows("a", "hyperflow", [54.0, 64.0, 90.0]), {}).flow
+    steps, time = summarise(episodes + rows("a", "hyperflow", [54.0, 64.0, 90.0]), {}).flow
     assert (time.diff_vs_hyperflow, steps.diff_vs_hyperflow) == (-2.0, -1.0)
     assert steps.diff_vs_hyperflow_ci95 == pytest.approx(mean_ci95([-2.0, 0.0])[1], abs=1e-4)
 

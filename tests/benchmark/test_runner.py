@@ -87,12 +87,12 @@ def test_direct_and_hyperflow_are_those_of_compare_flow(ground, finished):
     for name in ("six", "three"):
         domain = load_domain(ground / name, adapter.processor)
         for n_shot in (1, 3):
-            found = compare_flow(adapter, backbone, domain, n_episodes=5, n_shot=n_shot, n_way=5, n_query=4)
-            assert accuracies(finished[0], "direct", name, n_shot) == found.direct.tolist()
-            assert accuracies(finished[0], "hyperflow", name, n_shot) == found.adapted.tolist()
+            comparison = compare_flow(adapter, backbone, domain, n_episodes=5, n_shot=n_shot, n_way=5, n_query=4)
+            assert accuracies(finished[0], "direct", name, n_shot) == comparison.direct.tolist()
+            assert accuracies(finished[0], "hyperflow", name, n_shot) == comparison.adapted.tolist()
             # Along the flow, t = 1 and as many steps as the adapter's own are the same point.
             for point in ("t=1", f"steps={adapter.config.n_steps}"):
-                assert accuracies(finished[0], f"hyperflow {point}", name, n_shot) == found.adapted[:2].tolist()
+                assert accuracies(finished[0], f"hyperflow {point}", name, n_shot) == comparison.adapted[:2].tolist()
     assert accuracies(finished[0], "direct", "six", 1) != accuracies(finished[0], "hyperflow", "six", 1)
 
 
@@ -182,10 +182,12 @@ def test_two_processes_end_with_the_results_of_one(ground, finished, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("three has 3 classes to use") == 2  # once per number of shots: one process speaks
     assert episodes(tmp_path) == episodes(finished[0])
-    found = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text())
     costs = {"seconds_per_task", "peak_memory_mb", "flops_per_task"}  # of the device: its threads may differ
-    mine, theirs = ([{k: r[k] for k in r.keys() - costs} for r in x["records"]] for x in (found, finished[1]))
-    assert mine == theirs
+    for record, expected in zip(results["records"], finished[1]["records"], strict=True):
+        assert record.keys() == expected.keys()
+        for key in record.keys() - costs:
+            assert record[key] == expected[key]
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "text"])

@@ -108,7 +108,7 @@ def test_a_bomb_is_refused_in_a_second(handlers, folder):
 
 
 def test_an_error_of_one_request_leaves_the_lock_free(handlers, folder, monkeypatch):
-    """Also one that nobody foresaw, in the middle of adapting."""
+    """Also an unexpected one, in the middle of adapting."""
     classes = rows({"red": [folder / "red-0.png"], "green": [folder / "green-0.png"]})
     session = handlers.adapt(*classes)[0]
     query = [(str(folder / "red-1.png"), None)]

@@ -86,21 +86,21 @@ def plain_loop(space, backbone, images, processor, generator):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_equals_a_plain_loop(backbone, images, processor, kind):
     space = ParameterSpace.from_backbone(backbone, CONFIGS[kind](backbone, 2))
-    found = run(space, backbone, images, processor)
-    assert found.deltas.shape == (4, 4, space.n_tokens, space.token_dim)
-    assert not found.diverged.any()
+    recording = run(space, backbone, images, processor)
+    assert recording.deltas.shape == (4, 4, space.n_tokens, space.token_dim)
+    assert not recording.diverged.any()
     for i, generator in enumerate(seeds(4)):
         deltas, losses, support, query = plain_loop(space, backbone, images[i], processor, generator)
-        torch.testing.assert_close(found.losses[i], losses, rtol=1e-3, atol=1e-4)
-        for accuracy, bounds in ((found.support_accuracy[i], support), (found.query_accuracy[i], query)):
+        torch.testing.assert_close(recording.losses[i], losses, rtol=1e-3, atol=1e-4)
+        for accuracy, bounds in ((recording.support_accuracy[i], support), (recording.query_accuracy[i], query)):
             assert ((bounds[:, 0] <= accuracy) & (accuracy <= bounds[:, 1])).all()
             assert (bounds[:, 1] - bounds[:, 0]).mean() < 20, "most answers are compared"
         # Adam turns gradients of nearly zero into steps of a sign that rounding decides: compare almost all numbers.
-        close = ((found.deltas[i] - deltas).abs() < 1e-4)[:, space.mask]
+        close = ((recording.deltas[i] - deltas).abs() < 1e-4)[:, space.mask]
         assert close.float().mean() > 0.98
-    moved = (found.deltas[:, -1] - found.deltas[:, 0])[:, space.mask].abs()
+    moved = (recording.deltas[:, -1] - recording.deltas[:, 0])[:, space.mask].abs()
     assert 1e-3 < moved.mean() < 5 * 3e-3
-    assert not found.deltas[:, :, ~space.mask].any()
+    assert not recording.deltas[:, :, ~space.mask].any()
 
 
 def assert_same_task(recording: Recording, other: Recording, row: int, other_row: int) -> None:
@@ -114,33 +114,33 @@ def test_learns_and_leaves_the_backbone_alone(backbone, images, processor):
     space = ParameterSpace.from_backbone(backbone, bias_config(backbone, 2))
     space.inject(backbone)
     before = Snapshot(backbone)
-    found = run(space, backbone, images, processor, Teacher(steps=30, n_points=2, learning_rate=3e-3))
+    recording = run(space, backbone, images, processor, Teacher(steps=30, n_points=2, learning_rate=3e-3))
     before.assert_unchanged()
-    assert (found.losses[:, -5:].mean(dim=1) < found.losses[:, :5].mean(dim=1)).all()
-    assert ((found.query_accuracy >= 0) & (found.query_accuracy <= 100)).all()
+    assert (recording.losses[:, -5:].mean(dim=1) < recording.losses[:, :5].mean(dim=1)).all()
+    assert ((recording.query_accuracy >= 0) & (recording.query_accuracy <= 100)).all()
 
 
 def test_a_task_does_not_depend_on_the_others(backbone, images, processor):
     space = ParameterSpace.from_backbone(backbone, bias_config(backbone, 2))
-    found = run(space, backbone, images, processor)
+    recording = run(space, backbone, images, processor)
     other = images.clone()
     other[1:] = 255 - other[1:]
     again = run(space, backbone, other, processor)
-    assert_same_task(again, found, 0, 0)
-    assert (again.losses[1] - found.losses[1]).abs().max() > 1e-2
+    assert_same_task(again, recording, 0, 0)
+    assert (again.losses[1] - recording.losses[1]).abs().max() > 1e-2
     alone = run(space, backbone, images[2:3], processor, generators=seeds(3)[2:])
-    assert_same_task(alone, found, 0, 2)
+    assert_same_task(alone, recording, 0, 2)
 
 
 def test_a_task_that_diverges_is_marked_and_harms_no_other(backbone, images, processor):
     space = ParameterSpace.from_backbone(backbone, bias_config(backbone, 2))
-    found = run(space, backbone, images, processor)
+    recording = run(space, backbone, images, processor)
     broken = images.clone()
     broken[1, 0] = float("nan")
     beside = run(space, backbone, broken, processor)
     assert beside.diverged.tolist() == [False, True, False, False]
     for row in (0, 2, 3):
-        assert_same_task(beside, found, row, row)
+        assert_same_task(beside, recording, row, row)
     assert run(space, backbone, images, processor, Teacher(steps=3, learning_rate=1e30)).diverged.all()
     # What half precision cannot hold counts, too.
     assert run(space, backbone, images[:1], processor, Teacher(steps=1, noise=1e6)).diverged.all()
@@ -148,8 +148,8 @@ def test_a_task_that_diverges_is_marked_and_harms_no_other(backbone, images, pro
 
 def test_start_is_noisy_and_what_is_drawn_is_the_tasks_own(backbone, images, processor):
     space = ParameterSpace.from_backbone(backbone, lora_config(backbone, 2))
-    found = run(space, backbone, images, processor, Teacher(steps=2, noise=0.01))
-    start = found.deltas[:, 0][:, space.mask]
+    recording = run(space, backbone, images, processor, Teacher(steps=2, noise=0.01))
+    start = recording.deltas[:, 0][:, space.mask]
     assert start.std().item() == pytest.approx(0.01, rel=0.1)
     assert torch.pdist(start).min() > 0
     exact = run(space, backbone, images, processor, Teacher(steps=2, noise=0))

@@ -110,8 +110,9 @@ class Hub:
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         """What is in a repository now."""
-        found = self.repos[repo]
-        return {path: self.content(file) for path, file in found.commits[found.branches[revision]].items()}
+        repository = self.repos[repo]
+        commit = repository.commits[repository.branches[revision]]
+        return {path: self.content(file) for path, file in commit.items()}
 
     def content(self, file: dict) -> bytes:
         return self.lfs[file["lfs"]] if "lfs" in file else file["data"]
@@ -278,13 +279,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def preupload(self, name: str, revision: str) -> None:
         repo = self._repo(name, write=True)
-        there = repo.commits[self._commit(repo, revision)]
+        files = repo.commits[self._commit(repo, revision)]
         answer = []
         for file in json.loads(self.body)["files"]:
-            path, known = file["path"], there.get(file["path"])
+            path, existing = file["path"], files.get(file["path"])
             mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
             answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False})
-            answer[-1]["oid"] = self.hub.oid(known) if known else None
+            answer[-1]["oid"] = self.hub.oid(existing) if existing else None
         self._json({"files": answer})
 
     def commit(self, name: str, branch: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import warnings
@@ -416,9 +417,12 @@ def test_other_weights_are_warned_of(adapter, backbone, support):
         adapter.adapt(backbone, support)
     message = "weights of this Dinov2Model are not those the adapter was trained for"
     for use in (adapter.adapt, adapter.direct_transfer):
+        other = tiny_dinov2(seed=9)
+        line = inspect.currentframe().f_lineno + 2
         with pytest.warns(UserWarning, match=message) as caught:
-            use(tiny_dinov2(seed=9), support)
-        assert [warning.filename for warning in caught] == [__file__], "it points at whoever called"
+            use(other, support)
+        (warning,) = caught
+        assert (warning.filename, warning.lineno) == (__file__, line), "it points at whoever called"
 
 
 @pytest.mark.parametrize(

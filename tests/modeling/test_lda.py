@@ -37,22 +37,22 @@ def test_it_starts_as_direct_transfer():
     torch.testing.assert_close(RegularisedLDA(6)(features, LABELS), unit_means(features, LABELS), atol=1e-4, rtol=1e-4)
 
 
-def test_cosines_in_the_metric_of_the_covariance(lda):
-    """Against the inverse of the whole covariance; an image's own length in the metric is taken to be the mean one."""
+def test_mahalanobis_cosines(lda):
+    """Against the inverse of the whole covariance; an image's own Mahalanobis length is taken to be the mean one."""
     features, query = random(9, 6), random(4, 6, seed=1)
     means = class_means(features, LABELS)
     spread = features - means[LABELS]
     inverse = torch.linalg.inv(spread.T @ spread + prior(lda, features))
     lengths = torch.einsum("cd,de,ce->c", means, inverse, means).sqrt()
-    found = PrototypeClassifier.from_support(features, LABELS, head=lda)(query)
-    units = [F.normalize(x, dim=1) for x in (features, query)]
+    logits = PrototypeClassifier.from_support(features, LABELS, head=lda)(query)
+    units = [F.normalize(vectors, dim=1) for vectors in (features, query)]
     length = torch.einsum("nd,de,ne->n", units[0], inverse, units[0]).sqrt().mean()
     expected = units[1] @ inverse @ means.T / (lengths * length)
-    torch.testing.assert_close(found, 10 * expected)
-    own = torch.einsum("nd,de,ne->n", units[1], inverse, units[1]).sqrt()[:, None]
-    cosines = units[1] @ inverse @ means.T / (lengths * own)
+    torch.testing.assert_close(logits, 10 * expected)
+    query_lengths = torch.einsum("nd,de,ne->n", units[1], inverse, units[1]).sqrt()[:, None]
+    cosines = units[1] @ inverse @ means.T / (lengths * query_lengths)
     assert cosines.abs().max() <= 1
-    torch.testing.assert_close(found.argmax(1), cosines.argmax(1))
+    torch.testing.assert_close(logits.argmax(1), cosines.argmax(1))
 
 
 def test_prior_is_what_it_is_set_to():
@@ -80,8 +80,8 @@ def test_classes_far_apart_are_compared_by_plain_cosines():
     features = F.normalize(random(3, 6), dim=1)
     angles = []
     for scale in (0.5, 1.0, 2.0, 4.0):
-        found = lda(scale * features, torch.arange(3))
-        angles.append(1 - (F.normalize(found, dim=1) * features).sum(1).mean())
+        prototypes = lda(scale * features, torch.arange(3))
+        angles.append(1 - (F.normalize(prototypes, dim=1) * features).sum(1).mean())
     assert angles == sorted(angles, reverse=True)
     assert angles[-1] < 1e-4 < angles[0]
 
@@ -139,19 +139,19 @@ def test_degenerate_images_give_finite_prototypes(features):
 
 def test_one_image_of_each_class_is_compared_in_the_measured_part(lda):
     features, query = random(3, 6), random(4, 6, seed=1)
-    found = PrototypeClassifier.from_support(features, torch.arange(3), head=lda)(query)
+    logits = PrototypeClassifier.from_support(features, torch.arange(3), head=lda)(query)
     inverse = torch.linalg.inv(prior(lda, features, torch.arange(3)))
     expected = query @ inverse @ features.T / torch.einsum("cd,de,ce->c", features, inverse, features).sqrt()
-    torch.testing.assert_close(F.normalize(found, dim=1), F.normalize(expected, dim=1))
+    torch.testing.assert_close(F.normalize(logits, dim=1), F.normalize(expected, dim=1))
 
 
 def test_leave_one_out_against_brute_force(lda):
     features = random(9, 6)
-    found = leave_one_out_logits(features, LABELS, 5.0, lda)
+    logits = leave_one_out_logits(features, LABELS, 5.0, lda)
     for i in range(9):
         kept = torch.arange(9) != i
         oracle = PrototypeClassifier.from_support(features[kept], LABELS[kept], 5.0, lda)(features[i : i + 1])
-        torch.testing.assert_close(found[i], oracle[0])
+        torch.testing.assert_close(logits[i], oracle[0])
 
 
 def test_within_covariance_is_that_of_the_centred_classes():
@@ -160,8 +160,8 @@ def test_within_covariance_is_that_of_the_centred_classes():
     torch.testing.assert_close(within_covariance(features, LABELS), expected)
 
 
-def test_the_adapter_classifies_in_its_metric(backbone, pixels, tmp_path):
-    """In use, saved and loaded again, and with the guard."""
+def test_the_adapter_classifies_by_its_lda(backbone, pixels, tmp_path):
+    """In use, saved and loaded again, and with early stopping."""
     adapter = tiny_adapter(backbone, lda=True)
     root = random(32, 32).float()
     adapter.head.set_prior(root @ root.T / 32, spread=10.0, count=3.0)

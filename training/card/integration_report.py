@@ -272,10 +272,12 @@ def run(arguments: Arguments) -> None:
     with tqdm(total=len(sets) * (len(adapters) + 1), desc="flows, then queries") as bar:
         for tasks in sets:
             reporter.add(tasks, bar)
+    adapter_records = {name: {"interpolant": get_interpolant(adapter)} for name, adapter in adapters.items()}
+    domain_names = {tasks.name: _list_domain_names(tasks) for tasks in sets}
     content: dict[str, Any] = {
         "backbone": short_name(arguments.backbone),
-        "adapters": {name: {"interpolant": get_interpolant(adapter)} for name, adapter in adapters.items()},
-        "tasks": {tasks.name: _domain_names(tasks) for tasks in sets},
+        "adapters": adapter_records,
+        "tasks": domain_names,
         "seconds": round(time.monotonic() - started, 1),
         "hardware": describe_hardware(accelerator),
         "versions": list_versions(),
@@ -288,7 +290,7 @@ def run(arguments: Arguments) -> None:
     print(f"wrote {folder}")
 
 
-def _domain_names(tasks: TaskSet) -> list[str]:
+def _list_domain_names(tasks: TaskSet) -> list[str]:
     return sorted({task.episode.domain for task in tasks.recorded.tasks})
 
 

@@ -194,14 +194,18 @@ def main(argv: list[str] | None = None) -> None:
         scripts[folder / "unseen" / f"{script}.parquet"] = script
     settings = asdict(arguments)
     settings["output_dir"] = folder.name
-    made = folder / "made.json"  # written last: the files that it describes are complete
-    if made.exists() and json.loads(made.read_text()) == settings and all(path.exists() for path in scripts):
+    record_file = folder / "made.json"  # written last: the files that it describes are complete
+    if (
+        record_file.exists()
+        and json.loads(record_file.read_text()) == settings
+        and all(path.exists() for path in scripts)
+    ):
         print(f"{folder} is complete")
         return
     for path, script in scripts.items():
         images = digit_images(arguments) if script == DIGITS else script_images(script, arguments)
         write_domain(path, images)
-    write_json(made, settings)
+    write_json(record_file, settings)
 
 
 if __name__ == "__main__":

@@ -139,5 +139,8 @@ def import_easyfsl() -> dict[str, ModuleType]:
 
 def _pop_modules() -> dict[str, ModuleType]:
     """Take what is imported of `easyfsl.methods` out of `sys.modules`."""
-    names = [name for name in sys.modules if name.startswith(PACKAGE)]
-    return {name: sys.modules.pop(name) for name in names}
+    modules = {}
+    for name in list(sys.modules):
+        if name.startswith(PACKAGE):
+            modules[name] = sys.modules.pop(name)
+    return modules
