@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from .locks import get_lock
 
@@ -198,15 +199,22 @@ class SplitBackbone(nn.Module):
         return features[:, : features.shape[1] // 2]
 
     def forward_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Features of images `(n, 3, height, width)`: `(n, width)`, or `(n, 2 width)` with intermediate features."""
+        """Features of images `(n, 3, height, width)`: `(n, width)`, or `(n, 2 width)` with intermediate features.
+
+        Raises:
+            IncompatibleBackboneError: the backbone cannot see images of this size.
+        """
         if self.intermediate_weight:
             return self.forward_suffix(self.forward_prefix(pixel_values))
-        return self.pool(self.backbone(pixel_values).last_hidden_state)
+        return self.pool(self._run(pixel_values).last_hidden_state)
 
     def forward_prefix(self, pixel_values: torch.Tensor) -> Hidden:
         """Run the backbone on images `(n, 3, height, width)` up to block `start` and stop there.
 
         Other threads can run the whole backbone at the same time.
+
+        Raises:
+            IncompatibleBackboneError: the backbone cannot see images of this size, or does not run that block.
         """
         own_thread = threading.get_ident()
 
@@ -217,7 +225,7 @@ class SplitBackbone(nn.Module):
 
         handle = self._get_block_list()[self.start].register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.backbone(pixel_values)
+            self._run(pixel_values)
             raise IncompatibleBackboneError(
                 f"{type(self.backbone).__name__} does not run block {self.start} of {self.blocks.path}."
             )
@@ -245,6 +253,23 @@ class SplitBackbone(nn.Module):
     def forward(self, hidden: Hidden) -> torch.Tensor:
         """`forward_suffix`, under the name that `torch.func.functional_call` calls."""
         return self.forward_suffix(hidden)
+
+    def _run(self, pixel_values: torch.Tensor) -> BaseModelOutput:
+        """Run the whole backbone.
+
+        Raises:
+            IncompatibleBackboneError: it cannot see images of this size: they are smaller than a patch, say.
+        """
+        try:
+            return self.backbone(pixel_values)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            shape = " x ".join(str(size) for size in pixel_values.shape)
+            raise IncompatibleBackboneError(
+                f"this {type(self.backbone).__name__} does not run on pixel values of shape {shape}: {error}. Use the "
+                "image processor of the backbone."
+            ) from error
 
     def _get_block_list(self) -> nn.ModuleList:
         blocks = self.backbone.get_submodule(self.blocks.path)

@@ -70,7 +70,7 @@ class Outcome:
 
 JSON_OPERATIONS = ("set", "delete", "duplicate", "nest")
 BYTE_OPERATIONS = ("flip", "cut", "fill", "insert", "text")
-FILLS = {"nan": float("nan"), "infinite": float("inf"), "huge": 1e30, "zero": 0.0}
+FILLS = {"nan": float("nan"), "infinite": float("inf"), "zero": 0.0}
 TYPES = {"half": torch.float16, "double": torch.float64, "integer": torch.int32}
 TENSOR_OPERATIONS = (*FILLS, *TYPES, "flat", "longer", "gone", "renamed")
 

@@ -419,8 +419,7 @@ def test_every_encoder_in_the_list_can_be_one(model_type):
     config = AutoConfig.for_model(model_type)
     with torch.device("meta"):
         encoder = AutoModel.from_config(config).eval()
-        size = vars(config).get("image_size", 224)
-        states = encoder(torch.zeros(2, 3, size, size)).last_hidden_state
+        states = encoder(torch.zeros(2, 3, 224, 224)).last_hidden_state
     width = states.shape[1] if states.ndim == 4 else states.shape[2]
     assert width == _get_encoder_width(config)
 
