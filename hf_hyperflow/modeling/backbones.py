@@ -13,7 +13,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
 from .locks import get_lock
 
@@ -206,7 +205,7 @@ class SplitBackbone(nn.Module):
         """
         if self.intermediate_weight:
             return self.forward_suffix(self.forward_prefix(pixel_values))
-        return self.pool(self._run(pixel_values).last_hidden_state)
+        return self.pool(self._run(pixel_values))
 
     def forward_prefix(self, pixel_values: torch.Tensor) -> Hidden:
         """Run the backbone on images `(n, 3, height, width)` up to block `start` and stop there.
@@ -254,14 +253,14 @@ class SplitBackbone(nn.Module):
         """`forward_suffix`, under the name that `torch.func.functional_call` calls."""
         return self.forward_suffix(hidden)
 
-    def _run(self, pixel_values: torch.Tensor) -> BaseModelOutput:
-        """Run the whole backbone.
+    def _run(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Run the whole backbone; returns its last hidden state.
 
         Raises:
             IncompatibleBackboneError: it cannot see images of this size: they are smaller than a patch, say.
         """
         try:
-            return self.backbone(pixel_values)
+            return self.backbone(pixel_values).last_hidden_state
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError) as error:
