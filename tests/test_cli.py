@@ -509,19 +509,21 @@ def test_a_task_without_the_name_of_its_backbone(saved, hyperflow, tmp_path):
 
 @pytest.mark.hub
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "secret", ["hf_" + "s" * 30, "hf_" + "s" * 30 + "\x01t", "hf_" + "s" * 30 + "é", "unusualtoken"]
-)
+@pytest.mark.parametrize("secret", ["hf_" + "s" * 30, "hf_" + "s" * 30 + "\x01t", "unusualtoken"])
 def test_no_token_is_printed(saved, tmp_path, secret):
     """Neither one that the Hub refuses, nor one that HTTP cannot carry and its library therefore complains about."""
     with Hub() as hub:
         own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         environment = os.environ | own | {"HF_TOKEN": secret}
+        hyperflow = Path(sys.executable).with_name("hyperflow")
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes = []
         for arguments in (["push", saved / "task", "alice/x"], ["--debug", "info", "alice/x"]):
-            command = [Path(sys.executable).with_name("hyperflow"), *arguments]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            assert done.returncode == 1
-            assert secret not in done.stdout + done.stderr
-            assert "s" * 16 not in done.stdout + done.stderr
-            assert ("Traceback" in done.stderr) == ("--debug" in arguments)
-            assert "error" in done.stderr.lower()
+            processes.append(subprocess.Popen([hyperflow, *arguments], env=environment, **pipes))
+        for process, has_traceback in zip(processes, (False, True), strict=True):
+            out, err = process.communicate()
+            assert process.returncode == 1
+            assert secret not in out + err
+            assert "s" * 16 not in out + err
+            assert ("Traceback" in err) == has_traceback
+            assert "error" in err.lower()
