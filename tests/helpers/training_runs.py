@@ -167,8 +167,10 @@ TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_nod
 
 
 def die_after(seconds: float) -> None:
-    """SIGKILL after so many seconds, wherever it is then."""
-    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    """SIGKILL after so many seconds, wherever the process is then, unless it has ended."""
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    timer.daemon = True  # or the process would wait for its death
+    timer.start()
 
 
 def die_in_step(step: int) -> None:

@@ -468,7 +468,7 @@ def test_full_disk_is_an_error_and_leaves_what_was_there(settings, whole, tmp_pa
     assert done.exitcode == 1
     assert "error: cannot write" in done.output
     assert "checkpoint-1" in done.output
-    assert list_folders(tmp_path / "out") == set()
+    assert not (tmp_path / "out").exists(), "there was nothing"
 
 
 @pytest.mark.parametrize(
