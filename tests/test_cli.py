@@ -22,8 +22,8 @@ from peft import PeftModel
 from transformers import AutoModel
 
 from hf_hyperflow import AdaptedTask, HyperFlowAdapter, cli
+from hf_hyperflow.modeling.checksums import sha256
 from hf_hyperflow.modeling.peft_configs import layernorm_config
-from hf_hyperflow.modeling.saving import sha256
 from tests.helpers.hub_server import Hub
 from tests.helpers.tiny import picture, pictures, tiny_adapter, tiny_dinov2, tiny_vit, write_pictures
 

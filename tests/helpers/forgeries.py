@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 
 from hf_hyperflow import AdaptedTask, CheckpointError, HyperFlowAdapter
 from hf_hyperflow.modeling.backbones import IncompatibleBackboneError
-from hf_hyperflow.modeling.saving import sha256
+from hf_hyperflow.modeling.checksums import sha256
 from tests.helpers.tiny import Snapshot, pictures, tiny_adapter, tiny_dinov2
 
 #: Seconds that one load and one use may take on a busy machine, and bytes by which the process may grow.
