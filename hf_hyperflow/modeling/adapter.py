@@ -401,7 +401,8 @@ class HyperFlowAdapter(PreTrainedModel):
         trajectory = self.flow(tokens, n_steps=n_steps, solver=solver, end_time=end_time)
         times, thetas = trajectory.times, [self.theta(z[0], injection.start) for z in trajectory.states]
         stopping_point = StoppingPoint(times[-1])
-        if early_stopping:
+        # Weights that are not finite are an error of the caller's, which no stopping point mends.
+        if early_stopping and torch.stack(thetas).isfinite().all():
             hidden = hidden or split.forward_prefix(pixel_values)
             stopping_point = choose_stopping_point(split, injection, hidden, labels, times, thetas, self.head)
         return WeightPath(times, thetas, stopping_point, trajectory.nfe, hidden)

@@ -88,6 +88,8 @@ def _check_files(folder: Path, config: HyperFlowConfig) -> None:
 
 def _read_config(name: str | os.PathLike, folder: Path) -> HyperFlowConfig:
     """The fields of an adapter in `config.json`. What any config of transformers can hold besides is left out."""
+    if not (folder / CONFIG).exists():
+        raise CheckpointError(f"{name} holds no HyperFlow adapter: it has no {CONFIG}.")
     content = read_json(folder / CONFIG)
     if content.get("model_type") != HyperFlowConfig.model_type or not content.get("peft"):
         hint = ""
