@@ -88,13 +88,13 @@ def _check_files(folder: Path, config: HyperFlowConfig) -> None:
 
 def _read_config(name: str | os.PathLike, folder: Path) -> HyperFlowConfig:
     """The fields of an adapter in `config.json`. What any config of transformers can hold besides is left out."""
+    hint = ""
+    if (folder / CHECKSUMS).is_file():
+        hint = " It is an adapted task: load it with AdaptedTask.from_pretrained."
     if not (folder / CONFIG).exists():
-        raise CheckpointError(f"{name} holds no HyperFlow adapter: it has no {CONFIG}.")
+        raise CheckpointError(f"{name} holds no HyperFlow adapter: it has no {CONFIG}.{hint}")
     content = read_json(folder / CONFIG)
     if content.get("model_type") != HyperFlowConfig.model_type or not content.get("peft"):
-        hint = ""
-        if (folder / CHECKSUMS).is_file():
-            hint = " It is an adapted task: load it with AdaptedTask.from_pretrained."
         raise CheckpointError(f"{name} does not describe a HyperFlow adapter in its {CONFIG}.{hint}")
     known, general = get_own_fields(), PreTrainedConfig().to_dict().keys()
     own = {}

@@ -155,7 +155,8 @@ sys.stdin.readline()
 saved = refused = 0
 for number in range(first, last):
     torch.nn.init.constant_(adapter.logit_scale, number)
-    adapter.training_record["number"] = adapter.processor.size["shortest_edge"] = number
+    adapter.training_record["number"] = number
+    adapter.processor.size["shortest_edge"] = 1 + number
     try:
         adapter.save_pretrained(folder)
         saved += 1
@@ -182,7 +183,7 @@ def see_number(folder: Path) -> int:
     numbers = {
         int(adapter.logit_scale.item()),
         adapter.training_record["number"],
-        adapter.processor.size["shortest_edge"],
+        adapter.processor.size["shortest_edge"] - 1,
     }
     assert len(numbers) == 1, numbers
     return numbers.pop()
@@ -191,7 +192,7 @@ def see_number(folder: Path) -> int:
 @pytest.fixture
 def version_0(adapter, quick_path) -> Path:
     adapter.processor = tiny_processor()
-    adapter.processor.size["shortest_edge"] = 0
+    adapter.processor.size["shortest_edge"] = 1
     adapter.training_record = training_record() | {"number": 0}
     torch.nn.init.constant_(adapter.logit_scale, 0)
     adapter.save_pretrained(quick_path / "adapter")
