@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -205,7 +206,7 @@ class SplitBackbone(nn.Module):
         """
         if self.intermediate_weight:
             return self.forward_suffix(self.forward_prefix(pixel_values))
-        return self.pool(self._run(pixel_values))
+        return self.pool(self._run(pixel_values).last_hidden_state)
 
     def forward_prefix(self, pixel_values: torch.Tensor) -> Hidden:
         """Run the backbone on images `(n, 3, height, width)` up to block `start` and stop there.
@@ -253,14 +254,14 @@ class SplitBackbone(nn.Module):
         """`forward_suffix`, under the name that `torch.func.functional_call` calls."""
         return self.forward_suffix(hidden)
 
-    def _run(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Run the whole backbone; returns its last hidden state.
+    def _run(self, pixel_values: torch.Tensor) -> Any:
+        """Run the whole backbone; returns its output.
 
         Raises:
             IncompatibleBackboneError: it cannot see images of this size: they are smaller than a patch, say.
         """
         try:
-            return self.backbone(pixel_values).last_hidden_state
+            return self.backbone(pixel_values)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError) as error:
