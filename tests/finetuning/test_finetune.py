@@ -7,7 +7,7 @@ import torch
 
 from hf_hyperflow.data.domains import normalise, resize_images
 from hf_hyperflow.finetuning.finetune import FineTuningConfig, draw_batches, fine_tune
-from hf_hyperflow.modeling.backbones import SplitBackbone
+from hf_hyperflow.modeling.backbones import IncompatibleBackboneError, SplitBackbone
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.peft_configs import bias_config
 from tests.helpers.tiny import Snapshot, pictures, same_bits
@@ -174,7 +174,7 @@ def test_flags_are_restored_after_an_error(backbone, images, processor, start):
     def fail(step: int) -> None:
         raise RuntimeError(f"after step {step}")
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(IncompatibleBackboneError, match="does not run on pixel values of shape"):
         fine_tune(split, parameters, images[:, :, :5, :5], LABELS, processor, config)
     before.assert_unchanged()
     weights = [parameter.detach().clone() for parameter in parameters]
