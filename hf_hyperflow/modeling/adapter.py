@@ -221,8 +221,7 @@ class HyperFlowAdapter(PreTrainedModel):
                 wrap its own until `AdaptedTask.reset`. Several tasks can share one backbone.
             support: a `datasets.Dataset`, a dict of class name to images, an image folder or `(pixel_values, labels)`.
             n_steps: number of solver steps from t = 0 to t = 1; None takes the config's.
-            solver: euler, midpoint, heun or rk4; with torchdiffeq also dopri5, dopri8 and bosh3; None takes the
-                config's.
+            solver: euler, midpoint, heun, rk4, or with torchdiffeq dopri5, dopri8, bosh3; None takes the config's.
             early_stopping: stop the flow where the leave-one-out accuracy on the support set is best. Of equal points
                 the earliest is taken, t = 0 included. Some class needs two images or more. The adapted blocks are run
                 on the support set at every step.

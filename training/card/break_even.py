@@ -93,10 +93,7 @@ def compute_offline_cost(
         ValueError: one of the files lacks what is needed; the message names it and what to do.
     """
     if "phases" not in training:
-        raise ValueError(
-            "training.json has no `phases`: it was written by a version that did not count the offline cost. "
-            "Train again with training/train_drift.py."
-        )
+        raise ValueError("training.json has no `phases`: its version did not count the offline cost. Train again.")
     costs: dict[str, dict[str, Any]] = {}
     for size, rows in cost.items():
         if isinstance(rows, dict) and READY in rows:
