@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .saving import CheckpointError, mark_removed
+from .validation import read_json
 
 #: The list of a task's files, by which a task is told from an adapter, and that of an adapter's.
 CHECKSUMS, MODEL_CHECKSUMS = "checksums.json", "model_checksums.json"
@@ -70,18 +71,17 @@ def read_checksums(path: Path) -> dict[str, str]:
         FileNotFoundError: there is no such list.
         CheckpointError: the list is damaged, or names something else than files beside it.
     """
-    content = path.read_bytes()
-    try:
-        digests = json.loads(content)
-        if not isinstance(digests, dict):
-            raise ValueError("it holds no names")
-        for name, digest in digests.items():
-            if not _is_plain(name):
-                raise ValueError(f"{name!r} is not the name of a file beside it")
-            if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-                raise ValueError(f"the digest of {name} is {digest!r}")
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Download or copy it again.") from error
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}.")
+    digests = read_json(path)
+    for name, digest in digests.items():
+        problem = None
+        if not _is_plain(name):
+            problem = f"{name!r} is not the name of a file beside it"
+        elif not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            problem = f"the digest of {name} is {digest!r}"
+        if problem is not None:
+            raise CheckpointError(f"{path} is damaged ({problem}). Download or copy it again.")
     return digests
 
 

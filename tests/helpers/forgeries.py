@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from hf_hyperflow import AdaptedTask, CheckpointError, HyperFlowAdapter
+from hf_hyperflow import AdaptedTask, CheckpointError, HyperFlowAdapter, ImageError
 from hf_hyperflow.modeling.backbones import IncompatibleBackboneError
 from hf_hyperflow.modeling.checksums import sha256
+from hf_hyperflow.modeling.finite import NotFiniteError
 from tests.helpers.tiny import Snapshot, pictures, tiny_adapter, tiny_dinov2
 
 #: Seconds that one load and one use may take on a busy machine, and bytes by which the process may grow.
@@ -70,7 +71,7 @@ class Outcome:
 
 JSON_OPERATIONS = ("set", "delete", "duplicate", "nest")
 BYTE_OPERATIONS = ("flip", "cut", "fill", "insert", "text")
-FILLS = {"nan": float("nan"), "infinite": float("inf"), "zero": 0.0}
+FILLS = {"nan": float("nan"), "infinite": float("inf"), "huge": 1e30, "zero": 0.0}
 TYPES = {"half": torch.float16, "double": torch.float64, "integer": torch.int32}
 TENSOR_OPERATIONS = (*FILLS, *TYPES, "flat", "longer", "gone", "renamed")
 
@@ -223,7 +224,7 @@ class Saved:
             # Other weights than those of training are worth a warning only.
             warnings.filterwarnings("ignore", "the weights of this", UserWarning)
             outcome = self._use(forgery.kind)
-        except (CheckpointError, IncompatibleBackboneError) as error:
+        except (CheckpointError, ImageError, IncompatibleBackboneError, NotFiniteError) as error:
             outcome = Outcome("clear error", f"{error}")
         except Exception as error:
             outcome = Outcome("raw error", f"{type(error).__name__}: {error}")
