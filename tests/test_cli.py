@@ -347,27 +347,26 @@ def test_damage_is_noticed(hyperflow, saved, tmp_path):
 
 def test_two_commands_and_an_interrupt(hyperflow, adapting, support, tmp_path):
     """The second to write to a folder is turned away, Ctrl-C stops the first, and nothing of either is left."""
-    os.mkfifo(support / "red" / "slow.png")
     first = Command(tmp_path, *adapting, "--support", support, "--output", "task")
-    slow = opened_by_a_reader(support / "red" / "slow.png")  # the first command is in the middle of it
+    wait_for(tmp_path / "task" / ".hyperflow-draft")
+    os.kill(first.process.pid, signal.SIGSTOP)  # the first command stands still in the middle of it
     fails(hyperflow(*adapting, "--output", "task"), "another command is writing to task now")
     os.kill(first.process.pid, signal.SIGINT)
-    found = first.end()
-    os.close(slow)
-    assert found.code == 130, found
-    assert "Traceback" not in found.err
+    os.kill(first.process.pid, signal.SIGCONT)
+    stopped = first.end()
+    assert stopped.code == 130, stopped
+    assert "Traceback" not in stopped.err
     assert names(tmp_path) == {"support"}
     assert hyperflow(*adapting, "--output", "task").code == 0
 
 
-def opened_by_a_reader(fifo: Path) -> int:
-    """The writing end of a named pipe, once somebody has opened it for reading."""
+def wait_for(path: Path) -> None:
     for _ in range(3000):
-        try:
-            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            time.sleep(0.02)
-    raise TimeoutError(fifo)
+        if path.exists():
+            time.sleep(0.05)  # it is locked at once
+            return
+        time.sleep(0.01)
+    raise TimeoutError(path)
 
 
 @pytest.mark.hub
@@ -422,31 +421,38 @@ def is_printable(text: str) -> bool:
 
 @pytest.fixture
 def hostile_task(saved, hyperflow, adapting, tmp_path):
-    """A task whose labels are the names of hostile folders; and a hostile name of an image."""
-    labels = [f"cat{ESCAPE}", f"dog{OVERRIDE}gnp.exe", "two\nlines\u2028three", "=1+1", "-2", "@SUM(A1)", "+3"]
+    """A task whose labels are formulas; and a hostile name of an image."""
+    labels = [f"dog{OVERRIDE}gnp.exe", "=1+1", "-2", "@SUM(A1)", "+3"]
     for number, label in enumerate(labels):
         folder = tmp_path / "support" / label
         folder.mkdir(parents=True)
         picture(number).save(folder / "0.png")
     done = hyperflow(*adapting, "--support", tmp_path / "support", "--output", "task")
     assert done.code == 0, done.err
-    assert is_printable(done.out)
-    assert "cat\\x1b[31m\\x9b2J" in done.out
-    assert "dog\\u202egnp.exe" in done.out
-    assert "two\\nlines\\u2028three" in done.out
     name = f"=cmd{ESCAPE}{OVERRIDE}.png"
     picture(0).save(tmp_path / name)
     return sorted(labels), name
 
 
+@pytest.mark.parametrize("label", [f"cat{ESCAPE}", "two\nlines\u2028three"])
+def test_control_characters_in_class_names_are_refused(saved, hyperflow, adapting, tmp_path, label):
+    for number, name in enumerate((label, "plain")):
+        folder = tmp_path / "support" / name
+        folder.mkdir(parents=True)
+        picture(number).save(folder / "0.png")
+    refused = hyperflow(*adapting, "--support", tmp_path / "support", "--output", "task")
+    fails(refused, "control characters", "Rename the class")
+    assert is_printable(refused.err)
+
+
 def test_control_characters_do_not_reach_the_terminal(hyperflow, hostile_task):
     labels, name = hostile_task
     arguments = ["predict", "--task", "task", "--top_k", "9", name]
-    for arguments_of_format in (arguments, [*arguments, "--csv"], ["info", "task"]):
+    for arguments_of_format in (arguments, [*arguments, "--csv"]):
         said = hyperflow(*arguments_of_format)
         assert said.code == 0, said.err
         assert is_printable(said.out)
-        assert "dog\\u202egnp.exe" in said.out
+        assert "=cmd\\x1b[31m\\x9b2J\\u202e.png" in said.out
     failed = hyperflow("predict", "--task", "task", f"nowhere{name}")
     fails(failed, "nowhere=cmd\\x1b[31m\\x9b2J\\u202e.png")
     assert is_printable(failed.err)
@@ -463,9 +469,7 @@ def test_formulas_are_text_in_csv(hyperflow, hostile_task):
     said = hyperflow("predict", "--task", "task", "--top_k", "9", "--csv", name)
     rows = list(csv.DictReader(io.StringIO(said.out)))
     assert len(rows) == len(labels)
-    found = {row["label"] for row in rows}
-    assert {"'=1+1", "'-2", "'@SUM(A1)", "'+3"} < found
-    assert "cat\\x1b[31m\\x9b2J" in found
+    assert {row["label"] for row in rows} == {"dog\\u202egnp.exe", "'=1+1", "'-2", "'@SUM(A1)", "'+3"}
     assert {row["image"][:5] for row in rows} == {"'=cmd"}
     assert not any(cell.startswith(("=", "+", "-", "@")) for row in rows for cell in row.values())
     assert "apostrophe" in hyperflow("predict", "--help").out

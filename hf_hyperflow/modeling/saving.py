@@ -154,7 +154,8 @@ def _lock_draft(folder: Path) -> int:
             _sync(path.parent)
         with suppress(FileExistsError):
             drafts.mkdir()
-        if not _is_real_folder(drafts):
+        # Another writer may have removed it again, which is no error: the lock is tried anew.
+        if os.path.lexists(drafts) and not _is_real_folder(drafts):
             raise FileExistsError(f"{drafts} is in the way")
 
     try:
