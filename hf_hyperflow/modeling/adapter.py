@@ -220,7 +220,8 @@ class HyperFlowAdapter(PreTrainedModel):
             backbone: the model that the adapter was trained for, on any device and in any precision. PEFT's modules
                 wrap its own until `AdaptedTask.reset`. Several tasks can share one backbone.
             support: a `datasets.Dataset`, a dict of class name to images, an image folder or `(pixel_values, labels)`.
-            n_steps: number of solver steps from t = 0 to t = 1; None takes the config's.
+            n_steps: number of solver steps from t = 0 to t = 1; None takes the config's. With 0 there is no flow: the
+                backbone stays as it is, and the head alone classifies.
             solver: euler, midpoint, heun, rk4, or with torchdiffeq dopri5, dopri8, bosh3; None takes the config's.
             early_stopping: stop the flow where the leave-one-out accuracy on the support set is best. Of equal points
                 the earliest is taken, t = 0 included. Some class needs two images or more. The adapted blocks are run
@@ -234,7 +235,7 @@ class HyperFlowAdapter(PreTrainedModel):
             SupportSetError, ImageError: see `read_support`.
             IncompatibleBackboneError: the backbone is not of the adapter's kind. It is left as it was.
             NotFiniteError: the backbone or the adapter has NaN or infinite weights, or the flow diverges.
-            ValueError: the solver is not known, or `n_steps` is not an integer of at least 1.
+            ValueError: the solver is not known, or `n_steps` is not an integer of at least 0.
         """
         split = self.split(backbone)
         images = self._read(support, backbone, skip_bad)
@@ -450,13 +451,16 @@ class HyperFlowAdapter(PreTrainedModel):
     ) -> Trajectory:
         """Integrate the velocity from z = 0 at t = 0 to `end_time`, for a batch of tasks.
 
-        The states are `(batch, n_tokens, token_dim)`; `theta` turns them into weights. Differentiable.
+        The states are `(batch, n_tokens, token_dim)`; `theta` turns them into weights. Differentiable. Without steps
+        (`n_steps=0`) the flow stays at t = 0.
 
         Raises:
             ValueError, ImportError: see `integrate`.
         """
         shape = (len(tokens.task), self.space.n_tokens, self.space.token_dim)
         start = torch.zeros(shape, dtype=tokens.task.dtype, device=self.device)
+        if n_steps == 0:
+            return Trajectory([0.0], [start], nfe=0)
         return integrate(
             lambda z, t: self.velocity(z, t, tokens),
             start,
