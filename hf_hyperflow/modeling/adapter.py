@@ -28,7 +28,7 @@ from .adapter_files import (
     read_training_record,
     read_weights,
 )
-from .backbones import Blocks, Hidden, IncompatibleBackboneError, SplitBackbone, eval_mode, find_blocks
+from .backbones import Blocks, Hidden, IncompatibleBackboneError, SplitBackbone, eval_mode, find_blocks, get_name
 from .checksums import MODEL_CHECKSUMS, sha256, write_checksums
 from .configuration import HyperFlowConfig
 from .drift import DriftNetwork
@@ -181,7 +181,7 @@ class HyperFlowAdapter(PreTrainedModel):
         model = cls(
             HyperFlowConfig(
                 backbone={
-                    "name_or_path": str(backbone.config._name_or_path),
+                    "name_or_path": get_name(backbone),
                     "model_type": backbone.config.model_type,
                     "hidden_size": space.token_dim,
                     "num_blocks": len(blocks),

@@ -146,28 +146,47 @@ def image_folder(folder: str | os.PathLike) -> ImageFolder:
 
     Raises:
         FileNotFoundError: the folder is not there.
-        SupportSetError: it has no folders in it.
+        SupportSetError: it has no folders in it, or the folders of the classes lie one folder deeper.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder. Give a folder with one folder of images per class.")
     classes: dict[str, list[Path]] = {}
     skipped: list[str] = []
-    for path in _list_visible(folder):
+    for path in list_visible(folder):
         if path.is_dir():
             classes[path.name] = _list_images(path, skipped)
         else:
             skipped.append(f"{path} is in no folder of a class.")
+    if (folder / MACOS_FOLDER).is_dir():
+        skipped.append(f"{folder / MACOS_FOLDER} is no class: macOS puts it into zip files.")
     if not classes:
         raise SupportSetError(f"{folder} has no folders in it: put the images of each class in a folder of its name.")
+    _require_flat(folder, classes)
     return ImageFolder(classes, skipped)
 
 
-#: Files that file managers leave behind.
-_LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
+def _require_flat(folder: Path, classes: dict[str, list[Path]]) -> None:
+    """Raise an error if the only folder of a class has no images but folders, as after unpacking a zip file."""
+    (name, images), *others = classes.items()
+    inner = folder / name
+    if others or images:
+        return
+    if any(path.is_dir() for path in list_visible(inner)):
+        raise SupportSetError(
+            f"{folder} has a single folder, {inner}, which has no images but folders. If those are the classes, give "
+            f"{inner}."
+        )
 
 
-def _list_visible(folder: Path) -> list[Path]:
+#: What macOS puts into zip files beside the files that were chosen.
+MACOS_FOLDER = "__MACOSX"
+
+#: Files and folders that file managers leave behind.
+_LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", MACOS_FOLDER.lower())
+
+
+def list_visible(folder: Path) -> list[Path]:
     """What is in a folder, sorted, without hidden files and litter."""
     paths = []
     for path in sorted(folder.iterdir()):
@@ -179,11 +198,14 @@ def _list_visible(folder: Path) -> list[Path]:
 def _list_images(folder: Path, skipped: list[str]) -> list[Path]:
     """The images in a folder. Why other files are none is appended to `skipped`."""
     paths = []
-    for path in _list_visible(folder):
+    for path in list_visible(folder):
         if path.suffix.lower() in IMAGE_SUFFIXES:
             paths.append(path)
             continue
-        reason = why_no_image(path)
+        if path.is_dir():
+            reason: str | None = f"{path} is a folder in the folder of a class: what is in it is not read."
+        else:
+            reason = why_no_image(path)
         if reason is None:
             paths.append(path)
         else:

@@ -76,7 +76,7 @@ def test_a_folder_with_other_things_in_it(folder, processor):
     assert len(data.labels) == len(expected.labels) + 1
     assert sorted(data.skipped) == [
         f"{folder / 'README.md'} is in no folder of a class.",
-        f"{folder / 'red' / 'more'} cannot be read as an image (it is not a regular file). Replace or remove it.",
+        f"{folder / 'red' / 'more'} is a folder in the folder of a class: what is in it is not read.",
         data.skipped[-1],
     ]
     assert data.skipped[-1].startswith(
@@ -368,3 +368,17 @@ def test_no_such_folder_and_a_folder_without_classes(tmp_path, processor):
     picture(0).save(tmp_path / "0.png")
     with pytest.raises(SupportSetError, match="put the images of each class in a folder of its name"):
         image_folder(tmp_path)
+
+
+def test_a_folder_as_it_comes_out_of_a_zip_file(folder, processor, tmp_path):
+    """The classes one folder deeper, and what macOS adds."""
+    (folder / "__MACOSX" / "red").mkdir(parents=True)
+    (folder / "__MACOSX" / "red" / "._0.png").write_bytes(b"attributes")
+    data = read_support(folder, processor)
+    assert data.class_names == ["blue", "green", "red"]
+    assert data.skipped == (f"{folder / '__MACOSX'} is no class: macOS puts it into zip files.",)
+    inner = tmp_path / "outer" / "pets"
+    inner.parent.mkdir()
+    folder.rename(inner)
+    with pytest.raises(SupportSetError, match=f"outer has a single folder, {inner}, .* If those are the classes, give"):
+        read_support(tmp_path / "outer", processor)
