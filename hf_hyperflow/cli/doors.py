@@ -45,4 +45,9 @@ def demo(
     hide_progress_bars()
     with require_extra("demo", "the demo"):
         from ..demo.app import main as serve
+    from .loading import A_BACKBONE, AN_ADAPTER, require_kind
+
+    for name, kind in ((adapter, AN_ADAPTER), (backbone, A_BACKBONE)):
+        if name is not None:
+            require_kind(name, kind)
     serve(adapter, backbone, host, port)

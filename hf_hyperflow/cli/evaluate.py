@@ -235,5 +235,5 @@ def _draw(confusions: list[Confusion], picture: Path) -> None:
 
         figure = draw_confusions(confusions)
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=140)
+    figure.savefig(picture, dpi=140, bbox_inches="tight")
     say(f"Picture: {picture}")

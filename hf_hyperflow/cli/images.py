@@ -97,11 +97,9 @@ class ImageReader:
         if not self.n_good:
             raise ImageError("none of the images can be read.")
         if self.n_bad and not self.skip_bad:
-            done = "1 image is" if self.n_good == 1 else f"{self.n_good} images are"
-            raise ImageError(
-                f"{self.n_bad} of what was given cannot be read, see above; {done} done. With --skip_bad that is no "
-                "error."
-            )
+            bad = "1 file or folder" if self.n_bad == 1 else f"{self.n_bad} files or folders"
+            good = "1 image was" if self.n_good == 1 else f"{self.n_good} images were"
+            raise ImageError(f"{bad} could not be read, see above. {good} read; with --skip_bad that is no error.")
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import typer
@@ -24,8 +25,9 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def write(text: str, *, to_stderr: bool = False) -> None:
-    """Write a text as it is, at once. A progress bar in the same terminal makes room for it."""
-    with tqdm.external_write_mode():
+    """Write a text as it is, at once. On a terminal, a progress bar makes room for it."""
+    stream = sys.stderr if to_stderr else sys.stdout
+    with tqdm.external_write_mode() if stream.isatty() else nullcontext():
         typer.echo(text, nl=False, err=to_stderr)
 
 
