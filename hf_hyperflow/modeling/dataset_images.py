@@ -75,6 +75,12 @@ def find_columns(dataset: Dataset | IterableDataset) -> tuple[str, str]:
     raise _missing("label", dataset)
 
 
+def list_class_names(dataset: Dataset | IterableDataset, label_column: str) -> list[str] | None:
+    """The names that a `ClassLabel()` column has for its labels 0, 1, 2, ...; None for a column of another kind."""
+    feature = dataset.features[label_column]
+    return feature.names if isinstance(feature, ClassLabel) else None
+
+
 def _missing(column: str, dataset: Dataset | IterableDataset) -> ValueError:
     return ValueError(
         f"the dataset has no {column} column: its columns are {dataset.features}. "

@@ -12,15 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import is_datasets_available
 
-from .dataset_images import find_columns, get_split, is_dataset, iterate_rows
+from .dataset_images import find_columns, get_split, is_dataset, iterate_rows, list_class_names
 from .finite import MAX_PIXEL_VALUE, find_bad_image
 from .images import IMAGE_SUFFIXES, NamedImage, decode_all, is_one_image, process_images, why_no_image
 from .validation import find_label_problem
-
-if is_datasets_available():
-    from datasets import ClassLabel
 
 
 class SupportSetError(ValueError):
@@ -226,13 +222,13 @@ def _list_dataset(support: Any) -> tuple[list[LabelledImage], list[str]]:
     image_column, label_column = find_columns(dataset)
     rows = list(iterate_rows(dataset, image_column, label_column))
     values = [row[label_column] for row in rows]
-    feature = dataset.features[label_column]
-    _require_labels(values, feature, label_column)
+    class_names = list_class_names(dataset, label_column)
+    _require_labels(values, class_names, label_column)
     classes = sorted(set(values))
-    if is_datasets_available() and isinstance(feature, ClassLabel):
-        names = [feature.names[value] for value in classes]
-    else:
+    if class_names is None:
         names = [str(value) for value in classes]
+    else:
+        names = [class_names[value] for value in classes]
     position = {value: i for i, value in enumerate(classes)}
     examples = []
     for number, row in enumerate(rows):
@@ -250,9 +246,9 @@ def read_pair(item: Any, number: int) -> tuple[Any, str | int] | None:
         return None
     image, label = item
     if isinstance(label, str):
-        return image, label
+        return image, str(label)
     try:
-        return image, operator.index(label)  # also of numpy's and torch's integers
+        return image, int(operator.index(label))  # also of numpy's and torch's integers
     except TypeError:
         kind = type(label).__name__
         raise SupportSetError(f"the label of image {number} is a {kind}: give a name or an integer.") from None
@@ -282,17 +278,16 @@ def _list_pairs(support: Iterable) -> tuple[list[LabelledImage], list[str]]:
     return examples, [str(label) for label in classes]
 
 
-def _require_labels(values: list, feature: Any, column: str) -> None:
-    """Raise an error if a row has no label or one that the `ClassLabel` feature of the column does not know."""
+def _require_labels(values: list, class_names: list[str] | None, column: str) -> None:
+    """Raise an error if a row has no label, or one for which a `ClassLabel` column has no name."""
     for row, value in enumerate(values):
-        if isinstance(feature, ClassLabel):
-            if value is None or not 0 <= value < feature.num_classes:
-                raise SupportSetError(
-                    f"row {row} has label {value}, out of range for the {feature.num_classes} classes of column "
-                    f"{column!r}. Remove such rows or give them a class."
-                )
-        elif value is None:
+        if value is None and class_names is None:
             raise SupportSetError(f"row {row} has no label in column {column!r}. Remove such rows or give them one.")
+        if class_names is not None and (value is None or not 0 <= value < len(class_names)):
+            raise SupportSetError(
+                f"row {row} has label {value}, out of range for the {len(class_names)} classes of column "
+                f"{column!r}. Remove such rows or give them a class."
+            )
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
