@@ -15,12 +15,13 @@ def iterate_queries(images: Any, left_out: list[str]) -> Iterator[NamedImage]:
     """Yield the images to classify, one by one.
 
     Args:
-        images: an image in any form that `decode` reads, or several: a list, an iterator or anything else that can be
-            iterated over, of images or of pairs `(image, label)`; a `datasets.Dataset`, streamed or not, with or
-            without labels, or a dict of its only split; a dict of class name to images, which are those of one class
-            after the other. A value of such a dict is an iterable of images or a folder, whose images are sorted by
-            name. Labels are not looked at. A tensor holds pixel values `(3, height, width)` or
-            `(n, 3, height, width)`.
+        images: one image in any form that `decode` reads, or several, whose labels are not looked at:
+
+            - a list, an iterator or anything else that yields images or pairs `(image, label)`;
+            - a `datasets.Dataset`, streamed or not, with or without labels, or a dict of its only split;
+            - a dict of class name to images: an iterable of them, or a folder, of which they are sorted by name. The
+              images of one class come after those of the other;
+            - a tensor of pixel values `(3, height, width)`, which is one image, or `(n, 3, height, width)`.
         left_out: why files of such folders are no images is appended to it.
 
     Raises:
