@@ -112,7 +112,9 @@ class HyperFlowAdapter(SavedFlow):
         Args:
             backbone: the model that the adapter was trained for, on any device and in any precision. PEFT's modules
                 wrap its own until `AdaptedTask.reset`. Several tasks can share one backbone.
-            support: a `datasets.Dataset`, a dict of class name to images, an image folder or `(pixel_values, labels)`.
+            support: labelled images in any of the forms of `read_support`: a `datasets.Dataset`, a dict of class name
+                to images or to a folder, a folder with one folder per class, pairs `(image, label)`, or
+                `(pixel_values, labels)`.
             n_steps: number of solver steps from t = 0 to t = 1; None takes the config's. With 0 there is no flow: the
                 backbone stays as it is, and the head alone classifies.
             solver: euler, midpoint, heun, rk4, or with torchdiffeq dopri5, dopri8, bosh3; None takes the config's.
@@ -125,10 +127,10 @@ class HyperFlowAdapter(SavedFlow):
             The adapted task. Its prototypes are computed when they are first needed.
 
         Raises:
-            SupportSetError, ImageError: see `read_support`.
+            SupportSetError, ImageError, FileNotFoundError: see `read_support`.
             IncompatibleBackboneError: the backbone is not of the adapter's kind. It is left as it was.
             NotFiniteError: the backbone or the adapter has NaN or infinite weights, or the flow diverges.
-            ValueError: the solver is not known, or `n_steps` is not an integer of at least 0.
+            ValueError: see `read_support`; the solver is not known, or `n_steps` is not an integer of at least 0.
         """
         split = self.split(backbone)
         images = self._read(support, backbone, skip_bad)
