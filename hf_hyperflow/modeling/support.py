@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 
 import PIL.Image
 import torch
-from datasets import ClassLabel, Dataset, Image
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import is_datasets_available
 
 from .finite import MAX_PIXEL_VALUE, find_bad_image
 from .images import IMAGE_SUFFIXES, ImageError, decode, process_images, why_no_image
 from .validation import find_label_problem
+
+if is_datasets_available():  # where it is not, other support sets are still read
+    from datasets import ClassLabel, Dataset, Image
 
 
 class SupportSetError(ValueError):
@@ -81,7 +84,7 @@ def read_support(support: Any, processor: BaseImageProcessor | None, *, skip_bad
     if isinstance(support, tuple) and len(support) == 2 and isinstance(support[0], torch.Tensor):
         return _read_tensors(*support)
     left_out: list[str] = []
-    if isinstance(support, Dataset):
+    if is_datasets_available() and isinstance(support, Dataset):
         examples, class_names = _list_dataset(support)
     elif isinstance(support, Mapping):
         examples, class_names = _list_mapping(support)
