@@ -61,7 +61,7 @@ def find_released(name: str) -> Path:
 def _fetch(name: str, place: str) -> Path:
     """The folder in a place that the user named. Its files are downloaded if the place is on the Hub."""
     try:
-        # What follows the place is the name of a folder there, or that of the owner's repository.
+        # Together these are the path of a folder, or the owner and the name of a repository.
         folder = fetch(f"{place.rstrip('/')}/{name}", "*.json", WEIGHTS)
     except CheckpointError as error:
         raise CheckpointError(f"{PLACE} is {place!r}: {error}") from error
