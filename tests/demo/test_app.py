@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import re
-import shutil
 import socket
-import subprocess
-import sys
-import time
-import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,201 +18,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from tests.helpers.page import REPOSITORY, support_files
 from tests.helpers.tiny import pictures, tiny_adapter, tiny_dinov2, tiny_processor
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SPACE = REPOSITORY / "model_cards" / "space"
-COMMAND = "from hf_hyperflow.cli import main; main()"
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1200,900"
-)
 
 needs_gradio = pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="gradio is not installed")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """An account `tiny` with the two models, and folders of pictures."""
-    folder = tmp_path_factory.mktemp("demo")
-    backbone = tiny_dinov2()
-    tiny_adapter(backbone).save_pretrained(folder / "tiny" / "hyperflow-vit-s14-70")
-    backbone.save_pretrained(folder / "tiny" / "vit-s14-focus-70")
-    for seed, kind in enumerate(("support", "query")):
-        for name, images in pictures(n_way=5, n_shot=3, seed=seed).items():
-            for i, image in enumerate(images, start=1):
-                image.save(folder / f"{kind}-{name}-{i}.png")
-    (folder / "notes.png").write_text("these are notes, not a picture")
-    return folder
-
-
-class Served:
-    """A server in a process of its own."""
-
-    def __init__(self, log: Path, command: list[str], cwd: Path, **environment: str):
-        self.log = log
-        own = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, *command], cwd=cwd, env=os.environ | own | environment, stdout=file, stderr=file
-            )
-
-    def wait(self, url: str) -> str:
-        """The page at `url`, as soon as there is one."""
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                with urllib.request.urlopen(url) as answer:
-                    return answer.read().decode()
-            except OSError:
-                time.sleep(0.2)
-        raise AssertionError(f"nothing is served at {url}:\n{self.log.read_text()}")
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(20)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def space(folder):
-    """The Space's `app.py`, started in a copy of its folder beside the account's models; `(server, url)`."""
-    port = free_port()
-    shutil.copy(SPACE / "app.py", folder)
-    environment = {"SPACE_AUTHOR_NAME": "tiny", "GRADIO_SERVER_PORT": str(port)}
-    server = Served(folder / "space.log", ["app.py"], folder, **environment)
-    yield server, f"http://127.0.0.1:{port}"
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def url(folder, space):
-    """Address of `hyperflow demo`; the Space starts meanwhile."""
-    port = free_port()
-    models = ["--adapter", "tiny/hyperflow-vit-s14-70", "--backbone", "tiny/vit-s14-focus-70"]
-    server = Served(folder / "demo.log", ["-c", COMMAND, "demo", *models, "--port", str(port)], folder)
-    server.wait(f"http://127.0.0.1:{port}")
-    yield f"http://127.0.0.1:{port}"
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def browser(folder):
-    """Headless Chromium with a profile of its own."""
-    if not shutil.which("chromium") or not shutil.which("chromedriver"):
-        pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (*FLAGS.split(), f"--user-data-dir={folder / 'profile'}"):
-        options.add_argument(flag)
-    options.add_experimental_option("prefs", {"download.default_directory": str(folder / "downloads")})
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
-
-
-class Page:
-    """What a person does on the page."""
-
-    def __init__(self, browser, url: str, width: int = 1200, height: int = 900):
-        self.browser, self.url = browser, url
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        browser.get(url)
-        self.wait(lambda: self.all("#queries input[type=file]"))
-        self.wait(lambda: not self.all(".wrap.translucent"))  # Gradio's veil while the page is being set up
-
-    def wait(self, condition, seconds: float = 60):
-        deadline = time.monotonic() + seconds
-        while not (found := condition()):
-            assert time.monotonic() < deadline, f"still waiting; the page says: {self.text()}"
-            time.sleep(0.05)
-        return found
-
-    def all(self, selector: str) -> list:
-        return self.browser.find_elements("css selector", selector)
-
-    def text(self) -> str:
-        return self.browser.find_element("css selector", "body").text
-
-    def press(self, name: str) -> None:
-        """Press a button of this id, when nothing lies over it."""
-        center = "arguments[0].scrollIntoView({block: 'center'})"
-        button = self.wait(lambda: self.all(f"#{name}"))[0]
-        self.browser.execute_script(center, button)
-        self.wait(button.is_enabled)
-        button.click()
-
-    def name_class(self, row: int, name: str) -> None:
-        box = self.wait(lambda: self.all(f"#name-{row} :is(input, textarea)"))[0]
-        box.clear()
-        box.send_keys(name)
-
-    def upload(self, gallery: str, *files: Path) -> None:
-        before = len(self.all(f"#{gallery} .thumbnail-item"))
-        self.all(f"#{gallery} input[type=file]")[0].send_keys("\n".join(map(str, files)))
-        self.wait(lambda: len(self.all(f"#{gallery} .thumbnail-item")) == before + len(files))
-
-    def adapt(self, classes: dict[str, list[Path]]) -> str:
-        """Fill in the rows from the top, press Adapt and return what the page says."""
-        for row, (name, files) in enumerate(classes.items(), start=1):
-            if row > 2:
-                self.press("add-class")
-            self.name_class(row, name)
-            if files:
-                self.upload(f"images-{row}", *files)
-        return self.message("adapt", "status")
-
-    def message(self, button: str, place: str) -> str:
-        """Press a button and return the message at a place of the page as soon as it is another one."""
-        old = self.said(place)
-        self.press(button)
-        return self.wait(lambda: (new := self.said(place)) != old and new)
-
-    def said(self, place: str) -> str:
-        script = f"return document.querySelector('#{place} [role]')?.innerText"
-        return self.browser.execute_script(script) or ""
-
-    def alert(self, button: str, place: str) -> str:
-        message = self.message(button, place)
-        assert self.all(f"#{place} [role=alert]"), f"not an alert: {message}"
-        return message
-
-    def predictions(self) -> list[tuple[dict[str, str], dict[str, str]]]:
-        """Label to score of each image, before and after."""
-        rows = self.wait(lambda: self.all(".hf-results tbody tr"))
-        cells = [[cell.text.splitlines() for cell in row.find_elements("css selector", "td")] for row in rows]
-        return [tuple(dict(zip(lines[:6:2], lines[1:6:2], strict=True)) for lines in row) for row in cells]
-
-
-@pytest.fixture
-def open_page(browser, url):
-    """Opens the page afresh; at the end no traceback may be on it and no other host may have been asked."""
-    browser.get_log("performance")
-    pages = []
-
-    def opened(**size: int) -> Page:
-        pages.append(Page(browser, url, **size))
-        return pages[-1]
-
-    yield opened
-    assert "Traceback" not in pages[-1].text()
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    assert any(address.startswith(url) for address in asked)
-    own = (url, "data:", "blob:", "chrome:", "chrome-extension:")
-    assert [address for address in asked if not address.startswith(own)] == []
-
-
-def support_files(folder: Path, *names: str, n_shot: int = 3) -> dict[str, list[Path]]:
-    return {name: [folder / f"support-{name}-{i}.png" for i in range(1, n_shot + 1)] for name in names}
 
 
 def scores(model, prototypes, scale, files: list[Path]) -> torch.Tensor:
