@@ -35,7 +35,7 @@ THEME = gr.themes.Default(
 ).set(button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700")
 
 #: Which images the released adapter is good at: where its gains were measured, see its report.
-GOOD_AT = "Helps most with images unlike everyday photos: satellite images, X-rays, surfaces."
+GOOD_AT = "Helps most with satellite images, X-rays, surfaces; least with photos."
 
 
 def build_demo(adapter: HyperFlowAdapter, backbone: PreTrainedModel, good_at: str = "") -> gr.Blocks:
@@ -51,11 +51,14 @@ def build_demo(adapter: HyperFlowAdapter, backbone: PreTrainedModel, good_at: st
 
     Raises:
         IncompatibleBackboneError: the backbone is not of the adapter's kind.
+        ValueError: the adapter has no image processor.
     """
     adapter.split(backbone)
+    if adapter.processor is None:
+        raise ValueError("the adapter has no image processor, so the page cannot read images: set adapter.processor.")
     handlers = Handlers(SharedModels(adapter, backbone))
     height, width = process_images([PIL.Image.new("RGB", (64, 64))], adapter.processor).shape[-2:]
-    advice = f"{good_at} Looks at each image at {width} × {height} pixels.".strip()
+    advice = f"{good_at} Looks at {width} \N{MULTIPLICATION SIGN} {height} pixels.".strip()
     with gr.Blocks(title="HyperFlow", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         gr.HTML(STYLE)
         lay_out(handlers, advice)

@@ -41,8 +41,8 @@
   /* Files */
   const isImage = (file) => !file.name.startsWith(".")
     && (file.type.startsWith("image/") || /\.(heic|heif|tiff?|p[gp]m)$/i.test(file.name));
-  const until = async (condition) => {
-    for (let tries = 0; tries < 200; tries++) {
+  const until = async (condition, seconds = 60) => {
+    for (let tries = 0; tries < 20 * seconds; tries++) {
       const found = condition();
       if (found) return found;
       await new Promise((resolve) => setTimeout(resolve, 50));
@@ -75,10 +75,16 @@
   /* Folders: a folder of images is a class, a folder of such folders is all of them. */
   const isFilled = (row) => all(`#images-${row} .thumbnail-item, #images-${row} .progress-text`).length
     || document.querySelector(`#name-${row} :is(input, textarea)`).value;
+  const showRow = async (row) => {
+    for (let tries = 0; tries < 60; tries++) {
+      if (document.getElementById(`images-${row}`)) return;
+      document.getElementById("add-class")?.click(); /* Gradio drops a click while it works on the one before */
+      await until(() => document.getElementById(`images-${row}`), 1);
+    }
+  };
   const findRow = async (taken) => {
     for (let row = 1; row <= MAX_CLASSES; row++) {
-      if (!document.getElementById(`images-${row}`)) document.getElementById("add-class").click();
-      if (!(await until(() => document.getElementById(`images-${row}`)))) return null;
+      await showRow(row);
       if (!taken.has(row) && !isFilled(row)) return row;
     }
     return null;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -15,7 +16,7 @@ _INK, _BEFORE, _AFTER = "#010101", "#020202", "#030303"
 _PAGE_COLOURS = {_INK: "currentColor", _BEFORE: "var(--hf-before)", _AFTER: "var(--hf-after)"}
 
 #: Every line and letter in `_INK`, and letters that stay letters, so that the page's font is used.
-_PLOT_STYLE = {
+_PLOT_STYLE: dict[Any, Any] = {
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": _INK,
@@ -53,7 +54,10 @@ def describe_flow(session: Session) -> str:
     """Where the flow was stopped and why, and what differs between before and after."""
     point = session.stopping_point
     evaluations = f"The drift network was run {session.after.nfe} times."
-    before = "Before is direct transfer: the backbone as it is, which picks the class whose images are on average most similar."
+    before = (
+        "Before is direct transfer: the backbone as it is, which picks the class whose images are on average most "
+        "similar."
+    )
     if not point.accuracies:
         return (
             f"{evaluations} Every class has a single image, so none can be left out to choose where to stop: the flow "
@@ -62,7 +66,7 @@ def describe_flow(session: Session) -> str:
     if point.time > 0:
         stopped = (
             f"The flow was stopped at t = {point.time:g}, where most of your images were classified right. Because the "
-            "best point was taken, expect a little less of new images."
+            "best point was taken, expect a little less on new images."
         )
     elif session.has_other_head:
         stopped = (

@@ -7,13 +7,13 @@ import shutil
 
 import pytest
 
-from tests.helpers.page import FLAGS, REPOSITORY, Page, Served, free_port
+from tests.helpers.page import FLAGS, Page, Served, free_port
 from tests.helpers.tiny import pictures, tiny_adapter, tiny_dinov2
 
 COMMAND = "from hf_hyperflow.cli import main; main()"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """An account `tiny` with the two models, and folders of pictures."""
     folder = tmp_path_factory.mktemp("demo")
@@ -28,20 +28,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def space(folder):
-    """The Space's `app.py`, started in a copy of its folder beside the account's models; `(server, url)`."""
-    port = free_port()
-    shutil.copy(SPACE / "app.py", folder)
-    environment = {"SPACE_AUTHOR_NAME": "tiny", "GRADIO_SERVER_PORT": str(port)}
-    server = Served(folder / "space.log", ["app.py"], folder, **environment)
-    yield server, f"http://127.0.0.1:{port}"
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def url(folder, space):
-    """Address of `hyperflow demo`; the Space starts meanwhile."""
+@pytest.fixture(scope="session")
+def url(folder):
+    """Address of `hyperflow demo`."""
     port = free_port()
     models = ["--adapter", "tiny/hyperflow-vit-s14-70", "--backbone", "tiny/vit-s14-focus-70"]
     server = Served(folder / "demo.log", ["-c", COMMAND, "demo", *models, "--port", str(port)], folder)
@@ -50,7 +39,7 @@ def url(folder, space):
     server.stop()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser(folder):
     """Headless Chromium with a profile of its own."""
     if not shutil.which("chromium") or not shutil.which("chromedriver"):
@@ -73,8 +62,8 @@ def open_page(browser, url):
     browser.get_log("performance")
     pages = []
 
-    def opened(**size: int) -> Page:
-        pages.append(Page(browser, url, **size))
+    def opened() -> Page:
+        pages.append(Page(browser, url))
         return pages[-1]
 
     yield opened

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import base64
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +15,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --window-size=1200,900 --hide-scrollbars "
-    "--use-fake-device-for-media-stream --use-fake-ui-for-media-stream"
+    "--use-fake-device-for-media-stream --use-fake-ui-for-media-stream "
+    # A mouse, which headless Chromium has not, so that the page is the one of a desktop.
+    "--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4"
 )
 
 
@@ -55,13 +57,29 @@ def free_port() -> int:
 class Page:
     """What a person does on the page."""
 
-    def __init__(self, browser, url: str, width: int = 1200, height: int = 900):
+    def __init__(self, browser, url: str):
         self.browser, self.url = browser, url
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.appear(1280, 900)
         browser.get(url)
         self.wait(lambda: self.all("#queries input[type=file]"))
         self.wait(lambda: not self.all(".wrap.translucent"))  # Gradio's veil while the page is being set up
+        self.wait(lambda: self.all("[aria-label='New images: Choose images']"))  # the page's own script has run
+
+    def appear(self, width: int, height: int, *, dark: bool = False) -> None:
+        """Change the size of the window and the colour scheme of the system."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        self.browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": width < 500})
+
+    def shoot(self, path: Path) -> None:
+        """Write a picture of the whole page, as far as it fits into a picture."""
+        size = self.browser.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 8000), "scale": 1}
+        options = {"captureBeyondViewport": True, "clip": clip}
+        picture = self.browser.execute_cdp_cmd("Page.captureScreenshot", options)["data"]
+        path.write_bytes(base64.b64decode(picture))
 
     def wait(self, condition, seconds: float = 60):
         deadline = time.monotonic() + seconds
@@ -83,6 +101,12 @@ class Page:
         self.browser.execute_script(center, button)
         self.wait(button.is_enabled)
         button.click()
+
+    def click(self, selector: str) -> None:
+        """Click on the first element of this selector that is shown."""
+        shown = self.wait(lambda: [element for element in self.all(selector) if element.is_displayed()])
+        self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", shown[0])
+        shown[0].click()
 
     def name_class(self, row: int, name: str) -> None:
         box = self.wait(lambda: self.all(f"#name-{row} :is(input, textarea)"))[0]
@@ -118,6 +142,32 @@ class Page:
         message = self.message(button, place)
         assert self.all(f"#{place} [role=alert]"), f"not an alert: {message}"
         return message
+
+    def choose_truth(self, row: int, name: str) -> None:
+        """Say which class the new image in a row of the results is; an empty name takes it back."""
+        script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change', {bubbles: true}))"
+        self.browser.execute_script(script, self.all(".hf-results select")[row], name)
+
+    def thumbnails(self, gallery: str) -> int:
+        """How many images a gallery shows."""
+        return len(self.all(f"#{gallery} .thumbnail-item"))
+
+    def names(self) -> list[str]:
+        """The names of the classes that are shown."""
+        script = "return [...document.querySelectorAll('[id^=name-] :is(input, textarea)')].map((box) => box.value)"
+        return self.browser.execute_script(script)
+
+    def drop(self, place: str, *paths: Path) -> None:
+        """Drop files or folders on a place of the page."""
+        [element, *_] = self.all(place)
+        self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+        box = self.browser.execute_script(
+            "const r = arguments[0].getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]", element
+        )
+        data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            event = {"type": kind, "x": box[0], "y": box[1], "data": data}
+            self.browser.execute_cdp_cmd("Input.dispatchDragEvent", event)
 
     def predictions(self) -> list[tuple[dict[str, str], dict[str, str]]]:
         """Label to score of each image, before and after."""
