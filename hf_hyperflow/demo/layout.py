@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import gradio as gr
 
@@ -17,6 +16,13 @@ _INTRODUCTION = """
 Name two classes or more, give each a few images, and press **Adapt**: seconds, not a training run. Then try new images
 and compare. Your images are used for this page alone and deleted within a day.
 """
+
+#: Takes the values of all names and all galleries, and returns them without those of a row.
+_MOVE_UP = """(...fields) => {
+  const columns = [fields.slice(0, fields.length / 2), fields.slice(fields.length / 2)];
+  columns.forEach((column) => column.splice(ROW, 1));
+  return [...columns[0], "", ...columns[1], []];
+}"""
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,9 @@ def _connect_classes(
     classes.example.click(handlers.load_digits, None, [*filled, prediction.gallery], queue=False)
     classes.add.click(handlers.add_class, classes.n_rows, classes.rows, queue=False)
     for row, button in enumerate(classes.removes):
-        button.click(partial(handlers.remove_class, row), [classes.n_rows, *classes.fields], filled, queue=False)
+        # Images do not travel: the browser moves names and images up, and the server hides the last row.
+        button.click(None, classes.fields, classes.fields, js=_MOVE_UP.replace("ROW", str(row)))
+        button.click(handlers.remove_class, classes.n_rows, classes.rows, queue=False)
 
 
 def _connect_models(

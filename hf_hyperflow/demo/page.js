@@ -51,6 +51,7 @@
   };
   const inputOf = (gallery) => gallery.querySelector("input[type=file]");
   const put = async (files, gallery) => {
+    if (!files.length) return say("There are no images among these.");
     const input = await until(() => inputOf(gallery));
     if (!input) return;
     const transfer = new DataTransfer();
@@ -65,7 +66,8 @@
     const files = [...event.target.files];
     const room = Math.max(0, MAX_IMAGES - all(".thumbnail-item", gallery).length);
     if (files.length <= room) return;
-    say(`${labelOf(gallery)}: at most ${MAX_IMAGES} images. Of these ${files.length}, the first ${room} were taken.`);
+    const taken = room ? `Of these ${files.length}, the first ${room} were taken.` : "There is no room for more.";
+    say(`${labelOf(gallery)}: at most ${MAX_IMAGES} images. ${taken}`);
     const transfer = new DataTransfer();
     files.slice(0, room).forEach((file) => transfer.items.add(file));
     event.target.files = transfer.files;
@@ -127,6 +129,7 @@
     }
   };
   document.addEventListener("click", (event) => {
+    if (event.target.closest("#start-again, #example")) say("");
     if (!event.target.closest("#folder")) return;
     const chooser = document.createElement("input");
     Object.assign(chooser, { type: "file", webkitdirectory: true, id: "folder-chooser", hidden: true });

@@ -41,6 +41,9 @@ def test_a_folder_of_classes_is_opened_or_dropped(open_page, classes):
     assert page.names() == ["Äpfel & <b>", "green", "many"]
     assert [page.thumbnails(f"images-{row}") for row in (1, 2)] == [2, 3]
     assert page.said("said") == "Images of class 3: at most 20 images. Of these 23, the first 20 were taken."
+    page.drop("#class-3", classes / "green")
+    page.wait(lambda: page.said("said") == "Images of class 3: at most 20 images. There is no room for more.")
+    assert page.thumbnails("images-3") == 20
     assert "3 classes from 25 images" in page.message("adapt", "status")
 
     page = open_page()
@@ -55,12 +58,14 @@ def test_a_folder_of_classes_is_opened_or_dropped(open_page, classes):
     page.wait(lambda: page.thumbnails("queries") == 5)
 
 
-def test_images_are_dropped_pasted_and_taken(open_page, folder, browser):
+def test_images_are_dropped_pasted_and_taken(open_page, folder, classes, browser):
     page = open_page()
     page.drop("#class-1", folder / "support-red-1.png", folder / "support-red-2.png")
     page.wait(lambda: page.thumbnails("images-1") == 2)
     page.drop("#class-1", folder / "support-red-3.png")
     page.wait(lambda: page.thumbnails("images-1") == 3)
+    page.drop("#class-1", classes / "green" / "notes.txt")
+    page.wait(lambda: page.said("said") == "There are no images among these.")
     page.drop("h1", folder / "support-red-3.png")
     page.wait(lambda: page.said("said") == "Drop images on a class.")
 
