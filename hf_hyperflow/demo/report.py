@@ -101,7 +101,7 @@ def plot_flow(session: Session) -> str:
     percentages = [100 * accuracy for accuracy in point.accuracies.values()]
     best = 100 * point.accuracies[point.time]
     with matplotlib.rc_context(_PLOT_STYLE):  # the page plots one at a time
-        figure = Figure(figsize=(5, 3), layout="constrained")
+        figure = Figure(figsize=(4.2, 2.8), layout="constrained")
         axis = figure.subplots()
         axis.axhline(100 * measured.right_before / measured.n_images, linestyle="--", color=_BEFORE, label="before")
         axis.plot(times, percentages, "o-", color=_AFTER, label="along the flow")
