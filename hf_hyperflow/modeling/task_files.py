@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import BeftConfig, LoraConfig, PeftConfig
+from peft import BeftConfig, LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.warning import PeftWarning
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .backbones import SplitBackbone
+from .backbones import IncompatibleBackboneError, SplitBackbone
 from .checksums import CHECKSUMS, check_files
 from .hub import fetch
 from .images import load_processor
@@ -25,7 +25,7 @@ from .injection import Injection
 from .locks import ignored_warnings
 from .peft_configs import build_peft_config
 from .saving import CheckpointError, reading
-from .validation import parse_json, read_json, read_tensors, validate_peft, validate_task
+from .validation import list_differences, parse_json, read_json, read_tensors, validate_peft, validate_task
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -116,6 +116,25 @@ def _read_description(path: Path) -> dict[str, Any]:
         if name in description:
             description[name] = parse_json(description[name], f"{path}: {name}")
     return description
+
+
+def load_state(injection: Injection, state: dict[str, torch.Tensor], name: str) -> None:
+    """Load the tensors of a saved adapter into an injection.
+
+    Raises:
+        IncompatibleBackboneError: tensors are missing, unknown or of another shape. Unknown ones are never loaded: they
+            could be the backbone's own.
+    """
+    model = injection.peft_model
+    # With `state_dict`, PEFT does not warn of LoRA's biases, which it takes for matrices that lost a part.
+    expected = get_peft_model_state_dict(model, model.state_dict(), save_embedding_layers=False)
+    wrong = list_differences(state, expected)
+    if wrong:
+        raise IncompatibleBackboneError(
+            f"{name} does not fit this {type(injection.backbone).__name__}; missing, unknown or of another shape: "
+            f"{', '.join(wrong[:8])}. Use the backbone that the task was made with."
+        )
+    set_peft_model_state_dict(model, state)
 
 
 def write_adapter(folder: Path, injection: Injection) -> None:
