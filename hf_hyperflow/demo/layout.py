@@ -78,7 +78,7 @@ def lay_out(handlers: Handlers, advice: str) -> None:
     classes = _lay_out_classes(advice)
     adaptation = _lay_out_adaptation()
     prediction = _lay_out_prediction()
-    _connect_classes(handlers, classes, adaptation, prediction)
+    _connect_classes(handlers, classes, prediction)
     _connect_models(handlers, classes, adaptation, prediction)
 
 
@@ -137,12 +137,10 @@ def _make_gallery(label: str, elem_id: str) -> gr.Gallery:
     )
 
 
-def _connect_classes(
-    handlers: Handlers, classes: ClassSection, adaptation: AdaptSection, prediction: PredictSection
-) -> None:
+def _connect_classes(handlers: Handlers, classes: ClassSection, prediction: PredictSection) -> None:
     """Connect the buttons that need no models: they do not wait behind those who use them, and do not count as runs."""
-    filled = [*classes.rows, *classes.fields]
-    classes.example.click(handlers.load_digits, None, [*filled, prediction.gallery], queue=False)
+    filled = [*classes.rows, *classes.fields, prediction.gallery]
+    classes.example.click(handlers.load_digits, None, filled, queue=False)
     classes.add.click(handlers.add_class, classes.n_rows, classes.rows, queue=False)
     for row, button in enumerate(classes.removes):
         # Images do not travel: the browser moves names and images up, and the server hides the last row.

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.backbones import SplitBackbone
+from ..modeling.leave_one_out import leave_one_out_logits
 from ..modeling.locks import get_lock
-from ..modeling.stopping import StoppingPoint, leave_one_out_logits
+from ..modeling.stopping import StoppingPoint
 from ..modeling.support import SupportSet, read_support
 from ..modeling.task import AdaptedTask
 
