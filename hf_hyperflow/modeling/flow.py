@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .backbones import Hidden, IncompatibleBackboneError, SplitBackbone, find_blocks
+from .calibration import Calibration
 from .configuration import HyperFlowConfig
 from .drift import DriftNetwork
 from .injection import Injection
@@ -64,7 +65,7 @@ class Flow(PreTrainedModel):
         task_encoder: turns the features of a support set into task tokens.
         drift: the drift network h_phi.
         token_scale: `(n_tokens, 1)`, the change of theta, row by row, that one unit of the flow stands for.
-        logit_scale: logarithm of the scale of the logits.
+        logit_scale: logarithm of the scale of the logits in training, and of every task if there is no `calibration`.
         head: turns support features into prototypes: a regularised LDA, or plain class means.
     """
 
@@ -139,6 +140,13 @@ class Flow(PreTrainedModel):
             )
         start = len(blocks) - self.config.last_blocks
         return SplitBackbone(backbone, start, self.config.pooling, blocks, self.config.intermediate_weight)
+
+    @property
+    def calibration(self) -> Calibration:
+        """How the logits of a task are scaled."""
+        if self.config.calibration is None:
+            return Calibration(constant=self.logit_scale.item())
+        return Calibration(**self.config.calibration)
 
     def follow(
         self,
