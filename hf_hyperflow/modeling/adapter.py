@@ -49,7 +49,7 @@ from .stopping import StoppingPoint, choose_stopping_point
 from .support import SupportSet, read_support
 from .task import AdaptedTask, SupportImages
 from .task_encoder import TaskEncoder, TaskTokens, pool_tokens
-from .validation import list_differences
+from .tensor_files import list_differences
 
 
 class WeightPath(NamedTuple):

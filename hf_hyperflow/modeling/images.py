@@ -17,8 +17,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .finite import MAX_PIXEL_VALUE, NotFiniteError
 from .image_gate import MAX_PIXELS, ImageError, open_image, read_file, require_size, turn_upright
+from .json_fields import read_json
+from .processor_validation import validate_processor
 from .saving import CheckpointError
-from .validation import read_json, validate_processor
 
 #: File name of a saved image processor.
 PROCESSOR = "preprocessor_config.json"

@@ -13,9 +13,9 @@ import torch
 from datasets import ClassLabel, Dataset, Image
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .class_names import find_label_problem
 from .finite import MAX_PIXEL_VALUE, find_bad_image
 from .images import IMAGE_SUFFIXES, ImageError, decode, process_images, why_no_image
-from .validation import find_label_problem
 
 
 class SupportSetError(ValueError):

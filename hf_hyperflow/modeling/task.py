@@ -38,7 +38,7 @@ from .task_files import (
     write_biases_as_lora,
     write_prototypes,
 )
-from .validation import list_differences
+from .tensor_files import list_differences
 
 
 @dataclass(frozen=True)
