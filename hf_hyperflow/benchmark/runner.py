@@ -37,7 +37,8 @@ from .evaluation import evaluate_method
 from .figures import draw_figures
 from .hyperparameters import read_hyperparameters, with_hyperparameters
 from .methods import FLOW_POINTS, Method, Target, find_methods, list_labels
-from .results import HYPERFLOW, REFERENCE, TUNED_METHODS, EpisodeTable, Results, build_cost_key, summarise
+from .records import Results
+from .results import HYPERFLOW, REFERENCE, TUNED_METHODS, EpisodeTable, build_cost_key, summarise
 from .task_cost import CostFile, CostKey, CostSetting, TaskCost, measure_task_cost
 
 RESULTS, COSTS = "results.json", "costs.json"

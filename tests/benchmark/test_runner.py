@@ -18,7 +18,7 @@ from transformers import AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.benchmark.evaluation import compare_flow
-from hf_hyperflow.benchmark.results import Record
+from hf_hyperflow.benchmark.records import Record
 from hf_hyperflow.benchmark.runner import BenchmarkArguments, run
 from hf_hyperflow.data.domains import load_domain
 from hf_hyperflow.modeling.saving import CheckpointError
