@@ -33,6 +33,7 @@ from tests.helpers.special_images import (
     jpeg_header,
     jpeg_scans,
     jpeg_with_exif,
+    large_jpeg,
     overlapping_tags,
     png,
     png_chunk,
@@ -96,8 +97,9 @@ REFUSED = {
     "many tags": (lambda: overlapping_tags(60_000, 1), "it has 60000 tags"),
     "strips of a TIFF": (lambda: tiff_strips(4_000_000), "its tags claim more bytes"),
     "tile of a TIFF": (lambda: tiff_tile(20_000, b""), "special: a tile has 20000 x 20000 pixels"),
-    "huge JPEG": (lambda: jpeg_header(65_000, 65_000), "more than 64 million pixels"),
-    "large JPEG": (lambda: jpeg_header(9000, 9000), "9000 x 9000 pixels, more than the limit of 64 million"),
+    "huge JPEG": (lambda: jpeg_header(65_000, 65_000), "65000 x 65000 pixels, more than the limit of 256 million"),
+    "large JPEG": (lambda: jpeg_header(12_000, 12_000, progressive=True), "more than the limit of 128 million"),
+    "short JPEG": (lambda: jpeg_header(9000, 9000), "9000 x 9000 pixels are not in "),
     "scans of a JPEG": (lambda: jpeg_scans(2000, 400), "passes over 2000 x 2000 pixels"),
     "huge GIF": (lambda: gif_header(65_535, 65_535), "more than 64 million pixels"),
     "comment of a GIF": (lambda: gif_comment(40_000), "its header has more than 10000 parts"),
@@ -140,6 +142,8 @@ READ = {
     "frames of a TIFF": (lambda: animation(400, "TIFF"), (64, 64)),
     "a strip of many rows": (lambda: tiff_strip(10_000_000), (8, 1)),
     "1 to 50": (lambda: png(5000, 100), (5000, 100)),
+    "photo of 108 megapixels": (lambda: large_jpeg(12_000, 9000), (3000, 2250)),
+    "long photo": (lambda: large_jpeg(30_000, 3000), (15_000, 1500)),
 }
 
 
@@ -180,6 +184,8 @@ LARGEST = {
     "tile": (lambda: tiff_tile(8000), (1, 1)),
     "text": (lambda: b"P2 1400 1400 255 " + b"1 " * 1_960_000, (1400, 1400)),
     "long JPEG": (lambda: jpeg_scans(7900, 10), (3950, 3950)),
+    "largest JPEG": (lambda: large_jpeg(16_000, 16_000), (4000, 4000)),
+    "largest progressive": (lambda: large_jpeg(12_000, 10_600, "RGB", progressive=True), (3000, 2650)),
 }
 
 
