@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import BeftConfig, LoraConfig, PeftConfig
+from peft import BeftConfig, LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.warning import PeftWarning
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .backbones import SplitBackbone
+from .backbones import IncompatibleBackboneError, SplitBackbone
 from .checksums import CHECKSUMS, check_files
 from .hub import fetch
 from .images import load_processor
@@ -28,7 +28,7 @@ from .peft_configs import build_peft_config
 from .peft_validation import validate_peft
 from .saving import CheckpointError, reading
 from .task_validation import validate_task
-from .tensor_files import read_tensors
+from .tensor_files import list_differences, read_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -119,6 +119,25 @@ def _read_description(path: Path) -> dict[str, Any]:
         if name in description:
             description[name] = parse_json(description[name], f"{path}: {name}")
     return description
+
+
+def load_state(injection: Injection, state: dict[str, torch.Tensor], name: str) -> None:
+    """Load the tensors of a saved adapter into an injection.
+
+    Raises:
+        IncompatibleBackboneError: tensors are missing, unknown or of another shape. Unknown ones are never loaded: they
+            could be the backbone's own.
+    """
+    model = injection.peft_model
+    # With `state_dict`, PEFT does not warn of LoRA's biases, which it takes for matrices that lost a part.
+    expected = get_peft_model_state_dict(model, model.state_dict(), save_embedding_layers=False)
+    wrong = list_differences(state, expected)
+    if wrong:
+        raise IncompatibleBackboneError(
+            f"{name} does not fit this {type(injection.backbone).__name__}; missing, unknown or of another shape: "
+            f"{', '.join(wrong[:8])}. Use the backbone that the task was made with."
+        )
+    set_peft_model_state_dict(model, state)
 
 
 def write_adapter(folder: Path, injection: Injection) -> None:

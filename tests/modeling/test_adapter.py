@@ -22,7 +22,7 @@ from hf_hyperflow import (
     IncompatibleBackboneError,
     SupportSetError,
 )
-from hf_hyperflow.modeling import adapter as adapter_module
+from hf_hyperflow.modeling import flow as flow_module
 from hf_hyperflow.modeling.backbones import SplitBackbone
 from hf_hyperflow.modeling.checksums import sha256
 from hf_hyperflow.modeling.fingerprint import compute_fingerprint
@@ -337,7 +337,7 @@ def test_an_early_stop_has_the_weights_of_its_time(adapter, backbone, support, s
         tokens, _ = adapter.encode(adapter.split(backbone), images.pixel_values, images.labels)
         trajectory = adapter.flow(tokens, n_steps=3)
     point = StoppingPoint(trajectory.times[step], {trajectory.times[step]: 1.0})
-    monkeypatch.setattr(adapter_module, "choose_stopping_point", lambda *arguments: point)
+    monkeypatch.setattr(flow_module, "choose_stopping_point", lambda *arguments: point)
     task = adapter.adapt(backbone, support, n_steps=3, early_stopping=True)
     assert task.stopping_point is point
     start = adapter.space.inject(backbone).start

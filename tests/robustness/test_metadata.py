@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 from hf_hyperflow import AdaptedTask, CheckpointError, HyperFlowAdapter, IncompatibleBackboneError
-from hf_hyperflow.modeling.adapter import _get_encoder_width
 from hf_hyperflow.modeling.config_validation import ENCODERS
+from hf_hyperflow.modeling.flow import _get_encoder_width
 from hf_hyperflow.modeling.json_fields import MAX_JSON_BYTES
 from hf_hyperflow.modeling.peft_configs import find_linear_paths
 from hf_hyperflow.modeling.peft_validation import PEFT_CONFIGS

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...modeling.adapter import WeightPath
+from ...modeling.flow import WeightPath
 from ...modeling.injection import Injection
 from ...modeling.stopping import StoppingPoint
 from .adapted import AdaptedBackbone
