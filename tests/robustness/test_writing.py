@@ -37,7 +37,7 @@ from tests.training import test_trainer as trainings
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("KILLS", "20"))
+KILLS = int(os.environ.get("KILLS", "9"))
 
 
 @pytest.fixture(autouse=True)
