@@ -6,7 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .prototypes import class_means, leave_one_out_means, no_autocast
+from .prototypes import class_means, no_autocast
+
+
+#: Of the mean squared length of class means, at least this part is taken for signal.
+MIN_SIGNAL = 0.05
 
 
 class RegularisedLDA(nn.Module):
@@ -31,6 +35,15 @@ class RegularisedLDA(nn.Module):
     along the very directions that C_0 plays down. So the ridge is (spread / spread_0)^power. The spread is half the
     mean squared distance of images of different classes, and spread_0 is that of the training tasks.
 
+    The mean of few images is longer than the mean of many, because it has more noise in it: on average
+    |m|_C^2 = signal + noise / n for a class of n images, where noise is the mean squared Mahalanobis distance of an
+    image from its class. An image of the class has with that mean the expected cosine signal / |m|_C, up to a factor
+    that all classes share, and with other means it has about the same small cosine. So where classes have different
+    numbers of images, large classes win undecided images. The threshold between two classes belongs in the middle
+    between the two expectations, as in any linear discriminant analysis. To first order that is what dividing each
+    cosine by the square root of its expectation does, see `weigh_classes`. Classes of the same number of images are
+    compared as they are.
+
     Args:
         width: length of the features.
         power: how fast the ridge grows with the spread; 0 means a ridge of 1 for all tasks.
@@ -38,7 +51,7 @@ class RegularisedLDA(nn.Module):
     Attributes:
         directions: `(width, width)`, the eigenvectors of C_0 in its columns. No attribute is trained by gradients.
         variances: `(width,)`, the eigenvalues of C_0 times the count. They start equal and large, so that the
-            prototypes are those of direct transfer until `set_prior` is called.
+            prototypes have the directions of the class means until `set_prior` is called.
         spread: a number, spread_0.
     """
 
@@ -76,68 +89,28 @@ class RegularisedLDA(nn.Module):
             units = F.normalize(features, dim=1) @ whitening
             image_length = _mahalanobis_lengths(units, apply_inverse(units)).mean()
             directions = apply_inverse(means)
-            return directions @ whitening.T / (_mahalanobis_lengths(means, directions) * image_length)
+            lengths = _mahalanobis_lengths(means, directions)
+            prototypes = directions @ whitening.T / (lengths * image_length)
+            counts = torch.bincount(labels)
+            if counts.min() < counts.max():
+                leverages = (residuals * apply_inverse(residuals)).sum(dim=1)
+                noise = measure_noise(leverages, counts[labels])
+                signal = measure_signal(lengths.squeeze(1).square(), noise, counts)
+                prototypes = prototypes * weigh_classes(counts, signal, noise).unsqueeze(1)
+            return prototypes
 
     def _get_whitening(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The map `(width, width)` to coordinates in which the prior's covariance, ridge included, is the identity."""
-        ridge = self._get_ridge(spread_between(features, labels))
+        ridge = self.get_ridge(spread_between(features, labels))
         return self.directions.to(features) * (self.variances.to(features) + ridge).rsqrt()
 
-    def _get_ridge(self, spread: torch.Tensor) -> torch.Tensor:
+    def get_ridge(self, spread: torch.Tensor) -> torch.Tensor:
         """What the prior's variances are raised by, for each spread of a support set."""
         ratio = spread / self.spread.to(spread)
         # C_0 can be singular, so the ridge is at least a thousandth. Features may be huge, so it is kept finite: at the
         # upper end C_0 has long ceased to matter.
         ridge = ratio.clamp_min(0).pow(self.power).clamp_min(1e-3) * self.variances.to(spread).mean()
         return ridge.clamp_max(1e30)
-
-    @torch.no_grad()
-    def leave_one_out(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Products `(n, n_way)` of each support image, at length 1, with the prototypes that all the others make.
-
-        All images share one eigendecomposition of S = R^T R + count C_0. Without image i of a class of n_c images, C is
-        S + ridge_i I - n_c / (n_c - 1) r_i r_i^T, where r_i is the row of R. The ridge moves the eigenvalues, and the
-        last term is undone by the Sherman-Morrison formula. An image alone in its class has a row of NaN.
-
-        Args:
-            features: `(n, width)`.
-            labels: `(n,)` in 0..n_way-1, of at least two classes.
-        """
-        # The differences need double precision, which not every accelerator has.
-        rows, labels = features.double().cpu(), labels.cpu()
-        count = torch.bincount(labels)[labels].double().unsqueeze(1)
-        ridge = self._get_ridge(_leave_one_out_spreads(rows, labels)).unsqueeze(1)
-        units = F.normalize(rows, dim=1)
-        rotation = self.directions.to(rows)
-        residuals = rows @ rotation - class_means(rows @ rotation, labels)[labels]
-        eigenvalues, eigenvectors = torch.linalg.eigh(residuals.T @ residuals + self.variances.to(rows).diag())
-        # From here on all rows are in the coordinates of the eigenvectors, where S is diagonal.
-        rotation = rotation @ eigenvectors
-        units, residuals, means = units @ rotation, residuals @ eigenvectors, class_means(rows, labels) @ rotation
-        own_means = leave_one_out_means(rows, labels) @ rotation
-        weights = 1 / (eigenvalues + ridge)  # one diagonal for each image that is left out
-        weighted = weights * residuals
-        downdate = count / (count - 1) * residuals
-        gain = count / (count - 1) / (1 - (weighted * downdate).sum(dim=1, keepdim=True))
-
-        def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-            """Row by row, left^T C^-1 right, for the C of that row."""
-            on_residuals = (weighted * left).sum(dim=1, keepdim=True) * (weighted * right).sum(dim=1, keepdim=True)
-            return (weights * left * right).sum(dim=1, keepdim=True) + gain * on_residuals
-
-        def square(vectors: torch.Tensor) -> torch.Tensor:
-            """For the C of each row, the squared Mahalanobis lengths of the same vectors."""
-            return weights @ vectors.square().T + gain * (weighted @ vectors.T).square()
-
-        undone = gain * (weighted * units).sum(dim=1, keepdim=True)
-        products = (weights * units) @ means.T + undone * (weighted @ means.T)
-        lengths = square(means)
-        products.scatter_(1, labels.unsqueeze(1), multiply(units, own_means))
-        lengths.scatter_(1, labels.unsqueeze(1), multiply(own_means, own_means))
-        unit_lengths = square(units).clamp_min(1e-24).sqrt().fill_diagonal_(0)
-        image_length = unit_lengths.sum(dim=1, keepdim=True) / (len(rows) - 1)
-        cosines = products / (lengths.clamp_min(1e-24).sqrt() * image_length)
-        return cosines.masked_fill(count == 1, float("nan")).to(features)
 
     @torch.no_grad()
     def set_prior(self, covariance: torch.Tensor, spread: float, *, count: float = 100.0) -> None:
@@ -159,6 +132,49 @@ class RegularisedLDA(nn.Module):
         self.spread.fill_(float(spread))
 
 
+def weigh_classes(counts: torch.Tensor, signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """What cosines with classes of different numbers of images are multiplied by, of the shape of `counts`.
+
+    It is the square root of an expected cosine over another: that of an image with the mean of its class, if the class
+    had as many images as the classes have on harmonic average, over the same with the images that it has.
+
+    Args:
+        counts: images of each class, `(..., n_way)`, at least 1.
+        signal, noise: `(...)`, see `RegularisedLDA`.
+    """
+    typical = 1 / (1 / counts).mean(dim=-1, keepdim=True)
+    signal, noise = signal.unsqueeze(-1), noise.unsqueeze(-1)
+    return ((signal + noise / counts) / (signal + noise / typical)).pow(0.25)
+
+
+def measure_noise(leverages: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The mean squared Mahalanobis distance `(...)` of images from their class, in a C that they had no part in.
+
+    Image i of a class of n is n / (n - 1) r_i away from the mean of the others. Its own part in C is undone by the
+    Sherman-Morrison formula. Images that are alone in their class are not counted; if all are, the noise is 0.
+
+    Args:
+        leverages: `(..., n)`, r_i^T C^-1 r_i for the row r_i of R.
+        counts: `(..., n)`, the number of images in the class of each.
+    """
+    is_counted = counts > 1
+    own = leverages * counts / (counts - 1).clamp_min(1)
+    distances = own / (1 - own).clamp_min(1e-6)
+    return (distances * is_counted).sum(dim=-1) / is_counted.sum(dim=-1).clamp_min(1)
+
+
+def measure_signal(squares: torch.Tensor, noise: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The mean squared Mahalanobis length `(...)` of the classes, without the noise in their means.
+
+    Args:
+        squares: `(..., n_way)`, squared lengths of the class means.
+        noise: `(...)`.
+        counts: `(..., n_way)`, images of each class.
+    """
+    signal = (squares - noise.unsqueeze(-1) / counts).mean(dim=-1)
+    return torch.maximum(signal, MIN_SIGNAL * squares.mean(dim=-1)).clamp_min(1e-24)
+
+
 def _mahalanobis_lengths(rows: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
     """Mahalanobis lengths `(n, 1)` of rows `(n, width)`, given their products with the inverse covariance."""
     return (rows * products).sum(dim=1, keepdim=True).clamp_min(1e-24).sqrt()
@@ -169,23 +185,6 @@ def within_covariance(features: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     with no_autocast(features):
         residuals = features - class_means(features, labels)[labels]
         return residuals.T @ residuals / (len(features) - len(labels.unique()))
-
-
-def _leave_one_out_spreads(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """`spread_between` of the others for each image, `(n,)`; infinity for an image alone in its class."""
-    count = torch.bincount(labels)[labels].to(features.dtype)
-    means = class_means(features, labels)
-    squares = features.square().sum(dim=1)
-    mean_squares = class_means(squares.unsqueeze(1), labels).squeeze(1)
-    n_way = len(means)
-    own_means = leave_one_out_means(features, labels)
-    own_squares = mean_squares[labels] - (squares - mean_squares[labels]) / (count - 1)
-    totals = means.sum(dim=0) - means[labels] + own_means
-    lengths = means.square().sum(dim=1)
-    own_lengths = lengths.sum() - lengths[labels] + own_means.square().sum(dim=1)
-    between = (totals.square().sum(dim=1) - own_lengths) / (n_way * (n_way - 1))
-    within = (mean_squares.sum() - mean_squares[labels] + own_squares) / n_way
-    return within - between
 
 
 def spread_between(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -5,15 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 
 from .backbones import Hidden, SplitBackbone
 from .injection import Injection
-from .lda import RegularisedLDA
-from .prototypes import Head, PrototypeClassifier, leave_one_out_means, unit_means
-
-#: With fewer images than this part of the features' width, n small LDAs cost less than one eigendecomposition.
-SMALL = 20
+from .leave_one_out import leave_one_out_logits
+from .prototypes import Head, unit_means
 
 
 @dataclass(frozen=True)
@@ -67,44 +63,3 @@ def choose_stopping_point(
     best = max(accuracies.values())
     earliest = min(time for time, accuracy in accuracies.items() if accuracy == best)
     return StoppingPoint(time=earliest, accuracies=accuracies)
-
-
-def leave_one_out_logits(
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    scale: torch.Tensor | float,
-    head: Head = unit_means,
-) -> torch.Tensor:
-    """Logits `(n, n_way)` of each support image, from the classifier that all the others make.
-
-    Without an image that is alone in its class that class has no prototype, so the row of such an image is NaN. The
-    class means of all images take one matrix product, and a `RegularisedLDA` of all images takes one factorisation.
-
-    Args:
-        features: `(n, width)`.
-        labels: `(n,)` in 0..n_way-1.
-        scale: the inverse temperature of the logits.
-        head: turns support features into prototypes.
-    """
-    if head is unit_means:
-        return scale * _leave_one_out_cosines(features, labels)
-    if isinstance(head, RegularisedLDA) and len(features) * SMALL >= features.shape[1]:
-        return scale * head.leave_one_out(features, labels)
-    is_alone = torch.bincount(labels)[labels] == 1
-    logits = features.new_full((len(features), int(labels.max()) + 1), float("nan"))
-    rows = torch.arange(len(features), device=features.device)
-    for i in torch.nonzero(~is_alone).flatten().tolist():
-        others = rows != i
-        classifier = PrototypeClassifier.from_support(features[others], labels[others], scale, head)
-        logits[i] = classifier(features[i : i + 1])[0]
-    return logits
-
-
-def _leave_one_out_cosines(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cosines `(n, n_way)` of each support image with the class means of all the others; NaN for one alone."""
-    units = F.normalize(features, dim=-1)
-    cosines = units @ unit_means(features, labels).T
-    own_means = F.normalize(leave_one_out_means(features, labels), dim=-1)
-    cosines.scatter_(1, labels.unsqueeze(1), (units * own_means).sum(dim=1, keepdim=True))
-    is_alone = torch.bincount(labels)[labels] == 1
-    return cosines.masked_fill(is_alone.unsqueeze(1), float("nan"))

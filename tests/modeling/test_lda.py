@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from hf_hyperflow.modeling.lda import RegularisedLDA, spread_between, within_covariance
 from hf_hyperflow.modeling.prototypes import PrototypeClassifier, class_means, unit_means
-from hf_hyperflow.modeling.stopping import leave_one_out_logits
+from hf_hyperflow.modeling.leave_one_out import leave_one_out_logits
 from tests.helpers.tiny import pictures, tiny_adapter
 
 LABELS = torch.tensor([0, 2, 1, 0, 0, 2, 0, 1, 0])
@@ -33,18 +33,20 @@ def prior(lda, features, labels=LABELS):
 
 
 def test_it_starts_as_direct_transfer():
-    features = random(9, 6)
-    torch.testing.assert_close(RegularisedLDA(6)(features, LABELS), unit_means(features, LABELS), atol=1e-4, rtol=1e-4)
+    features, balanced = random(9, 6), torch.arange(3).repeat(3)
+    found = RegularisedLDA(6)(features, balanced)
+    torch.testing.assert_close(found, unit_means(features, balanced), atol=1e-4, rtol=1e-4)
 
 
 def test_mahalanobis_cosines(lda):
     """Against the inverse of the whole covariance; an image's own Mahalanobis length is taken to be the mean one."""
+    labels = torch.tensor([0, 2, 1, 0, 1, 2, 0, 1, 2])
     features, query = random(9, 6), random(4, 6, seed=1)
-    means = class_means(features, LABELS)
-    spread = features - means[LABELS]
-    inverse = torch.linalg.inv(spread.T @ spread + prior(lda, features))
+    means = class_means(features, labels)
+    spread = features - means[labels]
+    inverse = torch.linalg.inv(spread.T @ spread + prior(lda, features, labels))
     lengths = torch.einsum("cd,de,ce->c", means, inverse, means).sqrt()
-    logits = PrototypeClassifier.from_support(features, LABELS, head=lda)(query)
+    logits = PrototypeClassifier.from_support(features, labels, head=lda)(query)
     units = [F.normalize(vectors, dim=1) for vectors in (features, query)]
     length = torch.einsum("nd,de,ne->n", units[0], inverse, units[0]).sqrt().mean()
     expected = units[1] @ inverse @ means.T / (lengths * length)
@@ -53,6 +55,69 @@ def test_mahalanobis_cosines(lda):
     cosines = units[1] @ inverse @ means.T / (lengths * query_lengths)
     assert cosines.abs().max() <= 1
     torch.testing.assert_close(logits.argmax(1), cosines.argmax(1))
+
+
+def expected_weights(lda, features, labels):
+    """The weights of the classes from what signal and noise mean, image by image with inverse matrices."""
+    counts = torch.bincount(labels)
+    means = class_means(features, labels)
+    residuals = features - means[labels]
+    added = prior(lda, features, labels)
+    inverse = torch.linalg.inv(residuals.T @ residuals + added)
+    distances = []
+    for i in range(len(labels)):
+        if counts[labels[i]] == 1:
+            continue
+        kept = torch.arange(len(labels)) != i
+        rest = features[kept] - class_means(features[kept], labels[kept])[labels[kept]]
+        away = features[i] - features[kept & (labels == labels[i])].mean(dim=0)
+        share = (counts[labels[i]] - 1) / counts[labels[i]]  # the others' mean has noise of its own
+        distances.append(share * (away @ torch.linalg.inv(rest.T @ rest + added) @ away))
+    noise = torch.stack(distances).mean()
+    squares = torch.einsum("cd,de,ce->c", means, inverse, means)
+    signal = torch.maximum((squares - noise / counts).mean(), 0.05 * squares.mean())
+    typical = len(counts) / (1 / counts).sum()
+
+    def expect_cosine(count):
+        return signal / (signal + noise / count).sqrt()
+
+    return (expect_cosine(typical) / expect_cosine(counts)).sqrt()
+
+
+@pytest.mark.parametrize("labels", [[0, 2, 1, 0, 0, 2, 0, 1, 0], [0, 0, 0, 0, 0, 1, 1, 2, 0], [0, 1, 2, 3, 3, 3, 3, 3, 3]])
+def test_classes_with_few_images_are_weighed_up(lda, labels):
+    labels = torch.tensor(labels)
+    centres = 3 * random(4, 6, seed=2)
+    features = centres[labels] + 0.5 * random(9, 6)
+    weights = expected_weights(lda, features, labels)
+    counts = torch.bincount(labels)
+    assert weights[counts.argmin()] > 1 > weights[counts.argmax()]
+    means = class_means(features, labels)
+    residuals = features - means[labels]
+    inverse = torch.linalg.inv(residuals.T @ residuals + prior(lda, features, labels))
+    lengths = torch.einsum("cd,de,ce->c", means, inverse, means).sqrt()
+    units = F.normalize(features, dim=1)
+    image_length = torch.einsum("nd,de,ne->n", units, inverse, units).sqrt().mean()
+    expected = weights[:, None] * means @ inverse / (lengths[:, None] * image_length)
+    torch.testing.assert_close(lda(features, labels), expected)
+
+
+def test_an_unbalanced_support_set_is_classified_as_well_as_a_balanced_one():
+    """Images of one and of eleven a class, in a geometry that is known: small classes are found as often as large."""
+    width, generator = 64, torch.Generator().manual_seed(0)
+    lda = RegularisedLDA(width)
+    lda.set_prior(torch.eye(width), spread=1.0)
+    labels = torch.tensor([0] * 11 + [1])
+    recalls = []
+    for _ in range(200):
+        centres = torch.randn(2, width, generator=generator)
+        features = centres[labels] + 1.5 * torch.randn(12, width, generator=generator)
+        queries = centres.repeat(20, 1) + 1.5 * torch.randn(40, width, generator=generator)
+        is_right = PrototypeClassifier(lda(features, labels))(queries).argmax(1) == torch.arange(2).repeat(20)
+        recalls.append(is_right.view(20, 2).float().mean(dim=0))
+    large, small = torch.stack(recalls).mean(dim=0).tolist()
+    assert small > 0.75
+    assert abs(large - small) < 0.1
 
 
 def test_prior_is_what_it_is_set_to():

@@ -10,7 +10,8 @@ from hf_hyperflow.modeling.lda import RegularisedLDA
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.peft_configs import bias_config
 from hf_hyperflow.modeling.prototypes import PrototypeClassifier, unit_means
-from hf_hyperflow.modeling.stopping import SMALL, choose_stopping_point, leave_one_out_logits
+from hf_hyperflow.modeling.leave_one_out import SMALL, leave_one_out_lda, leave_one_out_logits
+from hf_hyperflow.modeling.stopping import choose_stopping_point
 from tests.helpers.tiny import tiny_dinov2
 
 LABELS = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
@@ -175,7 +176,7 @@ def test_few_images_of_a_large_width():
     labels = torch.arange(3).repeat_interleave(2)
     features, lda = support_features(labels, 6 * SMALL + 1, 0), lda_with_prior(6 * SMALL + 1)
     found = leave_one_out_logits(features, labels, 1.0, lda)
-    torch.testing.assert_close(found, lda.leave_one_out(features, labels), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, leave_one_out_lda(features, labels, lda), rtol=1e-4, atol=1e-4)
 
 
 def test_points_that_are_not_finite_are_not_chosen(setting):

@@ -15,7 +15,7 @@ from hf_hyperflow import ImageError, cli
 from hf_hyperflow.download import MAX_REDIRECTS, download
 from hf_hyperflow.modeling.lda import RegularisedLDA
 from hf_hyperflow.modeling.prototypes import unit_means
-from hf_hyperflow.modeling.stopping import leave_one_out_logits
+from hf_hyperflow.modeling.leave_one_out import leave_one_out_logits
 from tests.modeling.test_stopping import brute_force, lda_with_prior
 from tests.test_download import serve
 
