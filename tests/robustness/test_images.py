@@ -179,7 +179,6 @@ LARGEST = {
     "float": (lambda: encode_picture(PIL.Image.new("F", (8000, 8000)), "TIFF", compression="tiff_lzw"), (8000, 8000)),
     "CMYK": (lambda: encode_picture(PIL.Image.new("CMYK", (8000, 8000)), "JPEG"), (4000, 4000)),
     "JPEG": (lambda: encode_picture(PIL.Image.new("RGB", (8000, 8000)), "JPEG"), (4000, 4000)),
-    "progressive": (lambda: encode_picture(PIL.Image.new("L", (8000, 8000)), "JPEG", progressive=True), (4000, 4000)),
     "WebP": (lambda: webp_canvas(8000, 8000), (8000, 8000)),
     "tile": (lambda: tiff_tile(8000), (1, 1)),
     "text": (lambda: b"P2 1400 1400 255 " + b"1 " * 1_960_000, (1400, 1400)),
