@@ -612,7 +612,7 @@ def test_a_server_that_stalls_does_not_hang_for_ever(hub, alice, prelude, saved,
             cuts[-1].times = 0
         if how == "stall":
             code = f"start = time.monotonic(); hub.push_folder({str(saved / 'task')!r}, 'alice/slow', token='hf_alice')"
-            for method, part in [("POST", "/api/repos/create"), ("PUT", "/lfs/"), ("POST", "/commit/")]:
+            for method, part in [("POST", "/api/repos/create"), ("POST", "/preupload/"), ("POST", "/commit/")]:
                 cuts.append(hub.cut(method, part, times=1000, after=1, stall=True))
                 message = user.fails(code)
                 assert "cannot push alice/slow: it took longer than 2 s" in message
