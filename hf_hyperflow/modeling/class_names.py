@@ -6,6 +6,7 @@ import reprlib
 
 from .json_fields import is_printable
 
+#: The characters of a name.
 MAX_LENGTH = 1000
 
 

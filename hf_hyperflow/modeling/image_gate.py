@@ -35,8 +35,8 @@ MAX_PIXELS = 64 * 10**6
 MAX_PIXELS_JPEG = 256 * 10**6
 MAX_PIXELS_PROGRESSIVE = 128 * 10**6
 
-#: A whole JPEG has at least two bits for each block of 64 pixels, or one byte for 256.
-MAX_PIXELS_PER_BYTE = 256
+#: A whole JPEG has at least one bit for each block of 64 pixels.
+MAX_PIXELS_PER_BYTE = 8 * 64
 
 #: JPEG 2000, of which a pixel takes ten times the memory of others, may have this many.
 MAX_PIXELS_JPEG2000 = 16 * 10**6

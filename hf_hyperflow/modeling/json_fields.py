@@ -16,7 +16,11 @@ from typing import Any, NoReturn
 from .saving import CheckpointError
 
 MAX_JSON_BYTES = 16 << 20
+
+#: Names of modules or tensors in a list.
 MAX_MODULES = 10_000
+
+#: Values in any other list or object.
 MAX_ITEMS = 100_000
 
 _NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
