@@ -26,7 +26,8 @@ from ..arguments import make_parser
 from ..data.domains import Domain, load_domain
 from ..data.episodes import Episode, cdfsl_episode, meta_dataset_episode
 from ..modeling.adapter import HyperFlowAdapter
-from ..modeling.saving import atomic_folder, exclusive, write_json
+from ..modeling.atomic_file import write_json
+from ..modeling.saving import atomic_folder, exclusive
 from .arguments import BenchmarkArguments
 from .cost import device_name
 from .domain_features import DomainFeatures

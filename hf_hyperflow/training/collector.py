@@ -32,12 +32,13 @@ from ..finetuning.shards import (
     write_shard,
 )
 from ..finetuning.teacher import Recording, fine_tune_tasks
+from ..modeling.atomic_file import write_json
 from ..modeling.backbones import SplitBackbone, find_blocks
 from ..modeling.fingerprint import compute_fingerprint, fingerprints_match
 from ..modeling.hub import push_folder
 from ..modeling.model_card import CARD, write_card
 from ..modeling.parameter_space import ParameterSpace
-from ..modeling.saving import CheckpointError, write_json
+from ..modeling.saving import CheckpointError
 from .building import build_peft_config
 from .checkpoints import exclusive_run
 from .collection_config import CollectionConfig
