@@ -52,7 +52,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarn
 
 
 class Outcome(NamedTuple):
-    """What became of an image: its size, or the message and the cause of the error; and the seconds of processor time."""
+    """What became of an image, its size or the error in words with its cause, and the seconds of processor time."""
 
     size: tuple[int, int] | None
     message: str
