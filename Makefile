@@ -57,4 +57,4 @@ style: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info model_cards/build model_cards/*.egg-info

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from .modeling.hub import fetch
 from .modeling.model_card import describe_feature
 from .modeling.saving import CheckpointError, reading
 from .modeling.task_files import TaskFiles, read_task
+
+#: How many names of classes or files are listed in a line.
+MAX_NAMES = 10
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,14 @@ def describe(name_or_folder: str | os.PathLike) -> AdapterInfo | TaskInfo:
     )
 
 
+def list_names(names: Sequence[str]) -> str:
+    """Names in a row, of which no more than `MAX_NAMES` are listed: "a, b, c and 97 more"."""
+    text = ", ".join(names[:MAX_NAMES])
+    if len(names) > MAX_NAMES:
+        text += f" and {len(names) - MAX_NAMES} more"
+    return text
+
+
 def format_size(folder: Path) -> str:
     """The size of all files of a folder, in MB or kB."""
     n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -108,7 +120,7 @@ def _describe_task(files: TaskFiles, size: str) -> TaskInfo:
     feature = describe_feature(files.pooling, files.start, files.intermediate_weight)
     return TaskInfo(
         kind="adapted task",
-        classes=f"{n_way}: {', '.join(files.class_names)}",
+        classes=f"{n_way}: {list_names(files.class_names)}",
         backbone=files.peft_config.base_model_name_or_path or "unnamed",
         adapter=f"PEFT {_get_peft_name(files.peft_config)}, {n_parameters:,} parameters",
         prototypes=f"{n_way} of width {width}, of {feature}",

@@ -22,7 +22,7 @@ OPTIONAL = (
 )
 
 #: Names that packages are imported under, where they are not those of the distribution.
-MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml"}
+MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml", "hf-hyperflow-weights": "hf_hyperflow_weights"}
 
 ADAPT = """
 import sys

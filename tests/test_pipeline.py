@@ -14,7 +14,7 @@ from transformers.pipelines import get_supported_tasks
 from transformers.pipelines.pt_utils import KeyDataset
 
 import hf_hyperflow
-from hf_hyperflow import AdaptedTask, ImageError, IncompatibleBackboneError, SupportSetError
+from hf_hyperflow import AdaptedTask, CheckpointError, ImageError, IncompatibleBackboneError, SupportSetError
 from tests.helpers.tiny import Snapshot, pictures, tiny_resnet, write_pictures
 
 TASK = "few-shot-image-classification"
@@ -143,6 +143,55 @@ def test_saving_saves_the_task(classify, images, backbone, tmp_path):
     loaded = AdaptedTask.from_pretrained(tmp_path / "task", backbone)
     for found, prediction in zip(loaded(images[:2]), expected, strict=True):
         same(found, prediction)
+
+
+def test_a_saved_task_classifies_as_it_did(classify, images, backbone, tmp_path):
+    expected = classify(images)
+    classify.save_pretrained(tmp_path / "task")
+    classify.adapted.reset()
+    backbone.save_pretrained(tmp_path / "backbone")
+    for model, saved_task in ((backbone, tmp_path / "task"), (str(tmp_path / "backbone"), str(tmp_path / "task"))):
+        loaded = pipeline(TASK, model=model, saved_task=saved_task, device="cpu")
+        assert loaded.adapted.class_names == ["red", "green", "blue"]
+        for found, prediction in zip(loaded(images, batch_size=3), expected, strict=True):
+            same(found, prediction)
+
+
+def test_what_is_no_saved_task(classify, backbone, adapter, support, tmp_path):
+    classify.save_pretrained(tmp_path / "task")
+    saved = {"model": backbone, "saved_task": tmp_path / "task", "device": "cpu"}
+    for options in ({"adapter": adapter}, {"support": support}, {"n_steps": 0}, {"skip_bad": True}):
+        with pytest.raises(TypeError, match="a saved task is adapted already: give saved_task without"):
+            pipeline(TASK, **saved, **options)
+    with pytest.raises(TypeError, match="A task in memory classifies by itself"):
+        pipeline(TASK, model=backbone, saved_task=classify.adapted, device="cpu")
+    adapter.save_pretrained(tmp_path / "adapter")
+    for folder, message in (("adapter", "holds no readable HyperFlow task"), ("nowhere", "there is no folder")):
+        with pytest.raises(CheckpointError, match=message):
+            pipeline(TASK, model=backbone, saved_task=tmp_path / folder, device="cpu")
+    classify.adapted.processor = None
+    classify.save_pretrained(tmp_path / "blind")
+    with pytest.raises(ValueError, match="without an image processor"):
+        pipeline(TASK, model=backbone, saved_task=tmp_path / "blind", device="cpu")
+
+
+@pytest.mark.parametrize("option", [{"top_k": -1}, {"top_k": 0}, {"batch_size": 0}, {"batch_size": -2}])
+def test_counts_below_one(classify, images, option):
+    ((name, count),) = option.items()
+    for inputs in (images[0], images):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, not {count}"):
+            classify(inputs, **option)
+
+
+def test_no_time_for_an_address(classify):
+    for timeout in (0, -1):
+        with pytest.raises(ValueError, match=f"timeout must be a number of seconds above 0, not {timeout}"):
+            classify("https://example.org/x.png", timeout=timeout)
+
+
+def test_tuples_and_no_images(classify, images):
+    assert classify([]) == classify(()) == []
+    assert classify(tuple(images[:2])) == classify(images[:2])
 
 
 def test_reset_gives_the_backbone_back(backbone, adapter, support, images):

@@ -10,6 +10,7 @@ a folder by running the command again.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,7 @@ from ..data.domains import Domain, load_domain
 from ..data.episodes import Episode, cdfsl_episode, meta_dataset_episode
 from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.atomic_file import write_json
+from ..modeling.model_card import is_hub_id
 from ..modeling.saving import atomic_folder, exclusive
 from .arguments import BenchmarkArguments
 from .cost import device_name
@@ -109,8 +111,8 @@ class Benchmark:
             method.require_packages()
         adapter = HyperFlowAdapter.from_pretrained(arguments.adapter).eval()
         backbone_name = arguments.backbone or adapter.config.backbone["name_or_path"]
-        if not backbone_name:
-            raise ValueError(f"{arguments.adapter} does not name its backbone: give it with --backbone.")
+        if not (arguments.backbone or is_hub_id(backbone_name) or os.path.isdir(backbone_name)):
+            raise ValueError(f"{arguments.adapter} does not say where its backbone lies: give it with --backbone.")
         backbone = AutoModel.from_pretrained(backbone_name).float().eval()
         target = Target(backbone.to(accelerator.device), adapter.to(accelerator.device))
         domains = [load_domain(source, target.processor) for source in arguments.dataset]

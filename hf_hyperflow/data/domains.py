@@ -12,8 +12,8 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..modeling.dataset_images import find_columns
 from ..modeling.images import decode, process_images
-from ..modeling.support import find_columns
 
 #: How many rows are read at a time.
 _ROWS_AT_ONCE = 512

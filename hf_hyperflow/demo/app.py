@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import gradio as gr
+import PIL.Image
 from starlette.middleware import Middleware
 from transformers import AutoModel, PreTrainedModel
 
 from ..modeling.adapter import HyperFlowAdapter
-from ..modeling.support import SupportSetError
-from .digits import write_digits
-from .html import NAME_BUTTONS, STYLE, alert, comparison, note
+from ..modeling.images import process_images
+from .handlers import Handlers
+from .html import SCRIPT, STYLE
+from .layout import lay_out
 from .limits import VisitorLimits
 from .released import ADAPTER, BACKBONE, find_released
-from .report import describe, plot_flow
-from .sessions import Session, SharedModels
-from .uploads import MAX_NAME_LENGTH, Files, PageError, read_classes, read_files
-
-#: Rows of the page; the command line takes any number of classes.
-MAX_CLASSES = 10
+from .sessions import SharedModels
 
 #: The largest upload, per file.
 MAX_FILE_SIZE = "20mb"
@@ -40,84 +34,11 @@ THEME = gr.themes.Default(
     font_mono=[gr.themes.Font("monospace")],
 ).set(button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700")
 
-INTRODUCTION = """
-# HyperFlow: your classes from a handful of images
-
-Name two classes or more, give each a few images, and press **Adapt**. A small network generates the weights of a PEFT
-adapter for the backbone: no gradients, no training run. Then try new images and compare. Images are used for
-this page alone and deleted within a day.
-"""
+#: Which images the released adapter is good at: where its gains were measured, see its report.
+GOOD_AT = "Helps most with satellite images, X-rays, surfaces; least with photos."
 
 
-@dataclass(frozen=True)
-class ClassSection:
-    """Part 1 of the page: a row of components for each of `MAX_CLASSES` classes, of which `n_rows` are shown."""
-
-    n_rows: gr.State
-    example: gr.Button
-    groups: list[gr.Group]
-    names: list[gr.Textbox]
-    galleries: list[gr.Gallery]
-    add: gr.Button
-
-
-@dataclass(frozen=True)
-class AdaptSection:
-    """Part 2 of the page: adapt, and what came of it."""
-
-    button: gr.Button
-    status: gr.HTML
-    plot: gr.Plot
-    download: gr.DownloadButton
-
-
-@dataclass(frozen=True)
-class PredictSection:
-    """Part 3 of the page: new images, before and after."""
-
-    gallery: gr.Gallery
-    button: gr.Button
-    results: gr.HTML
-
-
-class Handlers:
-    """What the buttons do. Each returns the new values of the components that `_connect` names."""
-
-    def __init__(self, models: SharedModels):
-        self.models = models
-        self._examples = TemporaryDirectory(prefix="hyperflow-digits-")
-
-    def add_class(self, n_rows: int) -> list:
-        return _show_rows(min(n_rows + 1, MAX_CLASSES))
-
-    def load_digits(self) -> list:
-        support, query = write_digits(Path(self._examples.name))
-        return [*_show_rows(MAX_CLASSES), *support, *support.values(), query]
-
-    def adapt(self, *rows: Any) -> list:
-        names, galleries = list(rows[:MAX_CLASSES]), list(rows[MAX_CLASSES:])
-        try:
-            session, archive = self.models.adapt(read_classes(names, galleries))
-        except (PageError, SupportSetError) as error:
-            return [None, alert(error), gr.Plot(visible=False), gr.DownloadButton(value=None, interactive=False), ""]
-        figure = plot_flow(session)
-        plot = gr.Plot(value=figure, visible=figure is not None)
-        return [session, note(describe(session)), plot, gr.DownloadButton(value=archive, interactive=True), ""]
-
-    def predict(self, session: Session | None, files: Files | None) -> str:
-        if session is None:
-            return alert("There is nothing to predict with yet. Press Adapt first.")
-        if not files:
-            return alert("There are no new images. Add at least one.")
-        try:
-            images = read_files(files)
-        except PageError as error:
-            return alert(f"New images: {error}")
-        before, after = self.models.compare(session, images)
-        return comparison([Path(path).name for path, _ in files], images, before, after)
-
-
-def build_demo(adapter: HyperFlowAdapter, backbone: PreTrainedModel) -> gr.Blocks:
+def build_demo(adapter: HyperFlowAdapter, backbone: PreTrainedModel, good_at: str = "") -> gr.Blocks:
     """Build the page. Every browser window has a task of its own; all share the two models, one after the other.
 
     Nobody stops the others: a class has at most `MAX_IMAGES` images of `MAX_FILE_SIZE`, and an error ends one request
@@ -126,98 +47,23 @@ def build_demo(adapter: HyperFlowAdapter, backbone: PreTrainedModel) -> gr.Block
     Args:
         adapter: with its image processor.
         backbone: the model that the adapter was trained for.
+        good_at: a sentence for visitors, on which images the two are good at.
 
     Raises:
         IncompatibleBackboneError: the backbone is not of the adapter's kind.
+        ValueError: the adapter has no image processor.
     """
     adapter.split(backbone)
+    if adapter.processor is None:
+        raise ValueError("the adapter has no image processor, so the page cannot read images: set adapter.processor.")
     handlers = Handlers(SharedModels(adapter, backbone))
+    height, width = process_images([PIL.Image.new("RGB", (64, 64))], adapter.processor).shape[-2:]
+    advice = f"{good_at} Looks at {width} \N{MULTIPLICATION SIGN} {height} pixels.".strip()
     with gr.Blocks(title="HyperFlow", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         gr.HTML(STYLE)
-        gr.Markdown(INTRODUCTION)
-        classes = _lay_out_classes()
-        adaptation = _lay_out_adaptation()
-        prediction = _lay_out_prediction()
-        _connect(handlers, classes, adaptation, prediction)
-        page.load(None, js=NAME_BUTTONS)
+        lay_out(handlers, advice)
+        page.load(None, js=SCRIPT)
     return page
-
-
-def _lay_out_classes() -> ClassSection:
-    n_rows = gr.State(2)
-    gr.Markdown("## 1. Classes")
-    example = gr.Button("Use the example set: handwritten digits", elem_id="example")
-    groups, names, galleries = [], [], []
-    with gr.Row(elem_classes="hf-classes"):
-        for row in range(1, MAX_CLASSES + 1):
-            with gr.Group(visible=row <= 2, elem_classes="hf-class") as group:
-                names.append(
-                    gr.Textbox(label=f"Name of class {row}", max_length=MAX_NAME_LENGTH, elem_id=f"name-{row}")
-                )
-                galleries.append(_make_gallery(f"Images of class {row}", f"images-{row}"))
-            groups.append(group)
-    add = gr.Button("Add a class", elem_id="add-class")
-    return ClassSection(n_rows, example, groups, names, galleries, add)
-
-
-def _lay_out_adaptation() -> AdaptSection:
-    gr.Markdown("## 2. Adapt")
-    button = gr.Button("Adapt", variant="primary", elem_id="adapt")
-    status = gr.HTML(elem_id="status")
-    plot = gr.Plot(label="Accuracy along the flow", show_label=False, visible=False, elem_id="flow")
-    download = gr.DownloadButton("Download the PEFT adapter (zip)", interactive=False, elem_id="download")
-    return AdaptSection(button, status, plot, download)
-
-
-def _lay_out_prediction() -> PredictSection:
-    gr.Markdown("## 3. Try new images")
-    gallery = _make_gallery("New images", "queries")
-    button = gr.Button("Predict", variant="primary", elem_id="predict")
-    results = gr.HTML(elem_id="results")
-    return PredictSection(gallery, button, results)
-
-
-def _connect(handlers: Handlers, classes: ClassSection, adaptation: AdaptSection, prediction: PredictSection) -> None:
-    """Say what each button reads and what it changes."""
-    session = gr.State(time_to_live=24 * 3600)
-    rows = [classes.n_rows, classes.add, *classes.groups]
-    fields = [*classes.names, *classes.galleries]
-    # These two need no models, so they do not wait behind those who use them, and do not count as runs.
-    classes.add.click(handlers.add_class, classes.n_rows, rows, queue=False)
-    classes.example.click(handlers.load_digits, None, [*rows, *fields, prediction.gallery], queue=False)
-    adaptation.button.click(
-        handlers.adapt,
-        fields,
-        [session, adaptation.status, adaptation.plot, adaptation.download, prediction.results],
-        concurrency_limit=1,
-        concurrency_id="models",
-    )
-    prediction.button.click(
-        handlers.predict, [session, prediction.gallery], prediction.results, concurrency_id="models"
-    )
-
-
-def _make_gallery(label: str, elem_id: str) -> gr.Gallery:
-    return gr.Gallery(
-        label=label,
-        elem_id=elem_id,
-        elem_classes="hf-gallery",
-        type="filepath",
-        file_types=["image"],
-        sources=["upload"],
-        interactive=True,
-        columns=5,
-        height=120,
-        object_fit="contain",
-        allow_preview=False,
-        buttons=[],
-    )
-
-
-def _show_rows(n_rows: int) -> list:
-    """New values of the number of rows, of the button that adds one, and of all the rows' groups."""
-    groups = [gr.Group(visible=row < n_rows) for row in range(MAX_CLASSES)]
-    return [n_rows, gr.Button(interactive=n_rows < MAX_CLASSES), *groups]
 
 
 def launch(page: gr.Blocks, host: str, port: int) -> None:
@@ -254,8 +100,10 @@ def main(adapter: str | None = None, backbone: str | None = None, host: str = "1
         CheckpointError, IncompatibleBackboneError: the adapter is damaged, or was made for another backbone.
         OSError: there is no backbone, or the port is taken.
     """
-    flow = HyperFlowAdapter.from_pretrained(adapter or find_released(ADAPTER))
-    page = build_demo(flow, AutoModel.from_pretrained(backbone or find_released(BACKBONE)))
+    name = adapter or find_released(ADAPTER)
+    good_at = GOOD_AT if Path(name).name == ADAPTER else ""
+    flow = HyperFlowAdapter.from_pretrained(name)
+    page = build_demo(flow, AutoModel.from_pretrained(backbone or find_released(BACKBONE)), good_at)
     try:
         launch(page, host, port)
     except OSError as error:

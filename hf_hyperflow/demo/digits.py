@@ -44,8 +44,8 @@ def _to_picture(image: np.ndarray) -> PIL.Image.Image:
     return PIL.Image.fromarray((image * (255 / 16)).astype(np.uint8))
 
 
-def write_digits(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    """Write an episode as PNG files: five support images of each digit, and twenty others to try."""
+def write_digits(folder: Path) -> tuple[dict[str, list[Path]], list[tuple[Path, str]]]:
+    """Write an episode as PNG files: five support images of each digit, and twenty others to try, with their digits."""
     n_query = 2
     episode = sample_digits(n_shot=5, n_query=n_query)
     support: dict[str, list[Path]] = {}
@@ -56,7 +56,7 @@ def write_digits(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     query = []
     for position, picture in enumerate(episode.query):
         digit, number = episode.query_labels[position], position % n_query + 1
-        query.append(_write(picture, folder / f"new-{digit}-{number}.png"))
+        query.append((_write(picture, folder / f"new-{digit}-{number}.png"), str(digit)))
     return support, query
 
 

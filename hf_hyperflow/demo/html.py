@@ -1,58 +1,46 @@
-"""The parts of the page that Gradio does not bring: style, messages, and predictions side by side."""
+"""The parts of the page that Gradio does not bring: messages, details, and predictions side by side."""
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 import PIL.Image
 
-STYLE = """<style>
-.gradio-container { max-width: 1000px !important; margin: 0 auto !important; }
-.hf-classes { display: grid !important; grid-template-columns: repeat(auto-fill, minmax(min(100%, 290px), 1fr)); }
-.hf-gallery { border: 1px solid var(--border-color-primary) !important; }
-.hf-class > * { min-width: 0 !important; }
-.hf-gallery .wrap { font-size: var(--text-md); }
-.hf-gallery .grid-wrap { padding-top: 36px !important; overflow-y: auto !important; }
-.hf-gallery .grid-container { padding: 0 !important; gap: 6px !important;
-  grid-template: none / repeat(auto-fill, 48px) !important; grid-auto-rows: 48px !important; }
-.hf-gallery .gallery-item:focus-within .delete-button { opacity: 1; }
-.hf-gallery .delete-button { padding: 1px 4px !important; }
-@media (hover: none) { .hf-gallery .delete-button { opacity: 1 !important; } }
-.hf-note, .hf-alert { padding: 12px 16px; border-radius: 8px; border-left: 4px solid; overflow-wrap: anywhere; }
-.hf-note { border-color: #2563eb; background: var(--background-fill-secondary); }
-.hf-alert { border-color: #b91c1c; background: var(--error-background-fill); color: var(--error-text-color); }
-.hf-results { width: 100%; border: 0 !important; border-collapse: collapse; table-layout: fixed; }
-.hf-results :is(th, td) { padding: 8px 6px !important; border: 0 solid var(--border-color-primary) !important;
-  text-align: left; vertical-align: top; overflow-wrap: anywhere; font-weight: normal; }
-.hf-results tbody :is(th, td) { border-top-width: 1px !important; }
-.hf-results :is(thead, tbody, tr) { border: 0 !important; }
-.hf-results thead th { font-weight: 600; }
-.hf-results .hf-image { width: 84px; }
-.hf-results img { width: 56px; height: 56px; object-fit: contain; display: block; margin: 0 !important; }
-.hf-results small { color: var(--body-text-color-subdued); font-weight: normal; }
-.hf-score { display: flex; justify-content: space-between; gap: 8px; padding: 1px 6px; margin-bottom: 3px;
-  border-radius: 4px; background: linear-gradient(to right, rgba(37, 99, 235, 0.25) var(--share), transparent 0); }
-.hf-score:first-child { font-weight: 600; }
-.hf-changed { display: inline-block; padding: 0 6px; border-radius: 4px; font-size: 0.8em;
-  color: #1e3a8a; background: #dbeafe; }
-</style>"""
+_FOLDER = Path(__file__).parent
 
-#: Gradio gives the buttons of every gallery the same names. This puts the gallery's label before them, now and whenever
-#: the page changes.
-NAME_BUTTONS = """() => {
-  const name = () => document.querySelectorAll(".hf-gallery").forEach((gallery) => {
-    const label = gallery.querySelector("[data-testid=block-label]").textContent.trim();
-    gallery.querySelectorAll("button[aria-label], input[type=file]").forEach((control) => {
-      const own = control.getAttribute("aria-label");
-      if (!own.startsWith(label + ": ")) control.setAttribute("aria-label", label + ": " + own);
-    });
-  });
-  name();
-  const changes = { subtree: true, childList: true, attributes: true, attributeFilter: ["aria-label"] };
-  new MutationObserver(name).observe(document.body, changes);
-}"""
+STYLE = f"<style>{(_FOLDER / 'page.css').read_text('utf-8')}</style>"
+
+#: What the browser does itself: one function, run once.
+SCRIPT = (_FOLDER / "page.js").read_text("utf-8")
+
+_ASK = "Choose the right class of an image, and the page counts."
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was predicted of one new image.
+
+    Attributes:
+        name: of its file.
+        before, after: `[{"label", "score"}, ...]`, best first.
+        truth: its right class, if it is known and one of the classes.
+    """
+
+    name: str
+    image: PIL.Image.Image
+    before: list[dict]
+    after: list[dict]
+    truth: str | None = None
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the best label after is another one than before."""
+        return self.before[0]["label"] != self.after[0]["label"]
 
 
 def note(message: str) -> str:
@@ -66,34 +54,69 @@ def alert(message: str | Exception) -> str:
     return f'<p class="hf-alert" role="alert">{escape(text[:1].upper() + text[1:])}</p>'
 
 
-def comparison(names: list[str], images: list[PIL.Image.Image], before: list[list], after: list[list]) -> str:
+def details(text: str, svg: str) -> str:
+    """Text and a picture that are shown to those who ask for them."""
+    figure = f"<figure>{svg}</figure>" if svg else ""
+    return f'<details class="hf-details"><summary>Details</summary><p>{escape(text)}</p>{figure}</details>'
+
+
+def make_message_line(max_images: int, max_classes: int) -> str:
+    """The line in which `SCRIPT` says what it did with a folder, and from which it knows the limits."""
+    return f'<p class="hf-line" role="status" data-max-images="{max_images}" data-max-classes="{max_classes}"></p>'
+
+
+def compare(rows: Sequence[Comparison], class_names: Sequence[str]) -> str:
     """A table of images with their labels and scores before and after the adaptation.
 
-    Args:
-        names: file names, one per image.
-        before, after: for each image `[{"label", "score"}, ...]`, best first.
+    Below each image a list asks for its right class. `SCRIPT` counts again whenever one is chosen.
     """
-    rows, n_changed = [], 0
-    for name, image, scores_before, scores_after in zip(names, images, before, after, strict=True):
-        badge = ""
-        if scores_before[0]["label"] != scores_after[0]["label"]:
-            n_changed += 1
-            badge = '<span class="hf-changed">changed</span>'
-        rows.append(
-            f'<tr><th scope="row">{_thumbnail(image, name)}<small>{escape(name)}</small></th>'
-            f"<td>{_bars(scores_before)}</td><td>{_bars(scores_after)}{badge}</td></tr>"
-        )
+    body = "".join(_make_row(row, class_names) for row in rows)
     return (
-        f"{note(f'The adaptation changed the label of {n_changed} of {len(images)} images.')}"
+        f"{_summarise(rows)}"
         '<table class="hf-results"><thead><tr><th scope="col" class="hf-image">Image</th>'
         '<th scope="col">Before<br><small>direct transfer</small></th>'
         '<th scope="col">After<br><small>adapted</small></th></tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table>"
+        f"<tbody>{body}</tbody></table>"
     )
 
 
-def _bars(predictions: list[dict]) -> str:
-    """A bar for each class, as long as its score."""
+def _summarise(rows: Sequence[Comparison]) -> str:
+    """How many labels are right, as far as the truth is known, and how many changed."""
+    known = [row for row in rows if row.truth is not None]
+    before = sum(row.before[0]["label"] == row.truth for row in known)
+    after = sum(row.after[0]["label"] == row.truth for row in known)
+    n_changed = sum(row.is_changed for row in rows)
+    counts = (
+        f'<strong data-count="known" {"" if known else "hidden"}><span data-count="before">{before}</span> of '
+        f'<span data-count="all">{len(known)}</span> right before, <span data-count="after">{after}</span> after. '
+        "</strong>"
+    )
+    ask = f'<span data-count="ask" {"hidden" if known else ""}> {_ASK}</span>'
+    changed = f"The adaptation changed the label of {n_changed} of {len(rows)} images."
+    return f'<p class="hf-note" role="status">{counts}{changed}{ask}</p>'
+
+
+def _make_row(row: Comparison, class_names: Sequence[str]) -> str:
+    badge = '<span class="hf-changed">changed</span>' if row.is_changed else ""
+    name = escape(row.name)
+    options = ['<option value="">?</option>']
+    for class_name in class_names:
+        selected = "selected" if class_name == row.truth else ""
+        options.append(f'<option value="{escape(class_name)}" {selected}>{escape(class_name)}</option>')
+    choice = f'<select aria-label="Right class of {name}">{"".join(options)}</select>'
+    return (
+        f'<tr><th scope="row">{_make_thumbnail(row.image, row.name)}<small>{name}</small>'
+        f"<label>It is {choice}</label></th>"
+        f"{_make_cell(row.before, row.truth, 'before')}{_make_cell(row.after, row.truth, 'after', badge)}</tr>"
+    )
+
+
+def _make_cell(predictions: list[dict], truth: str | None, when: str, badge: str = "") -> str:
+    """A bar for each class, as long as its score, and whether the first is right."""
+    label = predictions[0]["label"]
+    verdict = ""
+    if truth is not None:
+        verdict = "right" if label == truth else "wrong"
     bars = []
     for prediction in predictions:
         percentage = f"{prediction['score']:.0%}"
@@ -101,12 +124,13 @@ def _bars(predictions: list[dict]) -> str:
             f'<div class="hf-score" style="--share: {percentage}">'
             f"<span>{escape(prediction['label'])}</span><span>{percentage}</span></div>"
         )
-    return "".join(bars)
+    opening = f'<td class="hf-{when}" data-label="{escape(label)}" data-verdict="{verdict}">'
+    return f"{opening}{''.join(bars)}{badge}</td>"
 
 
-def _thumbnail(image: PIL.Image.Image, name: str) -> str:
+def _make_thumbnail(image: PIL.Image.Image, name: str) -> str:
     small = image.copy()
-    small.thumbnail((152, 152))
+    small.thumbnail((192, 192))
     file = io.BytesIO()
     small.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()

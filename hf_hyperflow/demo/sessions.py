@@ -9,13 +9,31 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import PIL.Image
+import torch
 from transformers import PreTrainedModel
 
 from ..modeling.adapter import HyperFlowAdapter
+from ..modeling.backbones import SplitBackbone
+from ..modeling.leave_one_out import leave_one_out_logits
 from ..modeling.locks import get_lock
 from ..modeling.stopping import StoppingPoint
-from ..modeling.support import read_support
+from ..modeling.support import SupportSet, read_support
 from ..modeling.task import AdaptedTask
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """How many of the support images are classified right by all the others.
+
+    Attributes:
+        n_images: those that can be left out, because their class has another image.
+        right_before: by direct transfer, which is what the page calls "before".
+        right_after: by the task where the flow was stopped.
+    """
+
+    n_images: int
+    right_before: int
+    right_after: int
 
 
 @dataclass
@@ -26,6 +44,7 @@ class Session:
         before: the backbone as it is, compared by plain cosines: direct transfer.
         after: the task where the flow was stopped.
         n_images: size of the support set.
+        leave_one_out: None if every class has a single image.
         seconds: from holding the images in memory to being able to classify.
         has_other_head: whether `after` compares images with classes in another way than `before`.
     """
@@ -33,6 +52,7 @@ class Session:
     before: AdaptedTask
     after: AdaptedTask
     n_images: int
+    leave_one_out: LeaveOneOut | None
     seconds: float
     has_other_head: bool
     _folder: TemporaryDirectory = field(default_factory=lambda: TemporaryDirectory(prefix="hyperflow-"))
@@ -71,9 +91,38 @@ class SharedModels:
             seconds = time.perf_counter() - start
         before = self.adapter.direct_transfer(self.backbone, support)
         _ = before.prototypes  # a session does not keep the images
-        session = Session(before, after, len(support.labels), seconds, self.adapter.config.lda)
+        leave_one_out = self._leave_one_out(support, before, after)
+        session = Session(before, after, len(support.labels), leave_one_out, seconds, self.adapter.config.lda)
         return session, session.save()
 
+    def _leave_one_out(self, support: SupportSet, before: AdaptedTask, after: AdaptedTask) -> LeaveOneOut | None:
+        """Measure the accuracies before and after on the support set itself."""
+        point = after.stopping_point
+        if point is None or not point.accuracies:
+            return None
+        labels = support.labels
+        is_counted = torch.bincount(labels)[labels] > 1
+        logits = leave_one_out_logits(self._compute_plain_features(support, before), labels, before.scale)
+        is_right = logits.argmax(-1) == labels
+        n_images = int(is_counted.sum())
+        return LeaveOneOut(
+            n_images=n_images,
+            right_before=int(is_right[is_counted].sum()),
+            right_after=round(point.accuracies[point.time] * n_images),
+        )
+
+    @torch.no_grad()
+    def _compute_plain_features(self, support: SupportSet, before: AdaptedTask) -> torch.Tensor:
+        """Features of the support images by which `before` classifies, `(n, width)`."""
+        split = SplitBackbone(self.backbone, 0, self.adapter.config.pooling)
+        parameter = next(self.backbone.parameters())
+        pixel_values = support.pixel_values.to(parameter.device, parameter.dtype)
+        with get_lock(self.backbone), self.adapter.space.inject(self.backbone).using(before.theta):
+            return split.forward_features(pixel_values).float().cpu()
+
     def compare(self, session: Session, images: list[PIL.Image.Image]) -> tuple[list, list]:
-        """Labels with scores of images, best three first, before and after the adaptation."""
+        """Labels with scores of images, best three first, before and after the adaptation.
+
+        The only place where the page asks its tasks: calibrated scores show up here, and so does a way to say "none".
+        """
         return session.before(images, top_k=3), session.after(images, top_k=3)

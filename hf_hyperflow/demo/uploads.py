@@ -9,6 +9,9 @@ import PIL.Image
 
 from ..modeling.images import ImageError, decode
 
+#: Rows of the page; the command line takes any number of classes.
+MIN_CLASSES, MAX_CLASSES = 2, 10
+
 #: Images of a class, and new images.
 MAX_IMAGES = 20
 

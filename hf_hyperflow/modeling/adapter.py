@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .adapted_backbone import SupportImages
-from .backbones import Blocks, IncompatibleBackboneError, SplitBackbone, eval_mode, find_blocks
+from .backbones import Blocks, IncompatibleBackboneError, SplitBackbone, eval_mode, find_blocks, get_name
 from .configuration import HyperFlowConfig
 from .fingerprint import compute_fingerprint, fingerprints_match
 from .finite import NotFiniteError, find_bad_image, find_bad_row, require_finite_weights
@@ -74,7 +74,7 @@ class HyperFlowAdapter(SavedFlow):
         model = cls(
             HyperFlowConfig(
                 backbone={
-                    "name_or_path": str(backbone.config._name_or_path),
+                    "name_or_path": get_name(backbone),
                     "model_type": backbone.config.model_type,
                     "hidden_size": space.token_dim,
                     "num_blocks": len(blocks),
@@ -112,8 +112,11 @@ class HyperFlowAdapter(SavedFlow):
         Args:
             backbone: the model that the adapter was trained for, on any device and in any precision. PEFT's modules
                 wrap its own until `AdaptedTask.reset`. Several tasks can share one backbone.
-            support: a `datasets.Dataset`, a dict of class name to images, an image folder or `(pixel_values, labels)`.
-            n_steps: number of solver steps from t = 0 to t = 1; None takes the config's.
+            support: labelled images in any of the forms of `read_support`: a `datasets.Dataset`, a dict of class name
+                to images or to a folder, a folder with one folder per class, pairs `(image, label)`, or
+                `(pixel_values, labels)`.
+            n_steps: number of solver steps from t = 0 to t = 1; None takes the config's. With 0 there is no flow: the
+                backbone stays as it is, and the head alone classifies.
             solver: euler, midpoint, heun, rk4, or with torchdiffeq dopri5, dopri8, bosh3; None takes the config's.
             early_stopping: stop the flow where the leave-one-out accuracy on the support set is best. Of equal points
                 the earliest is taken, t = 0 included. Some class needs two images or more. The adapted blocks are run
@@ -124,10 +127,10 @@ class HyperFlowAdapter(SavedFlow):
             The adapted task. Its prototypes are computed when they are first needed.
 
         Raises:
-            SupportSetError, ImageError: see `read_support`.
+            SupportSetError, ImageError, FileNotFoundError: see `read_support`.
             IncompatibleBackboneError: the backbone is not of the adapter's kind. It is left as it was.
             NotFiniteError: the backbone or the adapter has NaN or infinite weights, or the flow diverges.
-            ValueError: the solver is not known, or `n_steps` is not an integer of at least 1.
+            ValueError: see `read_support`; the solver is not known, or `n_steps` is not an integer of at least 0.
         """
         split = self.split(backbone)
         images = self._read(support, backbone, skip_bad)

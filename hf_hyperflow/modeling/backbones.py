@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,16 @@ class Blocks:
         if self.norm is not None:
             prefixes.append(f"{self.norm}.")
         return {name for name in self.names if name.startswith(tuple(prefixes))}
+
+
+def get_name(backbone: nn.Module) -> str:
+    """The Hub id that a backbone was loaded by, or the whole path of its folder; "" if it has no name.
+
+    A path as it was typed would mean nothing in another directory, and one like "models/vit" would pass for a Hub id.
+    """
+    config: Any = backbone.config
+    name = str(config._name_or_path)
+    return os.path.abspath(name) if os.path.isdir(name) else name
 
 
 def find_blocks(backbone: nn.Module) -> Blocks:

@@ -217,13 +217,16 @@ class Flow(PreTrainedModel):
     ) -> Trajectory:
         """Integrate the velocity from z = 0 at t = 0 to `end_time`, for a batch of tasks.
 
-        The states are `(batch, n_tokens, token_dim)`; `theta` turns them into weights. Differentiable.
+        The states are `(batch, n_tokens, token_dim)`; `theta` turns them into weights. Differentiable. Without steps
+        (`n_steps=0`) the flow stays at t = 0.
 
         Raises:
             ValueError, ImportError: see `integrate`.
         """
         shape = (len(tokens.task), self.space.n_tokens, self.space.token_dim)
         start = torch.zeros(shape, dtype=tokens.task.dtype, device=self.device)
+        if n_steps == 0:
+            return Trajectory([0.0], [start], nfe=0)
         return integrate(
             lambda z, t: self.velocity(z, t, tokens),
             start,

@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .model_card import CARD
 from .saving import CheckpointError
 from .tokens import hide_tokens
 
@@ -32,6 +33,9 @@ def _explain(error: Exception, verb: str, repo_id: str, revision: str | None, is
     log_in = "log in with `hf auth login`, set HF_TOKEN or pass token="
     if isinstance(error, HFValidationError):
         return f"there is no folder {repo_id}, and it is no Hub id: those look like 'owner/name'."
+    if isinstance(error, ValueError) and str(error).startswith("Invalid metadata"):  # of the client, before it commits
+        _, _, problem = " ".join(str(error).split()).partition("- ")
+        return f"{hub} refuses the metadata at the top of its {CARD}: {problem} Correct it and push again."
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no revision {revision!r}. Give a branch, a tag or a whole commit sha that it has."
     if isinstance(error, GatedRepoError):

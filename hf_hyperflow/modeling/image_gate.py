@@ -103,6 +103,8 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def _require_regular_file(status: os.stat_result, name: str) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(f"{name} is a folder, not an image. Give the images in it.")
     if not stat.S_ISREG(status.st_mode):
         raise ImageError(f"{name} cannot be read as an image (it is not a regular file). Replace or remove it.")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,14 @@ _STRIP_PIXELS = 2**20
 
 #: How many decoded images may wait for the image processor, whatever their size.
 _IMAGES_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class NamedImage:
+    """An image in any form that `decode` reads, and the name that errors call it: its path, its row or its number."""
+
+    image: Any
+    name: str
 
 
 def load_processor(folder: str | Path) -> BaseImageProcessor | None:
@@ -63,6 +73,25 @@ def load_processor(folder: str | Path) -> BaseImageProcessor | None:
     return processor
 
 
+def is_one_image(images: Any) -> bool:
+    """Whether this is a single image, or nothing that holds images at all, rather than several of them.
+
+    A path is one image, also that of a folder, which `decode` refuses. Arrays and tensors of four dimensions hold
+    several images.
+    """
+    if isinstance(images, torch.Tensor | np.ndarray):
+        return images.ndim < 4
+    if isinstance(images, Mapping):
+        return images.keys() == {"bytes", "path"}
+    if isinstance(images, str | os.PathLike | bytes | io.BytesIO):
+        return True
+    try:
+        iter(images)
+    except TypeError:
+        return True
+    return False
+
+
 def decode(image: Any, name: str) -> PIL.Image.Image:
     """Read one image as RGB.
 
@@ -83,6 +112,8 @@ def decode(image: Any, name: str) -> PIL.Image.Image:
             of a strange shape.
     """
     if isinstance(image, dict):
+        if not {"bytes", "path"} & image.keys():
+            raise ImageError(f"{name} is a dict with the keys {', '.join(map(repr, image))}: give the image in it.")
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     try:
         if isinstance(image, np.ndarray):
@@ -101,7 +132,34 @@ def decode(image: Any, name: str) -> PIL.Image.Image:
         raise
     except Exception as error:  # the readers of damaged files raise whatever they stumble over
         raise ImageError(f"{name} cannot be read as an image ({error}). Replace or remove it.") from error
+    if isinstance(image, torch.Tensor):
+        raise ImageError(f"{name} is a tensor, not an image: give one tensor of the pixel values of all images.")
     raise ImageError(f"{name} is a {type(image).__name__}, not an image: give a path, bytes, a PIL image or an array.")
+
+
+def decode_all(
+    images: Iterable[NamedImage], read: list[int], reasons: list[str] | None = None
+) -> Iterator[PIL.Image.Image]:
+    """Yield images as RGB, one by one.
+
+    Args:
+        images: the images and their names, as in `decode`.
+        read: the numbers of the images that could be read are appended to it.
+        reasons: why images cannot be read is appended to it, and they are left out. None raises the error instead.
+
+    Raises:
+        ImageError: an image cannot be read.
+    """
+    for number, image in enumerate(images):
+        try:
+            picture = decode(image.image, image.name)
+        except ImageError as error:
+            if reasons is None:
+                raise
+            reasons.append(str(error))
+            continue
+        read.append(number)
+        yield picture
 
 
 def why_no_image(path: Path) -> str | None:

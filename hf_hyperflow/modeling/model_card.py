@@ -39,6 +39,10 @@ task.save_pretrained("my-task")  # a plain PEFT adapter
 task.reset()  # the backbone is what it was
 ```
 {ask_for_backbone}
+Without `hf_hyperflow`, `AutoModel.from_pretrained("<this repository or folder>", trust_remote_code=True)` loads the
+adapter with the code beside it. That needs torch, transformers, peft and Pillow. Support sets that are `datasets` also
+need the package `datasets`.
+
 | | |
 |---|---|
 | Backbone | {backbone}, {num_blocks} blocks of width {hidden_size} |

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import PIL.Image
+import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Image
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .class_names import find_label_problem
+from .dataset_images import find_columns, get_split, is_dataset, iterate_rows, list_class_names
 from .finite import MAX_PIXEL_VALUE, find_bad_image
-from .images import IMAGE_SUFFIXES, ImageError, decode, process_images, why_no_image
+from .images import IMAGE_SUFFIXES, NamedImage, decode_all, is_one_image, process_images, why_no_image
 
 
 class SupportSetError(ValueError):
@@ -50,11 +51,17 @@ class SupportSet:
         return replace(self, pixel_values=self.pixel_values.to(device, dtype), labels=self.labels.to(device))
 
 
-class _LabelledImage(NamedTuple):
-    """An image in any form that `decode` reads, the name that errors call it, and the number of its class."""
+#: What a support set can be.
+_FORMS = (
+    "Give a datasets.Dataset, a dict of class name to images or to a folder, a folder with one folder per class, pairs "
+    "(image, label), or a tuple (pixel_values, labels) of tensors."
+)
 
-    image: Any
-    name: str
+
+@dataclass(frozen=True)
+class LabelledImage(NamedImage):
+    """An image, its name and the number of its class."""
+
     label: int
 
 
@@ -62,10 +69,14 @@ def read_support(support: Any, processor: BaseImageProcessor | None, *, skip_bad
     """Read and check a support set.
 
     Args:
-        support: a `datasets.Dataset` with an image and a label column; a mapping of class name to a list of images
-            (paths, bytes, PIL images, arrays); a folder with one folder of images per class, see `image_folder`; a
-            `SupportSet`; or a tuple `(pixel_values, labels)` of tensors `(n, 3, height, width)` and `(n,)`, used as
-            they are.
+        support: one of
+
+            - a `datasets.Dataset`, streamed or not, with an image and a label column, or a dict of its only split;
+            - a mapping of class name to images: an iterable of them (paths, bytes, PIL images, arrays) or a folder;
+            - a folder with one folder of images per class, see `image_folder`;
+            - anything that yields pairs `(image, label)`; a label is a name or an integer;
+            - a tuple `(pixel_values, labels)` of tensors `(n, 3, height, width)` and `(n,)`, used as they are;
+            - a `SupportSet`.
         processor: the backbone's image processor. Tensors need none.
         skip_bad: leave out images that cannot be read instead of raising an error.
 
@@ -73,6 +84,7 @@ def read_support(support: Any, processor: BaseImageProcessor | None, *, skip_bad
         SupportSetError: there are no images, an empty class, fewer than two classes, class names that are empty, equal
             or not printable, labels that are negative, out of range, not integers or of another number than the images,
             or tensors of a wrong shape or with NaN, infinity or values beyond a million.
+        ValueError: a dataset lacks a column, or has several splits, which are named.
         ImageError: an image cannot be read (`skip_bad=False`).
         FileNotFoundError: the folder is not there.
     """
@@ -81,47 +93,34 @@ def read_support(support: Any, processor: BaseImageProcessor | None, *, skip_bad
     if isinstance(support, tuple) and len(support) == 2 and isinstance(support[0], torch.Tensor):
         return _read_tensors(*support)
     left_out: list[str] = []
-    if isinstance(support, Dataset):
-        examples, class_names = _list_dataset(support)
-    elif isinstance(support, Mapping):
-        examples, class_names = _list_mapping(support)
-    elif isinstance(support, str | os.PathLike):
-        found = image_folder(support)
-        examples, class_names = _list_mapping(found.classes)
-        left_out += found.skipped
-    else:
-        raise SupportSetError(
-            f"a {type(support).__name__} is not a support set: give a datasets.Dataset, a dict of class name to "
-            "images, a folder with one folder per class, or a tuple (pixel_values, labels) of tensors."
-        )
+    examples, class_names = _list_examples(support, left_out)
     if processor is None:
         raise SupportSetError("images need an image processor: pass processor=, or give tensors of pixel values.")
     _require_images([example.label for example in examples], class_names, left_out)
     problem = find_label_problem(class_names)
     if problem is not None:
         raise SupportSetError(problem)
-    decoded: list[_LabelledImage] = []
-    pixel_values = process_images(_decode_examples(examples, skip_bad, decoded, left_out), processor)
-    labels = [example.label for example in decoded]
+    read: list[int] = []
+    pixel_values = process_images(decode_all(examples, read, left_out if skip_bad else None), processor)
+    labels = [examples[number].label for number in read]
     _require_images(labels, class_names, left_out)
-    names = tuple(example.name for example in decoded)
+    names = tuple(examples[number].name for number in read)
     return SupportSet(pixel_values, torch.tensor(labels), class_names, tuple(left_out), names)
 
 
-def _decode_examples(
-    examples: list[_LabelledImage], skip_bad: bool, decoded: list[_LabelledImage], left_out: list[str]
-) -> Iterator[PIL.Image.Image]:
-    """Yield images as RGB, noting in `decoded` which could be read and in `left_out` why others could not."""
-    for example in examples:
-        try:
-            picture = decode(example.image, example.name)
-        except ImageError as error:
-            if not skip_bad:
-                raise
-            left_out.append(str(error))
-            continue
-        decoded.append(example)
-        yield picture
+def _list_examples(support: Any, left_out: list[str]) -> tuple[list[LabelledImage], list[str]]:
+    """The images of a support set in any form but tensors, and the class names."""
+    if is_dataset(support):
+        return _list_dataset(support)
+    if isinstance(support, Mapping):
+        return list_mapping(support, left_out)
+    if isinstance(support, str | os.PathLike):
+        found = image_folder(support)
+        left_out += found.skipped
+        return list_mapping(found.classes, left_out)
+    if isinstance(support, torch.Tensor | np.ndarray) or is_one_image(support):
+        raise SupportSetError(f"a {type(support).__name__} is not a support set. {_FORMS}")
+    return _list_pairs(support)
 
 
 @dataclass(frozen=True)
@@ -146,28 +145,47 @@ def image_folder(folder: str | os.PathLike) -> ImageFolder:
 
     Raises:
         FileNotFoundError: the folder is not there.
-        SupportSetError: it has no folders in it.
+        SupportSetError: it has no folders in it, or the folders of the classes lie one folder deeper.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder. Give a folder with one folder of images per class.")
     classes: dict[str, list[Path]] = {}
     skipped: list[str] = []
-    for path in _list_visible(folder):
+    for path in list_visible(folder):
         if path.is_dir():
             classes[path.name] = _list_images(path, skipped)
         else:
             skipped.append(f"{path} is in no folder of a class.")
+    if (folder / MACOS_FOLDER).is_dir():
+        skipped.append(f"{folder / MACOS_FOLDER} is no class: macOS puts it into zip files.")
     if not classes:
         raise SupportSetError(f"{folder} has no folders in it: put the images of each class in a folder of its name.")
+    _require_flat(folder, classes)
     return ImageFolder(classes, skipped)
 
 
-#: Files that file managers leave behind.
-_LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
+def _require_flat(folder: Path, classes: dict[str, list[Path]]) -> None:
+    """Raise an error if the only folder of a class has no images but folders, as after unpacking a zip file."""
+    (name, images), *others = classes.items()
+    inner = folder / name
+    if others or images:
+        return
+    if any(path.is_dir() for path in list_visible(inner)):
+        raise SupportSetError(
+            f"{folder} has a single folder, {inner}, which has no images but folders. If those are the classes, give "
+            f"{inner}."
+        )
 
 
-def _list_visible(folder: Path) -> list[Path]:
+#: What macOS puts into zip files beside the files that were chosen.
+MACOS_FOLDER = "__MACOSX"
+
+#: Files and folders that file managers leave behind.
+_LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", MACOS_FOLDER.lower())
+
+
+def list_visible(folder: Path) -> list[Path]:
     """What is in a folder, sorted, without hidden files and litter."""
     paths = []
     for path in sorted(folder.iterdir()):
@@ -179,11 +197,14 @@ def _list_visible(folder: Path) -> list[Path]:
 def _list_images(folder: Path, skipped: list[str]) -> list[Path]:
     """The images in a folder. Why other files are none is appended to `skipped`."""
     paths = []
-    for path in _list_visible(folder):
+    for path in list_visible(folder):
         if path.suffix.lower() in IMAGE_SUFFIXES:
             paths.append(path)
             continue
-        reason = why_no_image(path)
+        if path.is_dir():
+            reason: str | None = f"{path} is a folder in the folder of a class: what is in it is not read."
+        else:
+            reason = why_no_image(path)
         if reason is None:
             paths.append(path)
         else:
@@ -191,75 +212,104 @@ def _list_images(folder: Path, skipped: list[str]) -> list[Path]:
     return paths
 
 
-def _list_mapping(support: Mapping) -> tuple[list[_LabelledImage], list[str]]:
-    """The images of a mapping of class name to images, and the class names."""
+def list_mapping(support: Mapping, left_out: list[str]) -> tuple[list[LabelledImage], list[str]]:
+    """The images of a mapping of class name to images or to a folder of images, and the class names.
+
+    Args:
+        support: the mapping.
+        left_out: why files of the folders are no images is appended to it.
+
+    Raises:
+        SupportSetError: a value is neither a folder nor several images.
+    """
     examples = []
     for label, (class_name, images) in enumerate(support.items()):
-        if not isinstance(images, list | tuple):
-            raise SupportSetError(f"class {class_name!r} holds a {type(images).__name__}: give a list of images.")
+        if isinstance(images, str | os.PathLike) and os.path.isdir(images):
+            images = _list_images(Path(images), left_out)
+        elif isinstance(images, str | os.PathLike):
+            raise SupportSetError(f"class {class_name!r} holds {str(images)!r}: there is no such folder of images.")
+        elif isinstance(images, Mapping) or is_dataset(images) or is_one_image(images):
+            raise SupportSetError(
+                f"class {class_name!r} holds a {type(images).__name__}: give a list of images, or a folder of them."
+            )
         for i, image in enumerate(images):
             name = str(image) if isinstance(image, str | Path) else f"image {i} of class {class_name!r}"
-            examples.append(_LabelledImage(image, name, label))
+            examples.append(LabelledImage(image, name, label))
     return examples, [str(name) for name in support]
 
 
-def _list_dataset(support: Dataset) -> tuple[list[_LabelledImage], list[str]]:
+def _list_dataset(support: Any) -> tuple[list[LabelledImage], list[str]]:
     """The images of a dataset, and the names of the classes that occur in it, in the order of their labels."""
-    image_column, label_column = find_columns(support)
-    support = support.with_format(None)  # plain numbers and bytes, whatever format the dataset is set to
-    values = support[label_column][:]
-    feature = support.features[label_column]
-    _require_labels(values, feature, label_column)
+    dataset = get_split(support)
+    image_column, label_column = find_columns(dataset)
+    rows = list(iterate_rows(dataset, image_column, label_column))
+    values = [row[label_column] for row in rows]
+    class_names = list_class_names(dataset, label_column)
+    _require_labels(values, class_names, label_column)
     classes = sorted(set(values))
-    if isinstance(feature, ClassLabel):
-        names = [feature.names[value] for value in classes]
-    else:
+    if class_names is None:
         names = [str(value) for value in classes]
+    else:
+        names = [class_names[value] for value in classes]
     position = {value: i for i, value in enumerate(classes)}
-    records = support.cast_column(image_column, Image(decode=False))[image_column]
     examples = []
-    for row, (record, value) in enumerate(zip(records, values, strict=True)):
-        examples.append(_LabelledImage(record, f"row {row}", position[value]))
+    for number, row in enumerate(rows):
+        examples.append(LabelledImage(row[image_column], f"row {number}", position[row[label_column]]))
     return examples, names
 
 
-def _require_labels(values: list, feature: Any, column: str) -> None:
-    """Raise an error if a row has no label or one that the `ClassLabel` feature of the column does not know."""
-    for row, value in enumerate(values):
-        if isinstance(feature, ClassLabel):
-            if value is None or not 0 <= value < feature.num_classes:
-                raise SupportSetError(
-                    f"row {row} has label {value}, out of range for the {feature.num_classes} classes of column "
-                    f"{column!r}. Remove such rows or give them a class."
-                )
-        elif value is None:
-            raise SupportSetError(f"row {row} has no label in column {column!r}. Remove such rows or give them one.")
-
-
-def find_columns(dataset: Dataset) -> tuple[str, str]:
-    """Names of the image column and of the label column.
-
-    The first `Image()` feature holds the images. The first `ClassLabel` feature holds the labels, or else the column
-    "label".
+def read_pair(item: Any, number: int) -> tuple[Any, str | int] | None:
+    """An item as an image and its label, a name or a number; None if it is no pair.
 
     Raises:
-        ValueError: one of them is missing. The message lists the columns that are there.
+        SupportSetError: it is a pair, but its second part is no label.
     """
-    image = label = None
-    for name, feature in dataset.features.items():
-        if image is None and isinstance(feature, Image):
-            image = name
-        if label is None and isinstance(feature, ClassLabel):
-            label = name
-    if label is None and "label" in dataset.features:
-        label = "label"
-    if image is None or label is None:
-        missing = "image" if image is None else "label"
-        raise ValueError(
-            f"the dataset has no {missing} column: its columns are {dataset.features}. "
-            "Cast one with dataset.cast_column('image', datasets.Image()) or ('label', datasets.ClassLabel(...))."
-        )
-    return image, label
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        return None
+    image, label = item
+    if isinstance(label, str):
+        return image, str(label)
+    try:
+        return image, int(operator.index(label))  # also of numpy's and torch's integers
+    except TypeError:
+        kind = type(label).__name__
+        raise SupportSetError(f"the label of image {number} is a {kind}: give a name or an integer.") from None
+
+
+def name_image(image: Any, number: int) -> str:
+    """What errors call an image that was given without a name: its path or its number."""
+    return str(image) if isinstance(image, str | Path) else f"image {number}"
+
+
+def _list_pairs(support: Iterable) -> tuple[list[LabelledImage], list[str]]:
+    """The images of pairs `(image, label)`, and the names of the classes, in the order of their labels."""
+    pairs = []
+    for number, item in enumerate(support):
+        pair = read_pair(item, number)
+        if pair is None:
+            raise SupportSetError(f"item {number} is a {type(item).__name__}, not a pair (image, label). {_FORMS}")
+        pairs.append(pair)
+    labels = {label for _, label in pairs}
+    if len({type(label) for label in labels}) > 1:
+        raise SupportSetError("some labels are names and others are integers: give one kind of them.")
+    classes = sorted(labels)
+    position = {label: i for i, label in enumerate(classes)}
+    examples = []
+    for number, (image, label) in enumerate(pairs):
+        examples.append(LabelledImage(image, name_image(image, number), position[label]))
+    return examples, [str(label) for label in classes]
+
+
+def _require_labels(values: list, class_names: list[str] | None, column: str) -> None:
+    """Raise an error if a row has no label, or one for which a `ClassLabel` column has no name."""
+    for row, value in enumerate(values):
+        if value is None and class_names is None:
+            raise SupportSetError(f"row {row} has no label in column {column!r}. Remove such rows or give them one.")
+        if class_names is not None and (value is None or not 0 <= value < len(class_names)):
+            raise SupportSetError(
+                f"row {row} has label {value}, out of range for the {len(class_names)} classes of column "
+                f"{column!r}. Remove such rows or give them a class."
+            )
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

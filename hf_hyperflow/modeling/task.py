@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
+import reprlib
+import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +17,13 @@ from transformers import PreTrainedModel
 from .adapted_backbone import AdaptedBackbone
 from .backbones import IncompatibleBackboneError, SplitBackbone
 from .checksums import CHECKSUMS, write_checksums
-from .images import PROCESSOR, decode, process_images
+from .images import PROCESSOR, ImageError, NamedImage, decode_all, is_one_image, process_images
 from .locks import get_lock
 from .model_card import describe_feature, task_card, write_card
 from .parameter_space import ParameterSpace
 from .peft_configs import get_kind
 from .pushing import Pushable
+from .queries import iterate_queries, require_count
 from .saving import atomic_folder
 from .task_files import load_state, read_task, write_adapter, write_biases_as_lora, write_prototypes
 
@@ -47,77 +51,128 @@ class AdaptedTask(Pushable, AdaptedBackbone):
         nfe: how often the drift network was run (number of function evaluations).
     """
 
-    def scores(self, images: Any, *, batch_size: int = 64) -> torch.Tensor:
-        """Scores `(n, n_way)`, on the CPU, of images (paths, bytes, PIL images, arrays) or a tensor of pixel values.
+    def __repr__(self) -> str:
+        config = self.backbone.config
+        name = f" {config._name_or_path}" if config._name_or_path else ""
+        state = "ready"
+        if self._is_reset:
+            state = "reset, to be used no more"
+        elif self._merged is not None:
+            state = "merged into the backbone"
+        return (
+            f"<AdaptedTask: {len(self.class_names)} classes {reprlib.repr(self.class_names)}, a "
+            f"{get_kind(self.space.peft_config)} adapter of {self.space.n_parameters:,} parameters for the "
+            f"{type(self.backbone).__name__}{name}, {state}>"
+        )
+
+    def scores(self, images: Any, *, batch_size: int = 64, skip_bad: bool = False) -> torch.Tensor:
+        """Scores of images, on the CPU: `(n_way,)` of one image, `(n, n_way)` of several.
 
         All scores are finite, and those of an image add up to 1.
+
+        Args:
+            images: one image (a path, bytes, a PIL image, an array or pixel values `(3, height, width)`), or several:
+                see `iterate_queries`. They are read as they are needed, `batch_size` at a time.
+            batch_size: how many images are run at a time.
+            skip_bad: give images that cannot be read NaN as their scores, and say in a warning why, instead of raising
+                an `ImageError`.
 
         Raises:
             ImageError: an image cannot be read, see `decode`, or it has or makes values that are not finite. It is
                 named.
-            ValueError: the task has no image processor, and the images are not a tensor; or `batch_size` is below 1.
+            ValueError: see `iterate_queries`; the task has no image processor, and the images are not pixel values; or
+                `batch_size` is not an integer of at least 1.
             NotFiniteError, RuntimeError, IncompatibleBackboneError: see `logits`.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
-        if not isinstance(images, torch.Tensor):
-            images = list(images)
-        scores = []
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
-            names = [_name_query(image, number) for number, image in enumerate(batch, start=start)]
-            logits = self._compute_logits(self._read_pixels(batch, names), names)
-            scores.append(logits.softmax(-1).cpu())
-        if not scores:
-            return torch.empty(0, len(self.class_names))
-        return torch.cat(scores)
+        scores = self._score(images, batch_size, skip_bad)
+        return scores[0] if is_one_image(images) else scores
 
-    def _read_pixels(self, images: torch.Tensor | list, names: Sequence[str]) -> torch.Tensor:
-        """Pixel values `(n, 3, height, width)` of images, which errors call by these names."""
-        if isinstance(images, torch.Tensor):
-            return images
-        if self.processor is None:
-            raise ValueError("this task has no image processor: give a tensor of pixel values.")
-        decoded = (decode(image, name) for image, name in zip(images, names, strict=True))
-        return process_images(decoded, self.processor)
+    def predict(self, images: Any, *, batch_size: int = 64, skip_bad: bool = False) -> Any:
+        """The label with the highest score: one label of one image, a list of labels of several.
 
-    def predict(self, images: Any, *, batch_size: int = 64) -> list[str]:
-        """The label with the highest score of each image; see `scores`."""
-        best = self.scores(images, batch_size=batch_size).argmax(-1)
-        return [self.class_names[i] for i in best.tolist()]
+        Arguments and errors are those of `scores`. With `skip_bad`, the place of an image that cannot be read has None.
+        """
+        labels: list[str | None] = []
+        for row in self._score(images, batch_size, skip_bad):
+            labels.append(None if row.isnan().any() else self.class_names[int(row.argmax())])
+        return labels[0] if is_one_image(images) else labels
 
-    def __call__(self, images: Any, *, top_k: int | None = None, batch_size: int = 64) -> list:
+    def __call__(self, images: Any, *, top_k: int | None = None, batch_size: int = 64, skip_bad: bool = False) -> Any:
         """Labels with scores, best first: `[{"label": ..., "score": ...}, ...]`.
 
-        A list or a batch of images gives a list of such lists.
+        One image gives one such list, several give a list of them.
 
         Args:
-            images: an image, a list of images, or pixel values `(3, height, width)` or `(n, 3, height, width)`.
+            images, batch_size: see `scores`.
             top_k: how many labels; None gives all.
-            batch_size: how many images are run at a time.
+            skip_bad: see `scores`. The place of an image that cannot be read has None.
 
         Raises:
             ImageError, NotFiniteError, RuntimeError, IncompatibleBackboneError: see `scores`.
-            ValueError: see `scores`; or `top_k` is below 1.
+            ValueError: see `scores`; or `top_k` is not an integer of at least 1.
         """
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {top_k}.")
-        batch = images
-        if isinstance(images, torch.Tensor):
-            is_single = images.ndim == 3
-            if is_single:
-                batch = images.unsqueeze(0)
+        n_best = len(self.class_names)
+        if top_k is not None:
+            require_count("top_k", top_k)
+            n_best = min(top_k, n_best)
+        results: list[list[dict[str, Any]] | None] = []
+        for row in self._score(images, batch_size, skip_bad):
+            results.append(None if row.isnan().any() else self._name_best(row, n_best))
+        return results[0] if is_one_image(images) else results
+
+    def _name_best(self, scores: torch.Tensor, n_best: int) -> list[dict[str, Any]]:
+        """The best labels of an image, from its scores `(n_way,)`."""
+        best = scores.topk(n_best)
+        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        return [{"label": self.class_names[i], "score": score} for score, i in pairs]
+
+    def _score(self, images: Any, batch_size: int, skip_bad: bool) -> torch.Tensor:
+        """Scores `(n, n_way)` of one image or several. Those of a bad image are NaN if it may be skipped."""
+        require_count("batch_size", batch_size)
+        skipped: list[str] = []
+        left_out: list[str] = []
+        queries = iterate_queries(images, left_out)
+        scores = [torch.empty(0, len(self.class_names))]
+        while batch := list(itertools.islice(queries, batch_size)):
+            scores.append(self._score_batch(batch, skipped if skip_bad else None))
+        # The warnings are shown to whoever called the public method.
+        if skipped:
+            warnings.warn(f"no scores for bad images: {' '.join(skipped)}", stacklevel=3)
+        if left_out:
+            warnings.warn(f"files that are no images left out: {' '.join(left_out)}", stacklevel=3)
+        return torch.cat(scores)
+
+    def _score_batch(self, batch: list[NamedImage], skipped: list[str] | None) -> torch.Tensor:
+        """Scores `(n, n_way)`. With `skipped`, bad images are noted there, and their scores are NaN."""
+        rows = list(range(len(batch)))
+        if all(isinstance(query.image, torch.Tensor) for query in batch):
+            pixel_values = torch.stack([query.image for query in batch])
+        elif self.processor is None:
+            raise ValueError("this task has no image processor: give a tensor of pixel values.")
         else:
-            is_single = not isinstance(images, list | tuple)
-            if is_single:
-                batch = [images]
-        n_best = min(top_k or len(self.class_names), len(self.class_names))
-        best = self.scores(batch, batch_size=batch_size).topk(n_best, dim=-1)
-        results = []
-        for scores, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            pairs = zip(scores, indices, strict=True)
-            results.append([{"label": self.class_names[i], "score": score} for score, i in pairs])
-        return results[0] if is_single else results
+            rows = []
+            pixel_values = process_images(decode_all(batch, rows, skipped), self.processor)
+        scores = torch.full((len(batch), len(self.class_names)), math.nan)
+        if rows:
+            names = [batch[row].name for row in rows]
+            scores[rows] = self._score_pixels(pixel_values, names, skipped)
+        return scores
+
+    def _score_pixels(
+        self, pixel_values: torch.Tensor, names: Sequence[str], skipped: list[str] | None
+    ) -> torch.Tensor:
+        """Scores `(n, n_way)`. With `skipped`, images that make no finite features are looked for by halves."""
+        try:
+            return self._compute_logits(pixel_values, names).softmax(-1).cpu()
+        except ImageError as error:
+            if skipped is None:
+                raise
+            if len(names) == 1:
+                skipped.append(str(error))
+                return torch.full((1, len(self.class_names)), math.nan)
+        half = len(names) // 2
+        first = self._score_pixels(pixel_values[:half], names[:half], skipped)
+        return torch.cat([first, self._score_pixels(pixel_values[half:], names[half:], skipped)])
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, format: str | None = None) -> None:
         """Write a plain PEFT adapter, the prototypes with their labels, the image processor and a model card.
@@ -208,8 +263,3 @@ class AdaptedTask(Pushable, AdaptedBackbone):
             processor=files.processor,
             prototypes=files.prototypes.to(next(backbone.parameters()).device),
         )
-
-
-def _name_query(image: Any, number: int) -> str:
-    """What errors call an image: the path that it was given as, or its number."""
-    return str(image) if isinstance(image, str | Path) else f"image {number}"

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .backbones import IncompatibleBackboneError, SplitBackbone
+from .backbones import IncompatibleBackboneError, SplitBackbone, get_name
 from .checksums import CHECKSUMS, check_files
 from .hub import fetch
 from .images import load_processor
-from .injection import Injection
+from .injection import ADAPTER_NAME, Injection
 from .json_fields import parse_json, read_json
 from .locks import ignored_warnings
 from .peft_configs import build_peft_config
@@ -141,7 +141,8 @@ def load_state(injection: Injection, state: dict[str, torch.Tensor], name: str) 
 
 
 def write_adapter(folder: Path, injection: Injection) -> None:
-    """Write the injected adapter with its current weights, as PEFT does."""
+    """Write the injected adapter with its weights, as PEFT does, and the name of its backbone, see `get_name`."""
+    injection.peft_model.peft_config[ADAPTER_NAME].base_model_name_or_path = get_name(injection.backbone)
     # PEFT takes the bias of a LoRA layer, which is a vector, for a matrix that lost a part.
     invalid_shape = (r".*LoRA tensor\(s\) have invalid shape: .*bias", PeftWarning)
     with ignored_warnings(invalid_shape):

@@ -313,3 +313,12 @@ def test_the_command_line(ground, tmp_path):
 def test_arguments_that_make_no_sense(ground, tmp_path, change, words):
     with pytest.raises(ValueError, match=words):
         arguments(ground, tmp_path, **change)
+
+
+def test_a_backbone_whose_name_is_no_place_is_asked_for(ground, tmp_path):
+    """As that of the released adapter, which has no owner."""
+    adapter = HyperFlowAdapter.from_pretrained(ground / "adapter")
+    adapter.config.backbone = adapter.config.backbone | {"name_or_path": "vit"}
+    adapter.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="does not say where its backbone lies: give it with --backbone"):
+        run(arguments(ground, tmp_path / "output", adapter=str(tmp_path / "adapter"), backbone=None))

@@ -11,7 +11,7 @@ from transformers import ViTImageProcessorPil
 
 from hf_hyperflow import ImageError
 from hf_hyperflow.data.domains import Domain, join_domains, load_domain, normalise, open_dataset, resize_images
-from hf_hyperflow.modeling.support import find_columns
+from hf_hyperflow.modeling.dataset_images import find_columns
 from tests.helpers.tiny import picture, tiny_processor
 
 PICTURES = [picture(i, size) for i, size in enumerate([(40, 30), (30, 44), (28, 28), (60, 60), (33, 90), (36, 36)])]

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
-import time
-import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,65 +19,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from tests.helpers.page import REPOSITORY, Served, free_port, support_files
 from tests.helpers.tiny import pictures, tiny_adapter, tiny_dinov2, tiny_processor
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SPACE = REPOSITORY / "model_cards" / "space"
-COMMAND = "from hf_hyperflow.cli import main; main()"
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1200,900"
-)
 
 needs_gradio = pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="gradio is not installed")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """An account `tiny` with the two models, and folders of pictures."""
-    folder = tmp_path_factory.mktemp("demo")
-    backbone = tiny_dinov2()
-    tiny_adapter(backbone).save_pretrained(folder / "tiny" / "hyperflow-vit-s14-70")
-    backbone.save_pretrained(folder / "tiny" / "vit-s14-focus-70")
-    for seed, kind in enumerate(("support", "query")):
-        for name, images in pictures(n_way=5, n_shot=3, seed=seed).items():
-            for i, image in enumerate(images, start=1):
-                image.save(folder / f"{kind}-{name}-{i}.png")
-    (folder / "notes.png").write_text("these are notes, not a picture")
-    return folder
-
-
-class Served:
-    """A server in a process of its own."""
-
-    def __init__(self, log: Path, command: list[str], cwd: Path, **environment: str):
-        self.log = log
-        own = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, *command], cwd=cwd, env=os.environ | own | environment, stdout=file, stderr=file
-            )
-
-    def wait(self, url: str) -> str:
-        """The page at `url`, as soon as there is one."""
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                with urllib.request.urlopen(url) as answer:
-                    return answer.read().decode()
-            except OSError:
-                time.sleep(0.2)
-        raise AssertionError(f"nothing is served at {url}:\n{self.log.read_text()}")
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(20)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -98,128 +39,9 @@ def space(folder):
 
 
 @pytest.fixture(scope="module")
-def url(folder, space):
+def url(space, url):
     """Address of `hyperflow demo`; the Space starts meanwhile."""
-    port = free_port()
-    models = ["--adapter", "tiny/hyperflow-vit-s14-70", "--backbone", "tiny/vit-s14-focus-70"]
-    server = Served(folder / "demo.log", ["-c", COMMAND, "demo", *models, "--port", str(port)], folder)
-    server.wait(f"http://127.0.0.1:{port}")
-    yield f"http://127.0.0.1:{port}"
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def browser(folder):
-    """Headless Chromium with a profile of its own."""
-    if not shutil.which("chromium") or not shutil.which("chromedriver"):
-        pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (*FLAGS.split(), f"--user-data-dir={folder / 'profile'}"):
-        options.add_argument(flag)
-    options.add_experimental_option("prefs", {"download.default_directory": str(folder / "downloads")})
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
-
-
-class Page:
-    """What a person does on the page."""
-
-    def __init__(self, browser, url: str, width: int = 1200, height: int = 900):
-        self.browser, self.url = browser, url
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        browser.get(url)
-        self.wait(lambda: self.all("#queries input[type=file]"))
-        self.wait(lambda: not self.all(".wrap.translucent"))  # Gradio's veil while the page is being set up
-
-    def wait(self, condition, seconds: float = 60):
-        deadline = time.monotonic() + seconds
-        while not (found := condition()):
-            assert time.monotonic() < deadline, f"still waiting; the page says: {self.text()}"
-            time.sleep(0.05)
-        return found
-
-    def all(self, selector: str) -> list:
-        return self.browser.find_elements("css selector", selector)
-
-    def text(self) -> str:
-        return self.browser.find_element("css selector", "body").text
-
-    def press(self, name: str) -> None:
-        """Press a button of this id, when nothing lies over it."""
-        center = "arguments[0].scrollIntoView({block: 'center'})"
-        button = self.wait(lambda: self.all(f"#{name}"))[0]
-        self.browser.execute_script(center, button)
-        self.wait(button.is_enabled)
-        button.click()
-
-    def name_class(self, row: int, name: str) -> None:
-        box = self.wait(lambda: self.all(f"#name-{row} :is(input, textarea)"))[0]
-        box.clear()
-        box.send_keys(name)
-
-    def upload(self, gallery: str, *files: Path) -> None:
-        before = len(self.all(f"#{gallery} .thumbnail-item"))
-        self.all(f"#{gallery} input[type=file]")[0].send_keys("\n".join(map(str, files)))
-        self.wait(lambda: len(self.all(f"#{gallery} .thumbnail-item")) == before + len(files))
-
-    def adapt(self, classes: dict[str, list[Path]]) -> str:
-        """Fill in the rows from the top, press Adapt and return what the page says."""
-        for row, (name, files) in enumerate(classes.items(), start=1):
-            if row > 2:
-                self.press("add-class")
-            self.name_class(row, name)
-            if files:
-                self.upload(f"images-{row}", *files)
-        return self.message("adapt", "status")
-
-    def message(self, button: str, place: str) -> str:
-        """Press a button and return the message at a place of the page as soon as it is another one."""
-        old = self.said(place)
-        self.press(button)
-        return self.wait(lambda: (new := self.said(place)) != old and new)
-
-    def said(self, place: str) -> str:
-        script = f"return document.querySelector('#{place} [role]')?.innerText"
-        return self.browser.execute_script(script) or ""
-
-    def alert(self, button: str, place: str) -> str:
-        message = self.message(button, place)
-        assert self.all(f"#{place} [role=alert]"), f"not an alert: {message}"
-        return message
-
-    def predictions(self) -> list[tuple[dict[str, str], dict[str, str]]]:
-        """Label to score of each image, before and after."""
-        rows = self.wait(lambda: self.all(".hf-results tbody tr"))
-        cells = [[cell.text.splitlines() for cell in row.find_elements("css selector", "td")] for row in rows]
-        return [tuple(dict(zip(lines[:6:2], lines[1:6:2], strict=True)) for lines in row) for row in cells]
-
-
-@pytest.fixture
-def open_page(browser, url):
-    """Opens the page afresh; at the end no traceback may be on it and no other host may have been asked."""
-    browser.get_log("performance")
-    pages = []
-
-    def opened(**size: int) -> Page:
-        pages.append(Page(browser, url, **size))
-        return pages[-1]
-
-    yield opened
-    assert "Traceback" not in pages[-1].text()
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    assert any(address.startswith(url) for address in asked)
-    own = (url, "data:", "blob:", "chrome:", "chrome-extension:")
-    assert [address for address in asked if not address.startswith(own)] == []
-
-
-def support_files(folder: Path, *names: str, n_shot: int = 3) -> dict[str, list[Path]]:
-    return {name: [folder / f"support-{name}-{i}.png" for i in range(1, n_shot + 1)] for name in names}
+    return url
 
 
 def scores(model, prototypes, scale, files: list[Path]) -> torch.Tensor:
@@ -238,15 +60,23 @@ def test_upload_adapt_predict_download(open_page, folder, browser):
     files = support_files(folder, "red", "green", "blue", n_shot=1)
     classes = {"red": files["red"], "green": files["green"], "<b>blue</b>": files["blue"]}
     message = page.adapt(classes)
-    assert re.search(r"Adapted to 3 classes from 3 images in [\d.]+ m?s, with 4 function evaluations", message)
-    assert "single image" in message
-    assert not page.all("#flow img")
+    assert re.search(r"Ready after [\d.]+ m?s: 3 classes from 3 images, without gradients", message)
+    assert "a second image" in message
+    assert not page.all("#status svg")
 
     query = [folder / f"query-{name}-{i}.png" for name in ("red", "green", "blue") for i in (1, 2)]
     page.upload("queries", *query)
     assert "of 6 images" in page.message("predict", "results")
     shown = page.predictions()
     assert any(before != after for before, after in shown)
+    best = [tuple(max(column, key=lambda name: float(column[name][:-1])) for column in row) for row in shown]
+    truths = ["red", "", "green", "", "<b>blue</b>", "red"]
+    for row, truth in enumerate(truths):
+        page.choose_truth(row, truth)
+    right = [sum(labels[when] == truth for labels, truth in zip(best, truths, strict=True)) for when in (0, 1)]
+    assert page.said("results").startswith(f"{right[0]} of 4 right before, {right[1]} after. The adaptation changed")
+    page.choose_truth(0, "")
+    assert " of 3 right before" in page.said("results")
 
     page.press("download")
     archive = folder / "downloads" / "hyperflow-task.zip"
@@ -286,7 +116,7 @@ def test_bad_input_is_explained_on_the_page(open_page, folder):
     message = page.alert("adapt", "status")
     assert message.startswith("Class 'green': notes.png cannot be read as an image")
     assert "/" not in message  # where the server keeps it is nobody's business
-    assert not page.all("#download")[0].is_enabled()
+    assert not page.all("#download")
 
 
 @needs_gradio
@@ -297,58 +127,6 @@ def test_a_bad_new_image_is_named(open_page, folder):
     assert "no new images" in page.alert("predict", "results")
     page.upload("queries", folder / "query-red-1.png", folder / "notes.png")
     assert page.alert("predict", "results").startswith("New images: notes.png cannot be read as an image")
-
-
-@needs_gradio
-@pytest.mark.browser
-def test_example_set_on_a_phone(open_page, folder, browser):
-    page = open_page(width=375, height=740)
-    page.press("example")
-    page.wait(lambda: len(page.all(".thumbnail-item")) == 70)
-    message = page.message("adapt", "status")
-    assert "10 classes from 50 images" in message
-    assert "leave-one-out accuracy on your images" in message.lower()
-    assert page.wait(lambda: page.all("#flow img"))[0].size["width"] > 200
-    assert "of 20 images" in page.message("predict", "results")
-    assert len(page.predictions()) == 20
-    too_wide = """return [...document.querySelectorAll("body *")]
-        .filter(e => e.getBoundingClientRect().right > 375.5 && e.checkVisibility())
-        .map(e => e.tagName + "." + e.className + " " + e.getBoundingClientRect().right)"""
-    assert browser.execute_script(too_wide) == []
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= 375
-    assert browser.save_screenshot(str(folder / "phone.png"))
-
-    controls = [c for c in page.all("input, textarea, button, [role=button]") if c.is_displayed()]
-    names = [control.accessible_name for control in controls]
-    assert len(names) > 50
-    assert all(names)
-    boxes = [c.accessible_name for c in controls if c.tag_name in ("input", "textarea")]
-    assert boxes == [f"Name of class {i}" for i in range(1, 11)]
-    for gallery in (*(f"Images of class {i}" for i in range(1, 11)), "New images"):
-        assert f"{gallery}: Click to upload or drop files" in names
-    assert {"Adapt", "Predict", "Download the PEFT adapter (zip)"} <= set(names)
-    images = page.all(".hf-results img")
-    assert [image.accessible_name for image in images[:2]] == ["new-0-1.png", "new-0-2.png"]
-
-
-@needs_gradio
-@pytest.mark.browser
-def test_keyboard_alone(open_page, browser):
-    page = open_page()
-    seen = []
-    focused = browser.switch_to.active_element
-    for _ in range(40):
-        focused.send_keys("\ue004")  # Tab
-        focused = browser.switch_to.active_element
-        seen.append(focused.accessible_name)
-        if seen[-1] == "Name of class 1":
-            focused.send_keys("red")
-        if seen[-1] == "Adapt":
-            focused.send_keys("\ue007")  # Enter
-            break
-    order = ["Name of class 1", "Images of class 1: Click to upload or drop files", "Name of class 2", "Adapt"]
-    assert [name for name in seen if name in order] == order
-    page.wait(lambda: "Class 'red' has no images" in page.text())
 
 
 @needs_gradio

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from hf_hyperflow.demo.sessions import SharedModels
+from hf_hyperflow.demo.uploads import MAX_CLASSES
 from tests.helpers.tiny import picture, pictures, tiny_adapter, tiny_dinov2
 
 needs_gradio = pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="gradio is not installed")
@@ -56,7 +57,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def handlers():
-    from hf_hyperflow.demo.app import Handlers
+    from hf_hyperflow.demo.handlers import Handlers
 
     backbone = tiny_dinov2()
     return Handlers(SharedModels(tiny_adapter(backbone), backbone))
@@ -64,8 +65,6 @@ def handlers():
 
 def rows(classes: dict[str, list[Path]]) -> list:
     """The values of the page's text boxes and galleries."""
-    from hf_hyperflow.demo.app import MAX_CLASSES
-
     names: list = [*classes] + [""] * (MAX_CLASSES - len(classes))
     galleries: list = [[(str(path), None) for path in paths] for paths in classes.values()]
     return [*names, *galleries, *[None] * (MAX_CLASSES - len(classes))]
@@ -128,7 +127,7 @@ def test_an_error_of_one_request_leaves_the_lock_free(handlers, folder, monkeypa
 def page():
     """The address of the page, served by this process."""
     from hf_hyperflow.demo.app import build_demo, launch
-    from tests.demo.test_app import free_port
+    from tests.helpers.page import free_port
 
     backbone = tiny_dinov2()
     served, port = build_demo(tiny_adapter(backbone), backbone), free_port()

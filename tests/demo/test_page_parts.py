@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import PIL.Image
 import pytest
 
 from hf_hyperflow.demo.digits import sample_digits, write_digits
-from hf_hyperflow.demo.html import comparison
-from hf_hyperflow.demo.report import describe, plot_flow
+from hf_hyperflow.demo.html import Comparison, compare
+from hf_hyperflow.demo.report import describe, describe_flow, plot_flow
 from hf_hyperflow.demo.sessions import SharedModels
 from hf_hyperflow.demo.uploads import PageError, read_classes
 from tests.helpers.tiny import picture, pictures, tiny_adapter, tiny_dinov2
@@ -47,17 +49,39 @@ def test_what_is_wrong_with_a_class_is_said(files, names, galleries, words, tmp_
 def test_an_adaptation_in_words_and_in_a_plot(n_shot):
     backbone = tiny_dinov2()
     session, _ = SharedModels(tiny_adapter(backbone), backbone).adapt(pictures(n_way=3, n_shot=n_shot))
-    text, figure = describe(session), plot_flow(session)
-    assert text.startswith(f"Adapted to 3 classes from {3 * n_shot} images in ")
-    assert "with 4 function evaluations" in text
+    text, more, plot = describe(session), describe_flow(session), plot_flow(session)
+    assert text.startswith("Ready after ")
+    assert f": 3 classes from {3 * n_shot} images, without gradients. " in text
+    assert more.startswith("The drift network was run 4 times. ")
     if n_shot == 1:
-        assert "single image" in text
-        assert figure is None
+        assert "Give every class a second image" in text
+        assert "followed to its end" in more
+        assert plot == ""
     else:
-        assert "leave-one-out accuracy on your images" in text.lower()
-        [axis] = figure.axes
-        curve, _ = axis.lines
-        assert list(curve.get_xdata()) == [0, 0.25, 0.5, 0.75, 1]
+        measured = session.leave_one_out
+        assert f"{measured.right_before} of 9 right before, {measured.right_after} after." in text
+        assert plot.startswith("<svg")
+        assert ">1.00</text>" in plot
+        assert "#0" not in plot  # every colour is one of the page
+
+
+def test_right_before_and_after_are_counted_by_leaving_each_image_out():
+    """By adapting again without it, to the point where the flow was stopped; an image alone in its class is kept."""
+    backbone = tiny_dinov2()
+    adapter = tiny_adapter(backbone)
+    support = pictures(n_way=4, n_shot=3)
+    support["red"][0], support["blue"][0] = support["blue"][0], support["red"][0]  # so that some are wrong
+    support["yellow"] = support["yellow"][:1]
+    session, _ = SharedModels(adapter, backbone).adapt(support)
+    right = 0
+    for name, images in support.items():
+        for left_out in images if len(images) > 1 else []:
+            others = support | {name: [image for image in images if image is not left_out]}
+            right += adapter.direct_transfer(backbone, others).predict([left_out]) == [name]
+    measured, point = session.leave_one_out, session.stopping_point
+    assert 0 < right < 9
+    assert (measured.n_images, measured.right_before) == (9, right)
+    assert measured.right_after == pytest.approx(9 * point.accuracies[point.time])
 
 
 def test_before_is_direct_transfer_and_the_backbone_is_shared():
@@ -71,18 +95,38 @@ def test_before_is_direct_transfer_and_the_backbone_is_shared():
     assert after == adapter.adapt(backbone, support, early_stopping=True)(query, top_k=3)
 
 
-def test_predictions_side_by_side_are_escaped():
-    def scores(label: str) -> list[dict]:
-        return [{"label": label, "score": 0.75}, {"label": "z", "score": 0.25}]
+def scored(label: str) -> list[dict]:
+    return [{"label": label, "score": 0.75}, {"label": "z", "score": 0.25}]
 
-    images = [PIL.Image.new("RGB", (9, 9)), PIL.Image.new("RGB", (9, 9))]
-    table = comparison(["<i>.png", "b.png"], images, [scores("<b>"), scores("c")], [scores("<b>"), scores("d")])
+
+def test_predictions_side_by_side_are_escaped():
+    image = PIL.Image.new("RGB", (9, 9))
+    rows = [
+        Comparison('<i>".png', image, scored("<b>"), scored("<b>"), truth="<b>"),
+        Comparison("b.png", image, scored("c"), scored("d")),
+    ]
+    table = compare(rows, ["<b>", "c", "d", "z"])
     assert "changed the label of 1 of 2 images" in table
     assert table.count("hf-changed") == 1
     assert "<b>" not in table
     assert "<i>" not in table
-    assert table.count("&lt;b&gt;") == 2
+    assert "&lt;i&gt;&quot;.png" in table
     assert table.count("75%") == 8  # each as a bar and as a number
+
+
+def test_right_ones_are_counted_as_far_as_the_truth_is_known():
+    image = PIL.Image.new("RGB", (9, 9))
+    known = [
+        Comparison("1.png", image, scored("a"), scored("b"), truth="b"),
+        Comparison("2.png", image, scored("b"), scored("b"), truth="b"),
+    ]
+    unknown = Comparison("3.png", image, scored("a"), scored("b"))
+    table = compare([*known, unknown], ["a", "b", "z"])
+    words = " ".join(re.sub("<[^>]*>", "", table[: table.index("<table")]).split())
+    assert words.startswith("1 of 2 right before, 2 after. The adaptation changed the label of 2 of 3 images.")
+    assert re.findall('data-verdict="(.*?)"', table) == ["wrong", "right", "right", "right", "", ""]
+    assert table.count('<option value="b" selected>') == 2
+    assert 'data-count="known" hidden' in compare([unknown], ["a", "b", "z"])
 
 
 def test_digits_are_an_episode(tmp_path):
@@ -96,5 +140,5 @@ def test_digits_are_an_episode(tmp_path):
 
     support, query = write_digits(tmp_path)
     assert sum(len(files) for files in support.values()) == 50
-    assert query[:3] == [tmp_path / name for name in ("new-0-1.png", "new-0-2.png", "new-1-1.png")]
-    assert {PIL.Image.open(path).size for path in (*support["7"], *query)} == {(96, 96)}
+    assert query[1:3] == [(tmp_path / "new-0-2.png", "0"), (tmp_path / "new-1-1.png", "1")]
+    assert {PIL.Image.open(path).size for path in (*support["7"], *(path for path, _ in query))} == {(96, 96)}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from hf_hyperflow.benchmark.methods import DirectTransfer, HyperFlow
 from hf_hyperflow.demo.digits import sample_digits
 from hf_hyperflow.demo.quickstart import measure_method, save_task
 from hf_hyperflow.modeling.adapter import HyperFlowAdapter
+from tests.helpers.environments import Environment, build_wheels
 from tests.helpers.tiny import tiny_adapter, tiny_dinov2
 
 
@@ -49,9 +48,17 @@ def test_the_task_is_saved_and_peft_agrees(folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_quickstart_prints_saves_and_reloads(tmp_path):
-    command = [Path(sys.executable).with_name("hyperflow"), "quickstart", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+def test_quickstart_of_the_two_wheels_where_there_is_no_clone(tmp_path):
+    """Nothing is downloaded. Without the second wheel, the error says how to get the weights."""
+    environment = Environment(tmp_path)
+    library, weights = build_wheels(tmp_path)
+    environment.install(library)
+    refused = environment.run_command("hyperflow", "quickstart")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    for remedy in ("install the package hf-hyperflow-weights", "or set HYPERFLOW_WEIGHTS to a folder"):
+        assert remedy in refused.stderr
+    environment.install(weights)
+    done = environment.run_command("hyperflow", "quickstart", "--json")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     figures = json.loads(done.stdout)

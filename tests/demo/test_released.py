@@ -11,6 +11,7 @@ from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.demo.digits import sample_digits
 from hf_hyperflow.demo.released import ADAPTER, BACKBONE, find_released
 from hf_hyperflow.modeling.prototypes import PrototypeClassifier
+from hf_hyperflow.modeling.saving import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,29 @@ def test_both_fit_in_64_mb_of_half_precision():
     assert sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file()) < 64e6
     for folder in folders:
         assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"  # what it is loaded as
+
+
+def test_the_pair_is_taken_from_the_folder_that_the_user_names(tmp_path, monkeypatch):
+    folders = {name: find_released(name) for name in (BACKBONE, ADAPTER)}
+    monkeypatch.setenv("HYPERFLOW_WEIGHTS", f"{tmp_path}/")
+    for name, folder in folders.items():
+        with pytest.raises(CheckpointError, match=f"HYPERFLOW_WEIGHTS is .*there is no folder {tmp_path}/{name}"):
+            find_released(name)
+        (tmp_path / name).mkdir()
+        with pytest.raises(CheckpointError, match=r"HYPERFLOW_WEIGHTS is .*has no model\.safetensors"):
+            find_released(name)
+        (tmp_path / name / "model.safetensors").symlink_to(folder / "model.safetensors")
+        assert find_released(name) == tmp_path / name
+
+
+def test_other_weights_are_refused(tmp_path, monkeypatch):
+    weights = bytearray((find_released(ADAPTER) / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / ADAPTER).mkdir()
+    (tmp_path / ADAPTER / "model.safetensors").write_bytes(weights)
+    monkeypatch.setenv("HYPERFLOW_WEIGHTS", str(tmp_path))
+    with pytest.raises(CheckpointError, match=f"is not that of the released {ADAPTER}: its SHA-256 is another"):
+        find_released(ADAPTER)
 
 
 def test_backbone_loads_with_transformers_alone(backbone):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+import sys
 import sysconfig
 import venv
 from collections.abc import Collection
@@ -41,6 +43,11 @@ class Environment:
         self.env.update(HF_HOME=str(folder / "hf"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
         self.cwd = folder
 
+    def install(self, wheel: Path) -> None:
+        """Install a wheel and nothing else, without looking at any index."""
+        pip = [sys.executable, "-m", "pip", "--python", self.python, "install", "--quiet", "--no-deps", "--no-index"]
+        subprocess.run([*pip, wheel], env=self.env, check=True)
+
     def run(self, code: str, *arguments: str | Path) -> subprocess.CompletedProcess:
         """Run a script, given as text."""
         return self._run("-c", code, *arguments)
@@ -49,6 +56,28 @@ class Environment:
         """Run `python -m module`."""
         return self._run("-m", module, *arguments)
 
+    def run_command(self, name: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+        """Run a command that an installed wheel brought."""
+        return self._run(self.python.with_name(name), *arguments)
+
     def _run(self, *arguments: str | Path) -> subprocess.CompletedProcess:
         command = [self.python, *map(str, arguments)]
         return subprocess.run(command, env=self.env, cwd=self.cwd, capture_output=True, text=True)
+
+
+def build_wheels(folder: Path) -> tuple[Path, Path]:
+    """Build the wheel of the library and that of the released weights in a folder, without network access.
+
+    They are built from copies: setuptools leaves its own files beside the sources.
+    """
+    sources = folder / "sources"
+    for name in ("hf_hyperflow", "model_cards"):
+        shutil.copytree(
+            ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
+        )
+    for name in ("LICENSE", "README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, sources)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", folder, ".", "./model_cards"], cwd=sources, check=True)
+    [library], [weights] = folder.glob("hf_hyperflow-*.whl"), folder.glob("hf_hyperflow_weights-*.whl")
+    return library, weights

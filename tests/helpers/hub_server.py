@@ -239,7 +239,8 @@ class Handler(BaseHTTPRequestHandler):
         bases = data.get("base_model") or []
         bad = [b for b in ([bases] if isinstance(bases, str) else bases) if not re.fullmatch(r"[\w.-]+/[\w.-]+", b)]
         if bad:
-            return self._json({"errors": [{"message": f'"base_model" with value "{bad[0]}" is not valid.'}]}, 400)
+            problem = f'"base_model" with value "{bad[0]}" is not valid. Use a model id from https://hf.co/models.'
+            return self._json({"errors": [{"message": problem}]}, 400)
         self._json({"errors": [], "warnings": []})
 
     def info(self, name: str, revision: str = "main") -> None:

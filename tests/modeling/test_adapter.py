@@ -181,6 +181,18 @@ def test_every_solver_goes_to_the_same_place(adapter, backbone, support, solver)
         assert task.nfe > 10
 
 
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_without_steps_the_head_alone_classifies(backbone, support, pixels, early_stopping):
+    adapter = tiny_adapter(backbone, lda=True)
+    plain = backbone(read_support(support, adapter.processor).pixel_values).last_hidden_state[:, 0]
+    expected = adapter.head(plain, torch.arange(3).repeat_interleave(2))
+    task = adapter.adapt(backbone, support, n_steps=0, early_stopping=early_stopping)
+    torch.testing.assert_close(task.prototypes, expected, rtol=1e-4, atol=1e-5)
+    assert (task.nfe, task.stopping_point.time) == (0, 0.0)
+    moved = adapter.adapt(backbone, support)
+    assert (moved.prototypes - task.prototypes).abs().max() > 1e-2
+
+
 def test_steps_and_solver_of_the_config_are_the_default(backbone, support):
     adapter = tiny_adapter(backbone, n_steps=3, solver="heun")
     task = adapter.adapt(backbone, support)
@@ -428,7 +440,6 @@ def test_other_weights_are_warned_of(adapter, backbone, support):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"n_steps": 0}, ValueError, "n_steps must be at least 1, not 0"),
         ({"n_steps": -1}, ValueError, "n_steps must be at least 1, not -1"),
         ({"solver": "leapfrog"}, ValueError, "unknown solver 'leapfrog'"),
     ],

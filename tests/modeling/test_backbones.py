@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModel
 
 from hf_hyperflow import IncompatibleBackboneError
-from hf_hyperflow.modeling.backbones import SplitBackbone, eval_mode, find_blocks
+from hf_hyperflow.modeling.backbones import SplitBackbone, eval_mode, find_blocks, get_name
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.peft_configs import (
     bias_config,
@@ -15,7 +19,7 @@ from hf_hyperflow.modeling.peft_configs import (
     layernorm_config,
     lora_config,
 )
-from tests.helpers.tiny import Snapshot, tiny_dinov2, tiny_resnet
+from tests.helpers.tiny import Snapshot, pictures, tiny_adapter, tiny_dinov2, tiny_resnet, tiny_vit
 from tests.helpers.vits import VITS, tiny_clip, tiny_swin
 
 
@@ -167,3 +171,18 @@ def test_check_notices_a_change_between_the_blocks(backbone):
     )
     with pytest.raises(IncompatibleBackboneError, match=r"encoder\.layer in turn and then layernorm differs"):
         split.check()
+
+
+def test_a_folder_is_noted_by_its_whole_path(tmp_path, monkeypatch):
+    """As it was typed, it would be found from one directory only, and pass for a Hub id everywhere else."""
+    tiny_vit().save_pretrained(tmp_path / "models" / "vit")
+    monkeypatch.chdir(tmp_path)
+    backbone = AutoModel.from_pretrained("models/vit")
+    adapter = tiny_adapter(backbone)
+    assert adapter.config.backbone["name_or_path"] == str(tmp_path / "models" / "vit")
+    adapter.adapt(backbone, pictures()).save_pretrained("task")
+    noted = json.loads(Path("task/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert noted == str(tmp_path / "models" / "vit")
+    assert get_name(tiny_vit()) == ""
+    backbone.config._name_or_path = "google/vit"
+    assert get_name(backbone) == "google/vit"

@@ -18,6 +18,7 @@ from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 from hf_hyperflow import AdaptedTask, HyperFlowAdapter
 from hf_hyperflow.modeling import hub as hub_module
 from hf_hyperflow.modeling.peft_configs import bias_config
+from tests.helpers.environments import ROOT
 from tests.helpers.hub_server import PART_SIZE, Cut, Hub
 
 pytestmark = pytest.mark.hub
@@ -317,6 +318,50 @@ def test_push_carries_no_path_of_this_machine(hub, alice, guest, saved):
     assert "name it yourself" in hub.files("alice/anonymous-task")["README.md"].decode()
     assert guest.do(load("alice/anonymous")) == digest(saved / "big")
     assert guest.do("result = scores('alice/anonymous-task')") == guest.do("result = scores('alice/task')")
+
+
+def test_the_released_adapter_is_pushed_as_it_is(hub, alice, tmp_path):
+    """Its backbone has no owner, so the card names no base model. A card that the Hub refuses is named."""
+    released = ROOT / "model_cards" / "hyperflow-vit-s14-70"
+    alice.do(PUSH_FOLDER + f"push_folder({str(released)!r}, 'alice/hyperflow-vit-s14-70')")
+    for name in ("README.md", "model.safetensors", "preprocessor_config.json", "training.json"):
+        assert hub.files("alice/hyperflow-vit-s14-70")[name] == (released / name).read_bytes(), name
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(released / name, tmp_path)
+    (tmp_path / "README.md").write_text("---\nlibrary_name: hf_hyperflow\nbase_model: vit-s14-focus-70\n---\n")
+    message = alice.fails(PUSH_FOLDER + f"push_folder({str(tmp_path)!r}, 'alice/hyperflow-vit-s14-70')")
+    assert 'refuses the metadata at the top of its README.md: "base_model" with value "vit-s14-focus-70"' in message
+    assert "connection" not in message
+
+
+UPLOAD = """
+from huggingface_hub import create_repo, upload_folder
+create_repo({repo!r}, exist_ok=True)
+upload_folder(repo_id={repo!r}, folder_path={folder!r})
+"""
+
+FIND_RELEASED = """
+from hf_hyperflow.demo.released import ADAPTER, BACKBONE, find_released
+os.environ["HYPERFLOW_WEIGHTS"] = "alice"
+try:
+    released = AutoModel.from_pretrained(find_released(BACKBONE))
+    adapter = HyperFlowAdapter.from_pretrained(find_released(ADAPTER))
+finally:
+    del os.environ["HYPERFLOW_WEIGHTS"]
+result = adapter.adapt(released, (torch.randn(4, 3, 70, 70), torch.tensor([0, 0, 1, 1]))).class_names
+"""
+
+
+def test_the_released_pair_comes_from_an_owner_on_the_hub(hub, alice, guest):
+    """Uploaded as by `hf upload`, from the folders as they are. Other weights are refused."""
+    for name in ("vit-s14-focus-70", "hyperflow-vit-s14-70"):
+        alice.do(UPLOAD.format(repo=f"alice/{name}", folder=str(ROOT / "model_cards" / name)) + "result = None")
+    assert guest.do(FIND_RELEASED) == ["0", "1"]
+    repo = hub.repos["alice/vit-s14-focus-70"]
+    weights = hashlib.sha256(b"other weights").hexdigest()
+    hub.lfs[weights] = b"other weights"
+    repo.add("main", repo.commits[repo.branches["main"]] | {"model.safetensors": {"lfs": weights}})
+    assert "is not that of the released vit-s14-focus-70" in guest.fails(FIND_RELEASED)
 
 
 def test_push_keeps_the_name_of_a_backbone_on_the_hub(hub, alice, saved, tmp_path):

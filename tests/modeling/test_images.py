@@ -150,7 +150,7 @@ def test_text_that_calls_itself_a_picture(tmp_path):
 def test_a_missing_file_and_a_folder(tmp_path):
     with pytest.raises(ImageError, match=r"there is no file .*nowhere\.png"):
         decode(tmp_path / "nowhere.png", "nowhere")
-    with pytest.raises(ImageError, match="somewhere cannot be read as an image"):
+    with pytest.raises(ImageError, match="somewhere is a folder, not an image"):
         decode(tmp_path, "somewhere")
 
 

@@ -76,7 +76,7 @@ def test_a_folder_with_other_things_in_it(folder, processor):
     assert len(data.labels) == len(expected.labels) + 1
     assert sorted(data.skipped) == [
         f"{folder / 'README.md'} is in no folder of a class.",
-        f"{folder / 'red' / 'more'} cannot be read as an image (it is not a regular file). Replace or remove it.",
+        f"{folder / 'red' / 'more'} is a folder in the folder of a class: what is in it is not read.",
         data.skipped[-1],
     ]
     assert data.skipped[-1].startswith(
@@ -153,6 +153,44 @@ def test_a_dataset_equals_a_dict(support, processor, label, form):
     assert data.class_names == expected.class_names
     assert torch.equal(data.pixel_values, expected.pixel_values)
     assert torch.equal(data.labels, expected.labels)
+
+
+def test_pairs_equal_a_dict(support, processor):
+    """Their classes are sorted, whatever order the pairs come in."""
+    expected = read_support({name: support[name] for name in sorted(support)}, processor)
+    named = [(image, name) for name, images in support.items() for image in images]
+    numbered = [[image, np.int64(sorted(support).index(name))] for image, name in named]
+    for pairs in (
+        named,
+        tuple(named),
+        iter(named),
+        (pair for pair in named),
+        zip(*zip(*named, strict=True), strict=True),
+    ):
+        data = read_support(pairs, processor)
+        assert data.class_names == ["blue", "green", "red"]
+        order = data.labels.argsort(stable=True)
+        assert torch.equal(data.pixel_values[order], expected.pixel_values)
+    data = read_support(numbered, processor)
+    assert data.class_names == ["0", "1", "2"]
+    assert data.names == tuple(f"image {i}" for i in range(6))
+    assert torch.equal(data.pixel_values[data.labels.argsort(stable=True)], expected.pixel_values)
+
+
+def test_ten_numbered_classes_are_in_the_order_of_their_numbers(processor):
+    data = read_support([(picture(i), i) for i in (10, 9, 2)], processor)
+    assert data.class_names == ["2", "9", "10"]
+
+
+def test_a_dict_of_folders_and_iterators_equals_a_dict_of_lists(support, folder, processor):
+    (folder / "green" / "notes.txt").write_text("not a picture")
+    given = {"red": folder / "red", "green": str(folder / "green"), "blue": iter(support["blue"])}
+    data, expected = read_support(given, processor), read_support(support, processor)
+    assert data.class_names == expected.class_names
+    assert torch.equal(data.pixel_values, expected.pixel_values)
+    assert data.names[3] == str(folder / "green" / "1.png")
+    assert len(data.skipped) == 1
+    assert "notes.txt cannot be read as an image" in data.skipped[0]
 
 
 def test_a_dataset_that_holds_only_some_of_its_classes(support, processor):
@@ -243,13 +281,37 @@ def test_one_class_and_one_image(processor, n_shot):
 def test_images_that_are_not_in_a_list(processor):
     with pytest.raises(SupportSetError, match="class 'cat' holds a Image: give a list of images"):
         read_support({"cat": picture(0), "dog": [picture(1)]}, processor)
+    with pytest.raises(SupportSetError, match=r"class 'cat' holds 'cat\.png': there is no such folder of images"):
+        read_support({"cat": "cat.png", "dog": [picture(1)]}, processor)
 
 
-@pytest.mark.parametrize("thing", [None, 3, [1, 2], (1, 2), "tensors"])
+@pytest.mark.parametrize("thing", [None, 3, b"bytes", picture(0), "tensors", "arrays"])
 def test_what_is_no_support_set(processor, thing):
-    thing = torch.zeros(2, 3, 28, 28) if thing == "tensors" else thing
-    with pytest.raises(SupportSetError, match=r"is not a support set: give a datasets\.Dataset, a dict"):
+    if thing == "tensors":
+        thing = torch.zeros(2, 3, 28, 28)
+    elif thing == "arrays":
+        thing = np.zeros((2, 28, 28, 3), dtype=np.uint8)
+    with pytest.raises(SupportSetError, match=r"is not a support set\. Give a datasets\.Dataset, a dict"):
         read_support(thing, processor)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([1, 2], r"item 0 is a int, not a pair \(image, label\)\. Give a datasets\.Dataset"),
+        ((1, 2), r"item 0 is a int, not a pair"),
+        ([(picture(0), 0), picture(1)], "item 1 is a Image, not a pair"),
+        ([(picture(0), 0, 1)], "item 0 is a tuple, not a pair"),
+        ([(picture(0), picture(1))], "the label of image 0 is a Image: give a name or an integer"),
+        ([(picture(0), 0), (picture(1), 0.5)], "the label of image 1 is a float"),
+        ([(picture(0), 0), (picture(1), "1")], "some labels are names and others are integers"),
+        ([(picture(0), "a"), (picture(1), "a")], "there is only one class, 'a'"),
+        (iter([]), "the support set has no images"),
+    ],
+)
+def test_bad_pairs(processor, items, message):
+    with pytest.raises(SupportSetError, match=message):
+        read_support(items, processor)
 
 
 def test_images_without_a_processor(support):
@@ -368,3 +430,17 @@ def test_no_such_folder_and_a_folder_without_classes(tmp_path, processor):
     picture(0).save(tmp_path / "0.png")
     with pytest.raises(SupportSetError, match="put the images of each class in a folder of its name"):
         image_folder(tmp_path)
+
+
+def test_a_folder_as_it_comes_out_of_a_zip_file(folder, processor, tmp_path):
+    """The classes one folder deeper, and what macOS adds."""
+    (folder / "__MACOSX" / "red").mkdir(parents=True)
+    (folder / "__MACOSX" / "red" / "._0.png").write_bytes(b"attributes")
+    data = read_support(folder, processor)
+    assert data.class_names == ["blue", "green", "red"]
+    assert data.skipped == (f"{folder / '__MACOSX'} is no class: macOS puts it into zip files.",)
+    inner = tmp_path / "outer" / "pets"
+    inner.parent.mkdir()
+    folder.rename(inner)
+    with pytest.raises(SupportSetError, match=f"outer has a single folder, {inner}, .* If those are the classes, give"):
+        read_support(tmp_path / "outer", processor)

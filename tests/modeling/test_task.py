@@ -87,10 +87,14 @@ def test_one_image_gives_one_answer_a_list_gives_a_list(one_shot, processor, tmp
     assert_same_answer(answer, expected)
     for form in (image, path, str(path), path.read_bytes(), np.asarray(image)):
         assert_same_answer(task(form), expected)
+        assert task.predict(form) == task.predict([form])[0] == expected[0]["label"]
+        torch.testing.assert_close(task.scores(form), task.scores([form])[0])
     pixel_values = processor([image], return_tensors="pt")["pixel_values"]
     assert_same_answer(task(pixel_values[0]), expected)
+    assert task.predict(pixel_values[0]) == expected[0]["label"]
     (answer,) = task(pixel_values)
     assert_same_answer(answer, expected)
+    assert task.predict(pixel_values) == [expected[0]["label"]]
 
 
 def test_batch_size_does_not_matter(one_shot):
@@ -106,6 +110,23 @@ def test_no_images(task):
     assert task([]) == []
     assert task.predict([]) == []
     assert task.scores(torch.empty(0, 3, 28, 28)).shape == (0, 3)
+
+
+def test_repr_says_what_the_task_is(backbone, adapter, support):
+    task = adapter.adapt(backbone, support)
+    n_parameters = sum(tensor.numel() for tensor in task.space.to_tensors(task.theta).values())
+    beginning = (
+        f"<AdaptedTask: 3 classes ['red', 'green', 'blue'], a BEFT adapter of {n_parameters:,} parameters for the "
+    )
+    assert repr(task) == beginning + "Dinov2Model, ready>"
+    backbone.config._name_or_path = "facebook/dinov2-small"
+    task.merge()
+    assert repr(task) == beginning + "Dinov2Model facebook/dinov2-small, merged into the backbone>"
+    task.reset()
+    assert repr(task).endswith("facebook/dinov2-small, reset, to be used no more>")
+    many = adapter.adapt(backbone, {f"{'long ' * 20}{i}": [picture(i)] for i in range(40)})
+    assert "40 classes" in repr(many)
+    assert len(repr(many)) < 500
 
 
 def test_support_images_are_recognised(one_shot):

@@ -11,11 +11,13 @@ import unicodedata
 import pytest
 import torch
 
-from hf_hyperflow import ImageError, cli
+from hf_hyperflow import ImageError
+from hf_hyperflow.cli.predict import Result, print_csv, print_lines
+from hf_hyperflow.cli.printing import DIRECTION_MARKS, say
 from hf_hyperflow.download import MAX_REDIRECTS, download
 from hf_hyperflow.modeling.lda import RegularisedLDA
-from hf_hyperflow.modeling.prototypes import unit_means
 from hf_hyperflow.modeling.leave_one_out import leave_one_out_logits
+from hf_hyperflow.modeling.prototypes import unit_means
 from tests.modeling.test_stopping import brute_force, lda_with_prior
 from tests.test_download import serve
 
@@ -86,13 +88,13 @@ def test_random_names_on_the_terminal_and_in_csv(monkeypatch):
         stderr = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace", newline="")
         monkeypatch.setattr(sys, "stdout", stdout)
         monkeypatch.setattr(sys, "stderr", stderr)
-        cli._print_csv([cli.Result(name, [{"label": name, "score": 0.5}])])
-        cli._print_lines([cli.Result(name, [{"label": name, "score": 0.5}])])
-        cli._say(name)
+        print_csv([Result(name, [{"label": name, "score": 0.5}])])
+        print_lines([Result(name, [{"label": name, "score": 0.5}])])
+        say(name)
         out, err = [read_back(stream) for stream in (stdout, stderr)]
         for line in (*out.split("\n"), *err.split("\n")):
             assert not any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in line), repr(name)
-            assert not any(c in cli.DIRECTION_MARKS for c in line), repr(name)
+            assert not any(c in DIRECTION_MARKS for c in line), repr(name)
         assert out.count("\n") == 3, repr(name)
         rows = list(csv.reader(io.StringIO("\n".join(out.split("\n")[:2]))))
         assert len(rows[1]) == 4, repr(name)

@@ -305,13 +305,22 @@ def test_a_standard_deviation_of_zero(backbone, adapter, support):
         adapter.adapt(backbone, support)
 
 
-@pytest.mark.parametrize("batch_size", [0, -1])
-def test_batches_of_no_images(backbone, adapter, support, pixels, batch_size):
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (0, "must be at least 1, not 0"),
+        (-1, "must be at least 1, not -1"),
+        (1.5, r"must be an integer, not 1\.5"),
+        ("8", "must be an integer, not '8'"),
+    ],
+)
+def test_sizes_of_batches_and_numbers_of_labels(backbone, adapter, support, pixels, count, message):
     task = adapter.adapt(backbone, support)
-    with pytest.raises(ValueError, match=f"^batch_size must be at least 1, not {batch_size}"):
-        task.predict(pixels, batch_size=batch_size)
-    with pytest.raises(ValueError, match=r"^top_k must be at least 1, not -1"):
-        task(pixels, top_k=-1)
+    for use in (task.predict, task.scores, task):
+        with pytest.raises(ValueError, match=f"^batch_size {message}"):
+            use(pixels, batch_size=count)
+    with pytest.raises(ValueError, match=f"^top_k {message}"):
+        task(pixels, top_k=count)
 
 
 # LDA
