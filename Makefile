@@ -38,11 +38,14 @@ test-all: $(VENV)/.installed-test
 
 # The library's own tests with the oldest packages allowed. torch is the one that the figures were measured with: older
 # ones have no wheel for the CPU at every registry, and pull in gigabytes of CUDA.
-test-lowest: pyproject.toml
-	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet "$(TORCH)" $$($(PYTHON) .ci/lowest.py)
+test-lowest: $(LOWEST)/.installed
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile \
 	  -m "not slow and not browser and not hub" tests/modeling tests/data tests/finetuning
+
+$(LOWEST)/.installed: pyproject.toml .ci/lowest.py
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet "$(TORCH)" $$($(PYTHON) .ci/lowest.py)
+	touch $@
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

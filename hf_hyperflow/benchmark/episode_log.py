@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data.parquet import read_parquet
-from ..modeling.saving import CheckpointError, atomic_file
+from ..modeling.atomic_file import atomic_file
+from ..modeling.saving import CheckpointError
 
 EPISODES = "episodes.parquet"
 

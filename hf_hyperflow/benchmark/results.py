@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -12,6 +11,16 @@ import numpy as np
 from .episode_log import EpisodeResult
 from .evaluation import mean_ci95
 from .methods import FLOW_POINTS, METHODS, HyperFlow, list_labels
+from .records import (
+    NO_ESTIMATE,
+    AgainstRecord,
+    Estimate,
+    FlowRecord,
+    MeanAgainstRecord,
+    MeanRecord,
+    Record,
+    Results,
+)
 from .task_cost import CostKey, TaskCost
 
 T = TypeVar("T")
@@ -25,126 +34,6 @@ REFERENCE, HYPERFLOW = "direct", "hyperflow"
 
 #: The method that was run, by the name that its tuned features have in the adapter's head.
 TUNED_METHODS = {method.head_name: method.name for method in METHODS if method.head_name is not None}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over episodes with the half-width of its 95 % interval; None where no episodes, or too few, were run."""
-
-    mean: float | None
-    ci95: float | None
-    n_episodes: int | None
-
-
-NO_ESTIMATE = Estimate(None, None, None)
-
-
-@dataclass(frozen=True)
-class Record:
-    """A method on a domain with a number of shots (None: variable). Accuracies are in %, differences in points.
-
-    Attributes:
-        n_way: the mean where episodes differ.
-        diff_vs_direct, diff_ci95: minus direct transfer, paired on the `diff_n_episodes` episodes of both.
-        seconds_per_task, peak_memory_mb, flops_per_task: see `TaskCost`; None where not measured.
-    """
-
-    method: str
-    domain: str
-    n_way: float
-    n_shot: int | None
-    n_episodes: int
-    accuracy: float
-    ci95: float | None
-    diff_vs_direct: float | None
-    diff_ci95: float | None
-    diff_n_episodes: int | None
-    seconds_per_task: float | None
-    peak_memory_mb: float | None
-    flops_per_task: int | None
-
-
-@dataclass(frozen=True)
-class MeanRecord:
-    """A method with a number of shots, every domain counting the same; numbers of episodes are sums."""
-
-    method: str
-    n_shot: int | None
-    n_domains: int
-    n_episodes: int
-    accuracy: float
-    ci95: float | None
-    diff_vs_direct: float | None
-    diff_ci95: float | None
-    diff_n_episodes: int | None
-
-
-@dataclass(frozen=True)
-class AgainstRecord:
-    """HyperFlow minus a method on a domain, paired on the `n_episodes` episodes of both."""
-
-    method: str
-    domain: str
-    n_shot: int | None
-    n_episodes: int
-    diff: float | None
-    diff_ci95: float | None
-
-
-@dataclass(frozen=True)
-class MeanAgainstRecord:
-    """HyperFlow minus a method, every domain counting the same; `domain` is None."""
-
-    method: str
-    domain: None
-    n_shot: int | None
-    n_domains: int
-    n_episodes: int
-    diff: float
-    diff_ci95: float | None
-
-
-@dataclass(frozen=True)
-class FlowRecord:
-    """A point of the flow on a domain.
-
-    Attributes:
-        along: "t", where `value` is the end of the flow, or "steps", where it is the number of steps to t = 1.
-        diff_vs_hyperflow, diff_vs_hyperflow_ci95: minus HyperFlow as it is, on the episodes of both.
-    """
-
-    domain: str
-    n_shot: int | None
-    along: str
-    value: float
-    n_episodes: int
-    accuracy: float
-    ci95: float | None
-    diff_vs_direct: float | None
-    diff_ci95: float | None
-    diff_n_episodes: int | None
-    diff_vs_hyperflow: float | None
-    diff_vs_hyperflow_ci95: float | None
-
-
-@dataclass(frozen=True)
-class Results:
-    """The results of a benchmark.
-
-    Attributes:
-        records: one per method, domain and number of shots.
-        means: one per method and number of shots.
-        hyperflow_against: HyperFlow against every other method, by domain and as the mean over domains.
-        flow: one per point of the flow, domain and number of shots.
-    """
-
-    records: list[Record]
-    means: list[MeanRecord]
-    hyperflow_against: list[AgainstRecord | MeanAgainstRecord]
-    flow: list[FlowRecord]
-
-    def to_json(self) -> dict[str, list[dict]]:
-        return asdict(self)
 
 
 def group_by(records: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:

@@ -9,7 +9,6 @@ a folder by running the command again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +27,9 @@ from ..arguments import make_parser
 from ..data.domains import Domain, load_domain
 from ..data.episodes import Episode, cdfsl_episode, meta_dataset_episode
 from ..modeling.adapter import HyperFlowAdapter
-from ..modeling.fingerprint import compute_fingerprint
+from ..modeling.atomic_file import write_json
 from ..modeling.model_card import is_hub_id
-from ..modeling.saving import atomic_folder, exclusive, write_json
+from ..modeling.saving import atomic_folder, exclusive
 from .arguments import BenchmarkArguments
 from .cost import device_name
 from .domain_features import DomainFeatures
@@ -38,14 +37,13 @@ from .episode_log import EPISODES, EpisodeLog, EpisodeResult
 from .evaluation import evaluate_method
 from .figures import draw_figures
 from .hyperparameters import read_hyperparameters, with_hyperparameters
+from .log_settings import HYPERPARAMETERS, describe_settings, require_known
 from .methods import FLOW_POINTS, Method, Target, find_methods, list_labels
-from .results import HYPERFLOW, REFERENCE, TUNED_METHODS, EpisodeTable, Results, build_cost_key, summarise
+from .records import Results
+from .results import HYPERFLOW, REFERENCE, TUNED_METHODS, EpisodeTable, build_cost_key, summarise
 from .task_cost import CostFile, CostKey, CostSetting, TaskCost, measure_task_cost
 
 RESULTS, COSTS = "results.json", "costs.json"
-
-#: What the log calls the hyper-parameters of a method.
-HYPERPARAMETERS = "hyperparameters of "
 
 #: Episodes of fine-tuning where there is no GPU, if `max_episodes_gradient` does not say.
 GRADIENT_EPISODES_ON_CPU = 60
@@ -120,6 +118,7 @@ class Benchmark:
         domains = [load_domain(source, target.processor) for source in arguments.dataset]
         settings = describe_settings(arguments, methods, target, domains)
         log = EpisodeLog(arguments.output_dir, settings)
+        require_known(log)
         return cls(arguments, accelerator, methods, backbone_name, target, domains, log)
 
     def run_episodes(self) -> None:
@@ -260,31 +259,6 @@ class Benchmark:
             print(f"mean over {mean.n_domains} domains: {json.dumps(asdict(mean))}")
         for name in (RESULTS, EPISODES):
             print(f"wrote {Path(self.arguments.output_dir) / name}")
-
-
-def describe_settings(
-    arguments: BenchmarkArguments, methods: Sequence[Method], target: Target, domains: Sequence[Domain]
-) -> dict[str, Any]:
-    """What an accuracy depends on beside method, domain, shots and index."""
-    settings: dict[str, Any] = {"protocol": arguments.protocol, "seed": arguments.seed, "bf16": arguments.bf16}
-    if arguments.protocol == "cdfsl":
-        settings["n_way"] = arguments.n_way
-        settings["n_query"] = arguments.n_query
-    settings["adapter"] = target.adapter.config.weights_sha256
-    settings["backbone"] = compute_fingerprint(target.backbone)
-    for method in methods:
-        if method.hyperparameters():
-            settings[f"{HYPERPARAMETERS}{method.name}"] = method.hyperparameters()
-    for domain in domains:
-        settings[f"domain {domain.name}"] = compute_digest(domain)
-    return settings
-
-
-def compute_digest(domain: Domain) -> str:
-    """A digest of the images and labels of a domain, to tell them from others."""
-    digest = hashlib.sha256(domain.images.numpy().tobytes())
-    digest.update(domain.labels.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def list_shots(arguments: BenchmarkArguments) -> Sequence[int | None]:

@@ -14,7 +14,8 @@ from transformers import AutoModel
 from transformers.utils.logging import disable_progress_bar
 
 from ..modeling.adapter import HyperFlowAdapter
-from ..modeling.saving import CheckpointError, write_json
+from ..modeling.atomic_file import write_json
+from ..modeling.saving import CheckpointError
 from .cost import count_flops, device_name, measure_cost, run_in_fresh_process
 from .methods import Classifier, Method, Support, Target
 

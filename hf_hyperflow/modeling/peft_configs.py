@@ -9,7 +9,7 @@ from peft import BeftConfig, LNTuningConfig, LoraConfig, PeftConfig, PeftType
 from torch import nn
 
 from .backbones import IncompatibleBackboneError, find_blocks, plain_modules
-from .validation import PEFT_CONFIGS, get_default
+from .peft_validation import PEFT_CONFIGS, get_default
 
 
 def find_linear_paths(backbone: nn.Module, last_blocks: int) -> list[str]:

@@ -22,10 +22,13 @@ from .checksums import CHECKSUMS, check_files
 from .hub import fetch
 from .images import load_processor
 from .injection import ADAPTER_NAME, Injection
+from .json_fields import parse_json, read_json
 from .locks import ignored_warnings
 from .peft_configs import build_peft_config
+from .peft_validation import validate_peft
 from .saving import CheckpointError, reading
-from .validation import list_differences, parse_json, read_json, read_tensors, validate_peft, validate_task
+from .task_validation import validate_task
+from .tensor_files import list_differences, read_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -17,8 +17,9 @@ import pytest
 from transformers import AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
+from hf_hyperflow.benchmark.episode_log import EpisodeLog, EpisodeResult
 from hf_hyperflow.benchmark.evaluation import compare_flow
-from hf_hyperflow.benchmark.results import Record
+from hf_hyperflow.benchmark.records import Record
 from hf_hyperflow.benchmark.runner import BenchmarkArguments, run
 from hf_hyperflow.data.domains import load_domain
 from hf_hyperflow.modeling.saving import CheckpointError
@@ -223,6 +224,17 @@ def test_another_benchmark_in_the_folder(ground, finished, change, words):
     with pytest.raises(CheckpointError, match=words):
         run(arguments(ground, finished[0], **change))
     assert (finished[0] / "episodes.parquet").read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "method"), [("recipe bias", "bias"), ("seed", "hyperflow-guard")])
+def test_a_folder_of_version_0_1(ground, tmp_path, name, method):
+    """It had other names for methods and for their settings."""
+    EpisodeLog(tmp_path, {name: 0}).append([EpisodeResult("six", 1, method, 0, 5, 5, 20, 50.0)])
+    before = (tmp_path / "episodes.parquet").read_bytes()
+    strange = method if name == "seed" else name
+    with pytest.raises(CheckpointError, match=rf"by another version of hf_hyperflow: {strange} is not known"):
+        run(arguments(ground, tmp_path))
+    assert (tmp_path / "episodes.parquet").read_bytes() == before
 
 
 def test_other_images_under_the_same_name(ground, finished, tmp_path):

@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 from hf_hyperflow import AdaptedTask, CheckpointError, HyperFlowAdapter, IncompatibleBackboneError
+from hf_hyperflow.modeling.config_validation import ENCODERS
 from hf_hyperflow.modeling.flow import _get_encoder_width
+from hf_hyperflow.modeling.json_fields import MAX_JSON_BYTES
 from hf_hyperflow.modeling.peft_configs import find_linear_paths
-from hf_hyperflow.modeling.validation import ENCODERS, MAX_JSON_BYTES, PEFT_CONFIGS
+from hf_hyperflow.modeling.peft_validation import PEFT_CONFIGS
 from tests.helpers.forgeries import Forgery, Prisoner, Saved
 from tests.helpers.tiny import Snapshot, pictures, same_bits, tiny_adapter, tiny_dinov2
 
