@@ -53,7 +53,9 @@ class Calibration:
         except OverflowError:
             scale = math.inf
         if not 0 < scale < math.inf:
-            raise NotFiniteError(f"the adapter's calibration makes a scale of {scale:g}: it must be above 0 and finite.")
+            raise NotFiniteError(
+                f"the adapter's calibration makes a scale of {scale:g}; allowed are finite positive ones."
+            )
         return scale
 
 
