@@ -40,6 +40,9 @@ N_QUERY = 8
 #: Terms that vary less than this in the given domains are not told apart by them, and get no large coefficients.
 MIN_DEVIATION = 0.05
 
+#: No scale is larger than the exponential of this.
+MAX_LOG_SCALE = 8.0
+
 #: Towards where the search starts, so that coefficients stay finite where every image is classified right.
 WEIGHT_DECAY = 1e-3
 
@@ -201,7 +204,7 @@ def fit_calibration(answers: Sequence[Answers], *, constant_only: bool = False) 
     known = [(answer.cosines[answer.labels != UNKNOWN], answer.labels[answer.labels != UNKNOWN]) for answer in answers]
 
     def compute_loss(coefficients: torch.Tensor) -> torch.Tensor:
-        scales = (measures @ coefficients).exp()
+        scales = (measures @ coefficients).clamp_max(MAX_LOG_SCALE).exp()  # the search may go far astray
         losses = []
         for scale, (cosines, labels) in zip(scales, known, strict=True):
             losses.append(F.cross_entropy(scale * cosines, labels))
