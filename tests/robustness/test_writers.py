@@ -1,4 +1,4 @@
-"""Writers in processes of their own that run out of disk or meet one another. Those that are killed: `test_writing.py`."""
+"""Writers in processes of their own, on a full disk or at once. For those that are killed see `test_writing.py`."""
 
 from __future__ import annotations
 
