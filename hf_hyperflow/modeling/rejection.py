@@ -35,10 +35,8 @@ class Rejection:
 
     def compute_known(self, logits: torch.Tensor, scale: float) -> torch.Tensor:
         """Probabilities `(n,)` that images are of one of the classes, from their logits `(n, n_way)` of this scale."""
-        best, index = logits.max(dim=-1)
-        others = logits.scatter(1, index.unsqueeze(1), -torch.inf)
-        log_odds = (best - others.logsumexp(dim=-1)).clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)
-        return torch.sigmoid(self.offset + self.odds * log_odds + self.cosine * best / scale)
+        best = logits.max(dim=-1).values / scale
+        return torch.sigmoid(self.offset + self.odds * compute_log_odds(logits) + self.cosine * best)
 
 
 @dataclass(frozen=True)
@@ -65,3 +63,10 @@ class RejectionCalibration:
         measured = measure_task(features, labels)
         offset = self.constant + self.ways * measured.ways + self.shots * measured.shots + self.spread * measured.spread
         return Rejection(offset, self.odds, self.cosine)
+
+
+def compute_log_odds(logits: torch.Tensor) -> torch.Tensor:
+    """Log-odds `(n,)` of the best class against all others, from logits `(n, n_way)` of at least two classes."""
+    best, index = logits.max(dim=-1)
+    others = logits.scatter(1, index.unsqueeze(1), -torch.inf)
+    return (best - others.logsumexp(dim=-1)).clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)
