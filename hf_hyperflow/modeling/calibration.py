@@ -55,9 +55,7 @@ class Calibration:
         except OverflowError:
             scale = math.inf
         if not 0 < scale < math.inf:
-            raise NotFiniteError(
-                f"the adapter's calibration makes a scale of {scale:g}, not a finite one."
-            )
+            raise NotFiniteError(f"the adapter's calibration makes a scale of {scale:g}, not a finite one.")
         return scale
 
 

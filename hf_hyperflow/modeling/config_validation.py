@@ -31,8 +31,8 @@ MAX_IMAGE_SIZE = 1 << 14
 MAX_INTERMEDIATE_WEIGHT = 1000
 MAX_ENCODER_BLOCKS = 200
 
-#: Of a calibration. With the largest, no scale is infinite in single precision.
-MAX_COEFFICIENT = 20
+#: Of a calibration.
+MAX_COEFFICIENT = 1000
 
 
 def validate_config(config: HyperFlowConfig, source: str | Path) -> None:

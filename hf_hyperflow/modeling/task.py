@@ -143,7 +143,14 @@ class AdaptedTask(Pushable, AdaptedBackbone):
             )
 
     def __call__(
-        self, images: Any, *, top_k: int | None = None, batch_size: int = 64, views: int = 1, skip_bad: bool = False
+        self,
+        images: Any,
+        *,
+        top_k: int | None = None,
+        batch_size: int = 64,
+        views: int = 1,
+        skip_bad: bool = False,
+        reject: bool = False,
     ) -> Any:
         """Labels with scores, best first: `[{"label": ..., "score": ...}, ...]`.
 
@@ -153,19 +160,28 @@ class AdaptedTask(Pushable, AdaptedBackbone):
             images, batch_size, views: see `scores`.
             top_k: how many labels; None gives all.
             skip_bad: see `scores`. The place of an image that cannot be read has None.
+            reject: see `predict`. Such an image has one entry, the label `NONE_OF_THESE` with the probability that it
+                is of none of the classes.
 
         Raises:
             ImageError, NotFiniteError, RuntimeError, IncompatibleBackboneError: see `scores`.
-            ValueError: see `scores`; or `top_k` is not an integer of at least 1.
+            ValueError: see `predict`; or `top_k` is not an integer of at least 1.
         """
+        if reject:
+            self._require_rejection()
         n_best = len(self.class_names)
         if top_k is not None:
             require_count("top_k", top_k)
             n_best = min(top_k, n_best)
         results: list[list[dict[str, Any]] | None] = []
-        scores, _ = self._score(images, batch_size, views, skip_bad)
-        for row in scores:
-            results.append(None if row.isnan().any() else self._name_best(row, n_best))
+        scores, known = self._score(images, batch_size, views, skip_bad)
+        for row, probability in zip(scores, known.tolist(), strict=True):
+            if row.isnan().any():
+                results.append(None)
+            elif reject and probability < 0.5:
+                results.append([{"label": NONE_OF_THESE, "score": 1 - probability}])
+            else:
+                results.append(self._name_best(row, n_best))
         return results[0] if is_one_image(images) else results
 
     def _name_best(self, scores: torch.Tensor, n_best: int) -> list[dict[str, Any]]:

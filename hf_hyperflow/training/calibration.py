@@ -37,6 +37,12 @@ MAX_PER_CLASS, MAX_WAY = 60, 20
 #: Queries of a class. As many images of other classes are asked in all.
 N_QUERY = 8
 
+#: Terms that vary less than this in the given domains are not told apart by them, and get no large coefficients.
+MIN_DEVIATION = 0.05
+
+#: Towards where the search starts, so that coefficients stay finite where every image is classified right.
+WEIGHT_DECAY = 1e-3
+
 #: The label of an image that is of none of the classes.
 UNKNOWN = -1
 
@@ -243,15 +249,14 @@ def _minimise(
 
     Args:
         compute_loss: a function of the coefficients.
-        terms: `(n, n_terms)`. The search has coefficients of terms of mean 0 and variance 1, with a little weight decay
-            for terms that hardly vary in the given domains.
+        terms: `(n, n_terms)`. The search has coefficients of terms of mean 0 and variance 1.
         start: where the constant starts; the others start at 0.
     """
-    mean, deviation = terms.mean(dim=0), terms.std(dim=0).clamp_min(1e-6)
+    mean, deviation = terms.mean(dim=0), terms.std(dim=0).clamp_min(MIN_DEVIATION)
     mean[0], deviation[0] = 0.0, 1.0
-    standardised = torch.zeros(terms.shape[1], requires_grad=True)
-    with torch.no_grad():
-        standardised[0] = start
+    origin = torch.zeros(terms.shape[1])
+    origin[0] = start
+    standardised = origin.clone().requires_grad_(True)
 
     def to_coefficients(values: torch.Tensor) -> torch.Tensor:
         scaled = values / deviation
@@ -262,7 +267,7 @@ def _minimise(
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = compute_loss(to_coefficients(standardised)) + 1e-3 * standardised[1:].square().sum()
+        loss = compute_loss(to_coefficients(standardised)) + WEIGHT_DECAY * (standardised - origin).square().sum()
         loss.backward()
         return loss
 
