@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import PIL.Image
@@ -34,12 +35,24 @@ def require_scores(task: AdaptedTask, pixels: torch.Tensor) -> None:
     torch.testing.assert_close(scores.sum(1), torch.ones(len(pixels)))
 
 
+VERDICTS: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def printed_verdicts() -> Iterator[None]:
+    """What became of all tasks of which `find_problem` was asked."""
+    yield
+    print(dict(VERDICTS))
+
+
 def find_problem(adapt: Callable[[], AdaptedTask], pixels: torch.Tensor) -> str:
     """What the error says if a task cannot be made or used; empty if all is finite."""
     try:
         require_scores(adapt(), pixels)
     except (NotFiniteError, ImageError) as error:
+        VERDICTS["clear error"] += 1
         return str(error)
+    VERDICTS["right"] += 1
     return ""
 
 
