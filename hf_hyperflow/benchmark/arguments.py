@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..modeling.views import MAX_VIEWS, require_views
+from ..modeling.views import MAX_VIEWS
 from .methods import METHODS, find_methods
 
 PROTOCOLS = ("cdfsl", "meta-dataset", "unbalanced")
@@ -64,8 +64,9 @@ class BenchmarkArguments:
         for name, value in numbers.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}.")
-        require_views(self.views)
-        require_views(self.query_views)
+        for name, value in {"views": self.views, "query_views": self.query_views}.items():
+            if not 1 <= value <= MAX_VIEWS:
+                raise ValueError(f"{name} must be from 1 to {MAX_VIEWS}, not {value}.")
         if self.n_way < 2:
             raise ValueError(f"n_way must be at least 2, not {self.n_way}.")
         if self.flow_episodes < 0:
