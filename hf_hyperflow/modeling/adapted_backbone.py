@@ -21,6 +21,7 @@ from .injection import Injection, unload
 from .locks import get_lock
 from .parameter_space import ParameterSpace
 from .prototypes import Head, PrototypeClassifier
+from .rejection import Rejection, RejectionCalibration
 from .stopping import StoppingPoint
 from .support import SupportSet
 from .views import average_views, combine_views, make_view, require_views
@@ -37,6 +38,7 @@ class SupportImages:
         hidden: what the frozen blocks computed of the images; None if they were not run.
         head: turns the features of the images into prototypes.
         calibration: gives the scale of the logits.
+        rejection: gives the rejection of the task; None if there is none.
         views: over how many views of an image its features are averaged.
     """
 
@@ -44,6 +46,7 @@ class SupportImages:
     hidden: Hidden | None
     head: Head
     calibration: Calibration
+    rejection: RejectionCalibration | None
     views: int = 1
 
 
@@ -64,6 +67,7 @@ class AdaptedBackbone:
         support: SupportImages | None = None,
         prototypes: torch.Tensor | None = None,
         scale: float | None = None,
+        rejection: Rejection | None = None,
         nfe: int = 0,
         stopping_point: StoppingPoint | None = None,
     ):
@@ -78,6 +82,7 @@ class AdaptedBackbone:
         self._support = support
         self._prototypes = prototypes
         self._scale = scale
+        self._rejection = rejection
         self._merged: Injection | None = None
         self._is_reset = False
 
@@ -100,9 +105,15 @@ class AdaptedBackbone:
         assert self._scale is not None
         return self._scale
 
+    @property
+    def rejection(self) -> Rejection | None:
+        """How the task tells images of none of its classes, computed with the prototypes; None if it cannot."""
+        self._learn_classes()
+        return self._rejection
+
     @torch.no_grad()
     def _learn_classes(self) -> None:
-        """Compute the prototypes and the scale from the support images, unless they are known."""
+        """Compute the prototypes, the scale and the rejection from the support images, unless they are known."""
         with get_lock(self.backbone):
             if self._support is None:
                 return
@@ -118,6 +129,8 @@ class AdaptedBackbone:
                     require_finite_weights(images.head, "the adapter's head")
                 raise NotFiniteError("the features of the support set are too large or too small to be compared.")
             self._scale = images.calibration.compute_scale(features, labels)
+            if images.rejection is not None:
+                self._rejection = images.rejection.fit_task(features, labels)
             self._prototypes = prototypes
             self._support = None
 

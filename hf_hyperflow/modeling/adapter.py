@@ -139,6 +139,7 @@ class HyperFlowAdapter(SavedFlow):
                 there are not so many views.
         """
         views = require_views(self.config.views if views is None else views)
+        calibration = self.calibration
         split = self.split(backbone)
         images = self._read(support, backbone, skip_bad)
         with get_lock(backbone), self._injected(backbone) as injection, eval_mode(backbone):
@@ -160,7 +161,7 @@ class HyperFlowAdapter(SavedFlow):
             theta=path.theta,
             class_names=images.class_names,
             processor=self.processor,
-            support=SupportImages(images, path.hidden, self.head, self.calibration, views),
+            support=SupportImages(images, path.hidden, self.head, calibration, self.rejection, views),
             nfe=path.nfe,
             stopping_point=path.stopping_point,
         )
@@ -185,7 +186,7 @@ class HyperFlowAdapter(SavedFlow):
             theta=theta,
             class_names=images.class_names,
             processor=self.processor,
-            support=SupportImages(images, None, unit_means, Calibration(math.log(COSINE_SCALE)), views),
+            support=SupportImages(images, None, unit_means, Calibration(math.log(COSINE_SCALE)), None, views),
         )
 
     def _read(self, support: Any, backbone: nn.Module, skip_bad: bool) -> SupportSet:

@@ -44,16 +44,18 @@ class Calibration:
         Raises:
             NotFiniteError: it is zero or infinite.
         """
-        log_scale = self.constant
-        if self.ways or self.shots or self.spread:
-            measured = measure_task(features, labels)
-            log_scale += self.ways * measured.ways + self.shots * measured.shots + self.spread * measured.spread
+        return self.scale_of(measure_task(features, labels))
+
+    def scale_of(self, measures: TaskMeasures) -> float:
+        """The scale for a support set of these measures; errors as in `compute_scale`."""
+        log_scale = self.constant + self.ways * measures.ways + self.shots * measures.shots
+        log_scale += self.spread * measures.spread
         try:
             scale = math.exp(log_scale)
         except OverflowError:
             scale = math.inf
         if not 0 < scale < math.inf:
-            raise NotFiniteError(f"the adapter's calibration makes a scale of {scale:g}: it must be above 0 and finite.")
+            raise NotFiniteError(f"the adapter's calibration makes a scale of {scale:g}, not a finite one.")
         return scale
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from pathlib import Path
 
+from .calibration import Calibration
 from .configuration import HyperFlowConfig
 from .json_fields import Fields, is_bounded
 from .peft_validation import validate_peft
+from .rejection import RejectionCalibration
 from .solvers import ADAPTIVE, TABLEAUX
+from .views import MAX_VIEWS
 
 #: Vision models that can encode a support set. Each has `last_hidden_state` and a `hidden_size` or `hidden_sizes`.
 ENCODERS = (
@@ -26,6 +30,9 @@ MAX_STEPS = 1000
 MAX_IMAGE_SIZE = 1 << 14
 MAX_INTERMEDIATE_WEIGHT = 1000
 MAX_ENCODER_BLOCKS = 200
+
+#: Of a calibration.
+MAX_COEFFICIENT = 1000
 
 
 def validate_config(config: HyperFlowConfig, source: str | Path) -> None:
@@ -59,10 +66,24 @@ def validate_config(config: HyperFlowConfig, source: str | Path) -> None:
     if width % 2 or width % heads:
         fields.refuse("drift_width", f"an even multiple of drift_heads={heads}")
     fields.flag("lda")
+    fields.integer("views", 1, MAX_VIEWS)
+    for name, kind in (("calibration", Calibration), ("rejection", RejectionCalibration)):
+        if fields.content[name] is not None:
+            _validate_coefficients(Fields(source, fields.content[name], f"{name}."), kind)
     fields.integer("n_steps", 1, MAX_STEPS)
     fields.choice("solver", (*TABLEAUX, *ADAPTIVE))
     if config.weights_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", fields.text("weights_sha256")):
         fields.refuse("weights_sha256", "64 hexadecimal digits")
+
+
+def _validate_coefficients(fields: Fields, kind: type[Calibration | RejectionCalibration]) -> None:
+    """Check that the fields are those of a dataclass of numbers."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    unknown = sorted(set(fields.content) - names)
+    if unknown:
+        fields.refuse(unknown[0], f"nothing: the fields are {', '.join(sorted(names))}")
+    for name in names:
+        fields.number(name, -MAX_COEFFICIENT, MAX_COEFFICIENT)
 
 
 def _validate_backbone(fields: Fields) -> Fields:

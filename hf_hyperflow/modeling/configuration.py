@@ -32,6 +32,8 @@ class HyperFlowConfig(PreTrainedConfig):
             `make_view`; 1 is the image as it is.
         calibration: the fields of a `Calibration`, by which scores become probabilities; None if every task has the
             scale `logit_scale` of the weights.
+        rejection: the fields of a `RejectionCalibration`, by which tasks tell images of none of their classes; None if
+            they cannot.
         n_steps, solver: how the flow is integrated unless `adapt` is told otherwise.
         weights_sha256: SHA-256 of `model.safetensors`, by which a damaged download is noticed.
     """
@@ -57,6 +59,7 @@ class HyperFlowConfig(PreTrainedConfig):
     lda: bool = False
     views: int = 1
     calibration: dict[str, float] | None = None
+    rejection: dict[str, float] | None = None
     n_steps: int = 4
     solver: str = "euler"
     weights_sha256: str | None = None

@@ -15,12 +15,14 @@ from .backbones import Hidden, IncompatibleBackboneError, SplitBackbone, find_bl
 from .calibration import Calibration
 from .configuration import HyperFlowConfig
 from .drift import DriftNetwork
+from .finite import NotFiniteError
 from .injection import Injection
 from .lda import RegularisedLDA
 from .locks import get_lock
 from .parameter_space import ParameterSpace
 from .peft_configs import build_peft_config
 from .prototypes import Head, unit_means
+from .rejection import RejectionCalibration
 from .solvers import Trajectory, integrate
 from .stopping import StoppingPoint, choose_stopping_point
 from .task_encoder import TaskEncoder, TaskTokens, pool_tokens
@@ -143,10 +145,25 @@ class Flow(PreTrainedModel):
 
     @property
     def calibration(self) -> Calibration:
-        """How the logits of a task are scaled."""
-        if self.config.calibration is None:
-            return Calibration(constant=self.logit_scale.item())
-        return Calibration(**self.config.calibration)
+        """How the logits of a task are scaled.
+
+        Raises:
+            NotFiniteError: the scale in the weights is zero or not finite.
+        """
+        if self.config.calibration is not None:
+            return Calibration(**self.config.calibration)
+        exponent = self.logit_scale.item()
+        scale = self.logit_scale.exp().item()
+        if not 0 < scale < math.inf:
+            raise NotFiniteError(f"logit_scale of the adapter is {exponent:g}, which makes a scale of {scale:g}.")
+        return Calibration(constant=exponent)
+
+    @property
+    def rejection(self) -> RejectionCalibration | None:
+        """How tasks tell images of none of their classes; None if nothing was fitted."""
+        if self.config.rejection is None:
+            return None
+        return RejectionCalibration(**self.config.rejection)
 
     def follow(
         self,

@@ -8,6 +8,12 @@ import torch
 
 from .calibration import measure_task
 
+#: What `AdaptedTask.predict` answers for an image of none of the classes.
+NONE_OF_THESE = "none of these"
+
+#: Log-odds of the best class beyond this say no more.
+MAX_LOG_ODDS = 10.0
+
 
 @dataclass(frozen=True)
 class Rejection:
@@ -29,14 +35,8 @@ class Rejection:
 
     def compute_known(self, logits: torch.Tensor, scale: float) -> torch.Tensor:
         """Probabilities `(n,)` that images are of one of the classes, from their logits `(n, n_way)` of this scale."""
-        best, runners_up = logits.max(dim=-1)
-        others = logits.scatter(1, runners_up.unsqueeze(1), -torch.inf)
-        log_odds = (best - others.logsumexp(dim=-1)).clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)
-        return torch.sigmoid(self.offset + self.odds * log_odds + self.cosine * best / scale)
-
-
-#: Log-odds of the best class beyond this say no more.
-MAX_LOG_ODDS = 10.0
+        best = logits.max(dim=-1).values / scale
+        return torch.sigmoid(self.offset + self.odds * compute_log_odds(logits) + self.cosine * best)
 
 
 @dataclass(frozen=True)
@@ -63,3 +63,10 @@ class RejectionCalibration:
         measured = measure_task(features, labels)
         offset = self.constant + self.ways * measured.ways + self.shots * measured.shots + self.spread * measured.spread
         return Rejection(offset, self.odds, self.cosine)
+
+
+def compute_log_odds(logits: torch.Tensor) -> torch.Tensor:
+    """Log-odds `(n,)` of the best class against all others, from logits `(n, n_way)` of at least two classes."""
+    best, index = logits.max(dim=-1)
+    others = logits.scatter(1, index.unsqueeze(1), -torch.inf)
+    return (best - others.logsumexp(dim=-1)).clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)

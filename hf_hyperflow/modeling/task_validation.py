@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .class_names import find_label_problem
-from .config_validation import MAX_BLOCKS, MAX_INTERMEDIATE_WEIGHT
+from .config_validation import MAX_BLOCKS, MAX_COEFFICIENT, MAX_INTERMEDIATE_WEIGHT
 from .json_fields import Fields
 from .saving import CheckpointError
 
@@ -20,7 +20,7 @@ def validate_task(tensors: dict[str, torch.Tensor], description: dict[str, Any],
     """Check the prototypes of a task and what it says about its labels and features.
 
     Args:
-        tensors: "prototypes" `(n_way, width)` and "scale", a number.
+        tensors: "prototypes" `(n_way, width)`, "scale", a number, and "rejection" `(3,)` or nothing.
         description: "labels", "start", "pooling" and "intermediate_weight".
         source: the file that both come from, for errors.
 
@@ -28,14 +28,20 @@ def validate_task(tensors: dict[str, torch.Tensor], description: dict[str, Any],
         CheckpointError: a tensor has another name or shape, or a value is not allowed.
     """
     n_dimensions = {name: tensor.ndim for name, tensor in tensors.items() if tensor.is_floating_point()}
-    if len(tensors) != 2 or n_dimensions != {"prototypes": 2, "scale": 0}:
+    rejection = tensors.get("rejection", torch.zeros(3))
+    expected = {"prototypes": 2, "scale": 0} | dict.fromkeys(tensors.keys() & {"rejection"}, 1)
+    if len(tensors) != len(expected) or n_dimensions != expected or len(rejection) != 3:
         raise CheckpointError(
-            f"{source} holds {reprlib.repr(sorted(tensors))}; expected are floats, prototypes (n_way, width) and a "
-            "number scale. Download or copy it again."
+            f"{source} holds {reprlib.repr(sorted(tensors))}; expected are floats, prototypes (n_way, width), a number "
+            "scale and, if anything, three numbers rejection. Download or copy it again."
         )
     if not 0 < tensors["scale"].item() <= MAX_SCALE:
         scale = tensors["scale"].item()
         raise CheckpointError(f"{source}: scale is {scale:g}; allowed is a positive number up to {MAX_SCALE:g}.")
+    if not rejection.abs().max() <= MAX_COEFFICIENT:
+        raise CheckpointError(
+            f"{source}: rejection is {rejection.tolist()}; allowed are numbers up to {MAX_COEFFICIENT:g} in size."
+        )
     fields = Fields(source, description)
     fields.integer("start", 0, MAX_BLOCKS - 1)
     fields.choice("pooling", ("cls", "mean"))
