@@ -24,7 +24,10 @@ class Record:
     Attributes:
         n_way: the mean where episodes differ.
         diff_vs_direct, diff_ci95: minus direct transfer, paired on the `diff_n_episodes` episodes of both.
-        seconds_per_task, peak_memory_mb, flops_per_task: see `TaskCost`; None where not measured.
+        log_loss, log_loss_ci95: mean over the episodes, in nats; None for methods without probabilities.
+        log_loss_vs_direct, log_loss_vs_direct_ci95: minus that of direct transfer, paired in the same way.
+        ece: expected calibration error of all queries together, 0 to 1, see `compute_ece`.
+        seconds_per_task, peak_memory_mb, flops_per_task, flops_per_prediction: see `TaskCost`; None where not measured.
     """
 
     method: str
@@ -37,14 +40,23 @@ class Record:
     diff_vs_direct: float | None
     diff_ci95: float | None
     diff_n_episodes: int | None
+    log_loss: float | None
+    log_loss_ci95: float | None
+    log_loss_vs_direct: float | None
+    log_loss_vs_direct_ci95: float | None
+    ece: float | None
     seconds_per_task: float | None
     peak_memory_mb: float | None
     flops_per_task: int | None
+    flops_per_prediction: int | None
 
 
 @dataclass(frozen=True)
 class MeanRecord:
-    """A method with a number of shots, every domain counting the same; numbers of episodes are sums."""
+    """A method with a number of shots, every domain counting the same; numbers of episodes are sums.
+
+    The fields are those of `Record`. `ece` is the mean of the domains' errors.
+    """
 
     method: str
     n_shot: int | None
@@ -55,6 +67,11 @@ class MeanRecord:
     diff_vs_direct: float | None
     diff_ci95: float | None
     diff_n_episodes: int | None
+    log_loss: float | None
+    log_loss_ci95: float | None
+    log_loss_vs_direct: float | None
+    log_loss_vs_direct_ci95: float | None
+    ece: float | None
 
 
 @dataclass(frozen=True)

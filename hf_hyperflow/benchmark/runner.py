@@ -25,7 +25,7 @@ from transformers import AutoModel
 
 from ..arguments import make_parser
 from ..data.domains import Domain, load_domain
-from ..data.episodes import Episode, cdfsl_episode, meta_dataset_episode
+from ..data.episodes import UNBALANCED_SHOTS, Episode, cdfsl_episode, meta_dataset_episode, unbalanced_episode
 from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.atomic_file import write_json
 from ..modeling.model_card import is_hub_id
@@ -125,7 +125,7 @@ class Benchmark:
         """Run what the log lacks."""
         n_episodes = count_episodes(self.arguments, self.methods, self.target.device)
         for domain in self.domains:
-            features = DomainFeatures(self.target, domain)
+            features = DomainFeatures(self.target, domain, self.arguments.views, self.arguments.query_views)
             for n_shot in list_shots(self.arguments):
                 if not self._has_episode(domain, n_shot):
                     continue
@@ -142,7 +142,7 @@ class Benchmark:
             self.accelerator.print(f"{domain.name} has too few images for {size}: left out ({error})")
             self.left_out.append({"domain": domain.name, "n_shot": n_shot, "reason": str(error)})
             return False
-        if arguments.protocol == "cdfsl" and episode.n_way < arguments.n_way:
+        if arguments.protocol != "meta-dataset" and episode.n_way < get_ways(arguments):
             self.accelerator.print(f"{domain.name} has {episode.n_way} classes to use: run {episode.n_way}-way")
         return True
 
@@ -168,9 +168,9 @@ class Benchmark:
         """The rows of one episode."""
         episode = draw_episode(self.arguments, features.domain, n_shot, index)
         with torch.autocast(self.target.device.type, torch.bfloat16, enabled=self.arguments.bf16):
-            accuracies = evaluate_method(method, features, episode)
+            outcomes = evaluate_method(method, features, episode)
         rows = []
-        for name, accuracy in accuracies.items():
+        for name, outcome in outcomes.items():
             row = EpisodeResult(
                 domain=episode.domain,
                 n_shot=n_shot,
@@ -179,7 +179,9 @@ class Benchmark:
                 n_way=episode.n_way,
                 n_support=len(episode.support),
                 n_query=len(episode.query),
-                accuracy=accuracy,
+                accuracy=outcome.accuracy,
+                log_loss=outcome.log_loss,
+                confidence_gaps=outcome.confidence_gaps,
             )
             rows.append(row)
         return rows
@@ -222,7 +224,15 @@ class Benchmark:
         """Costs of all methods in the log; those measured on this device before are in the file."""
         device = self.target.device.type
         height, width = self.domains[0].images.shape[-2:]
-        setting = CostSetting(self.backbone_name, self.arguments.adapter, device, self.arguments.bf16, (height, width))
+        setting = CostSetting(
+            backbone=self.backbone_name,
+            adapter=self.arguments.adapter,
+            device=device,
+            bf16=self.arguments.bf16,
+            size=(height, width),
+            views=self.arguments.views,
+            query_views=self.arguments.query_views,
+        )
         file = CostFile(path, device)
         missing = []
         for key in self._list_cost_keys():
@@ -261,6 +271,11 @@ class Benchmark:
             print(f"wrote {Path(self.arguments.output_dir) / name}")
 
 
+def get_ways(arguments: BenchmarkArguments) -> int:
+    """The ways of an episode where a domain has the classes; not for Meta-Dataset's protocol, where they vary."""
+    return len(UNBALANCED_SHOTS) if arguments.protocol == "unbalanced" else arguments.n_way
+
+
 def list_shots(arguments: BenchmarkArguments) -> Sequence[int | None]:
     if arguments.protocol == "cdfsl":
         return arguments.n_shot
@@ -268,13 +283,18 @@ def list_shots(arguments: BenchmarkArguments) -> Sequence[int | None]:
 
 
 def draw_episode(arguments: BenchmarkArguments, domain: Domain, n_shot: int | None, index: int) -> Episode:
-    """Episode `index` of a domain. The number of shots is None in Meta-Dataset's protocol.
+    """Episode `index` of a domain.
+
+    Args:
+        n_shot: None in protocols where shots vary.
 
     Raises:
         ValueError: the domain has too few images.
     """
-    if n_shot is None:
+    if arguments.protocol == "meta-dataset":
         return meta_dataset_episode(domain, index, seed=arguments.seed)
+    if n_shot is None:
+        return unbalanced_episode(domain, index, n_query=arguments.n_query, seed=arguments.seed)
     return cdfsl_episode(
         domain, index, n_way=arguments.n_way, n_shot=n_shot, n_query=arguments.n_query, seed=arguments.seed
     )

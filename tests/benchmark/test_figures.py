@@ -27,7 +27,7 @@ def results() -> Results:
         episodes += rows(domain, 5, "bias", 1, 3)
         for t in (0, 0.5, 1):
             episodes += rows(domain, 5, f"hyperflow t={t:g}", 2 * t, 6)
-    costs = {build_cost_key([row]): TaskCost(1.0, 1.0, 1) for row in episodes}
+    costs = {build_cost_key([row]): TaskCost(1.0, 1.0, 1, 1) for row in episodes}
     return summarise(episodes, costs)
 
 

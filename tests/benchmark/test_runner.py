@@ -112,6 +112,10 @@ def test_results_hold_a_record_per_method_domain_and_shots(finished):
         key = (record["domain"], record["n_shot"])
         values = np.array(accuracies(output, record["method"], *key))
         assert record["accuracy"] == pytest.approx(values.mean(), abs=1e-3)
+        rows = [r for r in episodes(output) if (r["method"], r["domain"], r["n_shot"]) == (record["method"], *key)]
+        assert record["log_loss"] == pytest.approx(np.mean([r["log_loss"] for r in rows]), abs=1e-4)
+        gaps = np.mean([r["confidence_gaps"] for r in rows], axis=0)
+        assert record["ece"] == pytest.approx(np.abs(gaps).sum(), abs=1e-4)
         if record["method"] == "direct":
             assert record["diff_vs_direct"] is None
         else:
@@ -184,7 +188,12 @@ def test_two_processes_end_with_the_results_of_one(ground, finished, tmp_path):
     assert done.stdout.count("three has 3 classes to use") == 2  # once per number of shots: one process speaks
     assert episodes(tmp_path) == episodes(finished[0])
     results = json.loads((tmp_path / "results.json").read_text())
-    costs = {"seconds_per_task", "peak_memory_mb", "flops_per_task"}  # of the device: its threads may differ
+    costs = {
+        "seconds_per_task",
+        "peak_memory_mb",
+        "flops_per_task",
+        "flops_per_prediction",
+    }  # of the device: its threads may differ
     for record, expected in zip(results["records"], finished[1]["records"], strict=True):
         assert record.keys() == expected.keys()
         for key in record.keys() - costs:
@@ -278,6 +287,21 @@ def test_meta_dataset_protocol(ground, tmp_path):
     assert record["seconds_per_task"] == 0.5
 
 
+def test_unbalanced_protocol_with_views(ground, tmp_path):
+    changes = {"protocol": "unbalanced", "n_query": 4, "n_episodes": 3, "flow_episodes": 0}
+    run(arguments(ground, with_known_costs(tmp_path / "one"), **changes))
+    results = run(arguments(ground, with_known_costs(tmp_path / "views"), views=4, query_views=2, **changes))
+    records = results["records"]
+    assert {(r["domain"], r["n_way"], r["n_shot"]) for r in records} == {("six", 5, None), ("three", 3, None)}
+    assert results["arguments"]["views"] == 4
+    one, views = episodes(tmp_path / "one"), episodes(tmp_path / "views")
+    assert {r["n_support"] for r in views if r["domain"] == "six"} == {8 + 4 + 2 + 1 + 1}
+    assert {r["n_support"] for r in views if r["domain"] == "three"} == {8 + 4 + 2}
+    assert all(a["log_loss"] != b["log_loss"] for a, b in zip(one, views, strict=True))
+    with pytest.raises(CheckpointError, match="views was 1 and is 4"):
+        run(arguments(ground, tmp_path / "one", views=4, **changes))
+
+
 @pytest.mark.slow
 def test_the_command_line(ground, tmp_path):
     script = "from hf_hyperflow.cli import main; main()"
@@ -305,6 +329,8 @@ def test_the_command_line(ground, tmp_path):
         ({"n_episodes": 0}, "n_episodes must be at least 1, not 0"),
         ({"n_shot": []}, "n_shot must be at least 1"),
         ({"flow_episodes": -1}, "flow_episodes must not be negative, but is -1"),
+        ({"views": 5}, "views must be from 1 to 4, not 5"),
+        ({"query_views": 0}, "query_views must be from 1 to 4, not 0"),
         ({"n_way": 1}, "n_way must be at least 2, not 1"),
         ({"max_episodes_gradient": 0}, "max_episodes_gradient must be at least 1, not 0"),
         ({"dataset": ["a/x.parquet", "b/x.parquet"]}, "two datasets have the same name"),
