@@ -56,12 +56,17 @@ def _explain(error: Exception, verb: str, repo_id: str, revision: str | None, is
         switched_off = "the Hub is switched off (HF_HUB_OFFLINE=1 or local_files_only=True)"
         if verb == "push":
             return f"{switched_off}. Go online to push."
-        return f"{switched_off} and the cache does not hold all of {repo_id}. Load it once online, or give a folder."
+        return (
+            f"there is no folder {repo_id}, {switched_off}, and the cache does not hold all of {repo_id}. Load it once "
+            "online, or give a folder."
+        )
     if isinstance(error, TimeoutError) and verb == "push":
         return f"{error}, so it was given up. Look at {hub}/{repo_id} whether it arrived, or try again."
     if isinstance(error, TimeoutError):
         return f"{error}, so it was given up. Try again: what arrived is kept."
     cause = error.__cause__ or error
     detail = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-    kept = "nothing was changed there" if verb == "push" else "files that arrived whole are kept"
-    return f"{hub} cannot be reached or the connection broke ({type(cause).__name__}: {detail}). Try again: {kept}."
+    broken = f"{hub} cannot be reached or the connection broke ({type(cause).__name__}: {detail}). Try again"
+    if verb == "push":
+        return f"{broken}: nothing was changed there."
+    return f"there is no folder {repo_id}, and {broken}: files that arrived whole are kept."
