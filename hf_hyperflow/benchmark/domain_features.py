@@ -37,7 +37,11 @@ class DomainFeatures:
 
     def queries(self, episode: Episode) -> Images:
         """An episode's query images."""
-        return self._images(episode.query, self._n_query_views)
+        return self.query_images(episode.query)
+
+    def query_images(self, rows: torch.Tensor) -> Images:
+        """The images `rows` of the domain, as queries."""
+        return self._images(rows, self._n_query_views)
 
     def _images(self, rows: torch.Tensor, views: int) -> Images:
         return combine_images([DomainImages(view, rows) for view in self._views[:views]])

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel
 
 from ..arguments import exit_on_error, parse
-from ..benchmark.domain_features import DomainFeatures, DomainImages
+from ..benchmark.domain_features import DomainFeatures
 from ..benchmark.methods import HyperFlow, Target
 from ..benchmark.methods.hyperflow import flow_features
 from ..data.domains import Domain, load_domain
@@ -156,7 +156,7 @@ def answer_queries(features: DomainFeatures, episode: Episode, seed: int) -> Ans
     """Adapt to an episode, and compare its queries and as many images of the domain's other classes."""
     target = features.target
     others = draw_others(features.domain, episode, seed)
-    queries = DomainImages(features, torch.cat([episode.query, others]))
+    queries = features.query_images(torch.cat([episode.query, others]))
     labels = torch.cat([episode.query_labels, torch.full_like(others, UNKNOWN)])
     support = features.support(episode)
     with eval_mode(target.backbone), eval_mode(target.adapter):

@@ -30,6 +30,7 @@ def small_grid(monkeypatch):
     monkeypatch.setattr(fine_tuning, "GRID_STEPS", (1, 3))
     monkeypatch.setattr(LayerNormTuning, "grid_rates", (1e-3, 3e-2))
     monkeypatch.setattr(LogisticRegression, "grid_c", (0.01, 10.0))
+    monkeypatch.setattr(DirectTransfer, "grid_scales", (2, 10, 40))
 
 
 def test_the_grid_is_run_written_and_its_best_chosen(tmp_path, target, colours):

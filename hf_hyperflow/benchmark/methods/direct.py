@@ -28,7 +28,29 @@ class DirectTransfer(Method):
 
     scale: float = COSINE_SCALE
 
-    grid_scales: ClassVar[tuple[float, ...]] = (2, 3, 5, 7, 10, 14, 20, 28, 40, 56, 80)
+    grid_scales: ClassVar[tuple[float, ...]] = (
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        9,
+        10,
+        11,
+        12,
+        14,
+        16,
+        18,
+        20,
+        24,
+        28,
+        34,
+        40,
+        56,
+        80,
+    )
 
     name = "direct"
     label = "direct transfer"
