@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 
 from ..data.domains import Domain
 from ..data.episodes import Episode, cdfsl_episode
-from ..modeling.backbones import eval_mode
 from ..modeling.fingerprint import compute_fingerprint
 from ..modeling.saving import write_json
+from ..modeling.trunks import eval_mode
 from .domain_features import DomainFeatures
 from .evaluation import label_accuracy, mean_ci95
 from .hyperparameters import Hyperparameters

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .backbones import Hidden, IncompatibleBackboneError, SplitBackbone, eval_mode
+from .backbones import Hidden, SplitBackbone
 from .finite import MAX_PIXEL_VALUE, NotFiniteError, find_bad_image, find_bad_row, require_finite_weights
 from .images import ImageError
 from .injection import Injection, unload
@@ -21,6 +21,7 @@ from .locks import get_lock
 from .parameter_space import ParameterSpace
 from .prototypes import Head, PrototypeClassifier
 from .stopping import StoppingPoint
+from .trunks import IncompatibleBackboneError, eval_mode
 
 T = TypeVar("T", bound="AdaptedBackbone")
 

@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .adapted_backbone import SupportImages
-from .backbones import Blocks, IncompatibleBackboneError, SplitBackbone, eval_mode, find_blocks, get_name
+from .backbones import SplitBackbone
+from .blocks import Blocks
 from .configuration import HyperFlowConfig
 from .fingerprint import compute_fingerprint, fingerprints_match
 from .finite import NotFiniteError, find_bad_image, find_bad_row, require_finite_weights
+from .gate import find_blocks
 from .images import ImageError
 from .injection import Injection, unload
 from .locks import get_lock
@@ -28,6 +30,7 @@ from .prototypes import unit_means
 from .saved_flow import SavedFlow
 from .support import SupportSet, read_support
 from .task import AdaptedTask
+from .trunks import IncompatibleBackboneError, eval_mode, find_trunk, get_name
 
 
 class HyperFlowAdapter(SavedFlow):
@@ -52,7 +55,7 @@ class HyperFlowAdapter(SavedFlow):
         """A new, untrained adapter for a backbone. The backbone is left as it was, and other threads can use it.
 
         Args:
-            backbone: a transformers vision model.
+            backbone: a vision model of transformers, or a wrapper of one, see `find_trunk`.
             peft_config: which weights are generated, with full dotted paths as targets. `bias_config`, `lora_config`
                 and `layernorm_config` of `hf_hyperflow.modeling.peft_configs` make the usual ones.
             last_blocks: how many of the last blocks are adapted. All targets lie in them or behind them.
@@ -62,13 +65,15 @@ class HyperFlowAdapter(SavedFlow):
             config: further fields of `HyperFlowConfig`.
 
         Raises:
-            IncompatibleBackboneError: the backbone has no blocks or no such targets, or it cannot be split.
+            IncompatibleBackboneError: the backbone cannot be adapted, or it has no such targets.
         """
+        backbone = find_trunk(backbone)
         with get_lock(backbone):
             space = ParameterSpace.from_backbone(backbone, peft_config, frozen=frozen_tensors)
             blocks = find_blocks(backbone)
             _require_in_last_blocks(space, blocks, last_blocks)
-            SplitBackbone(backbone, len(blocks) - last_blocks, blocks=blocks).check()
+            split = SplitBackbone(backbone, len(blocks) - last_blocks, config.pop("pooling", None), blocks)
+            split.check()
             fingerprint = compute_fingerprint(backbone)
         encoder_config = None if encoder is None else encoder.config.to_dict()
         model = cls(
@@ -78,9 +83,11 @@ class HyperFlowAdapter(SavedFlow):
                     "model_type": backbone.config.model_type,
                     "hidden_size": space.token_dim,
                     "num_blocks": len(blocks),
+                    "prefix_width": split.prefix_width,
                     "fingerprint": fingerprint,
                 },
                 last_blocks=last_blocks,
+                pooling=split.pooling,
                 peft=config_to_dict(peft_config),
                 tensor_names=space.names,
                 tensor_shapes=[list(shape) for shape in space.shapes],
@@ -133,6 +140,7 @@ class HyperFlowAdapter(SavedFlow):
             ValueError: see `read_support`; the solver is not known, or `n_steps` is not an integer of at least 0.
         """
         split = self.split(backbone)
+        backbone = split.backbone
         images = self._read(support, backbone, skip_bad)
         with get_lock(backbone), self._injected(backbone) as injection, eval_mode(backbone):
             path = self.follow(
@@ -165,7 +173,8 @@ class HyperFlowAdapter(SavedFlow):
 
         Arguments and errors are those of `adapt`. The task that is returned has theta at its start.
         """
-        blocks = self.split(backbone).blocks
+        split = self.split(backbone)
+        backbone, blocks = split.backbone, split.blocks
         images = self._read(support, backbone, skip_bad)
         with get_lock(backbone), self._injected(backbone) as injection:
             theta = injection.start

@@ -12,8 +12,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .backbones import IncompatibleBackboneError
 from .locks import get_lock, ignored_warnings
+from .trunks import IncompatibleBackboneError
 
 if TYPE_CHECKING:
     from .parameter_space import ParameterSpace

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .backbones import IncompatibleBackboneError, SplitBackbone, get_name
+from .backbones import SplitBackbone
 from .checksums import CHECKSUMS, check_files
 from .hub import fetch
 from .images import load_processor
@@ -25,6 +25,7 @@ from .injection import ADAPTER_NAME, Injection
 from .locks import ignored_warnings
 from .peft_configs import build_peft_config
 from .saving import CheckpointError, reading
+from .trunks import IncompatibleBackboneError, get_name
 from .validation import list_differences, parse_json, read_json, read_tensors, validate_peft, validate_task
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -21,6 +21,7 @@ from peft import BeftConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from .blocks import POOLINGS
 from .configuration import HyperFlowConfig
 from .saving import CheckpointError
 from .solvers import ADAPTIVE, TABLEAUX
@@ -240,7 +241,7 @@ def validate_config(config: HyperFlowConfig, source: str | Path) -> None:
     fields = Fields(source, vars(config))
     backbone = _validate_backbone(Fields(source, config.backbone, "backbone."))
     fields.integer("last_blocks", 1, backbone.content["num_blocks"])
-    fields.choice("pooling", ("cls", "mean"))
+    fields.choice("pooling", POOLINGS)
     fields.number("intermediate_weight", 0, MAX_INTERMEDIATE_WEIGHT)
     validate_peft(config.peft, source, "peft.")
     _validate_tensor_list(fields, backbone.content["hidden_size"])
@@ -267,6 +268,8 @@ def _validate_backbone(fields: Fields) -> Fields:
     fields.text("model_type")
     fields.integer("hidden_size", 1, MAX_WIDTH)
     n_blocks = fields.integer("num_blocks", 1, MAX_BLOCKS)
+    if "prefix_width" in fields.content:
+        fields.integer("prefix_width", 1, MAX_WIDTH)
     fingerprint = fields.content.get("fingerprint")
     if fingerprint is not None:
         allowed = f"a list of {n_blocks} numbers"
@@ -312,7 +315,7 @@ def validate_task(tensors: dict[str, torch.Tensor], description: dict[str, Any],
         raise CheckpointError(f"{source}: scale is {scale:g}; allowed is a positive number up to {MAX_SCALE:g}.")
     fields = Fields(source, description)
     fields.integer("start", 0, MAX_BLOCKS - 1)
-    fields.choice("pooling", ("cls", "mean"))
+    fields.choice("pooling", POOLINGS)
     fields.number("intermediate_weight", 0, MAX_INTERMEDIATE_WEIGHT)
     n_way = len(tensors["prototypes"])
     labels = description.get("labels")

@@ -32,8 +32,9 @@ from ..finetuning.shards import (
     write_shard,
 )
 from ..finetuning.teacher import Recording, Teacher, fine_tune_tasks
-from ..modeling.backbones import SplitBackbone, find_blocks
+from ..modeling.backbones import SplitBackbone
 from ..modeling.fingerprint import compute_fingerprint, fingerprints_match
+from ..modeling.gate import find_blocks
 from ..modeling.hub import push_folder
 from ..modeling.model_card import CARD, write_card
 from ..modeling.parameter_space import ParameterSpace

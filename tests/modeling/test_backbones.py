@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoModel
 
 from hf_hyperflow import IncompatibleBackboneError
-from hf_hyperflow.modeling.backbones import SplitBackbone, eval_mode, find_blocks, get_name
+from hf_hyperflow.modeling.backbones import SplitBackbone
+from hf_hyperflow.modeling.gate import find_blocks
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.peft_configs import (
     bias_config,
@@ -19,6 +20,7 @@ from hf_hyperflow.modeling.peft_configs import (
     layernorm_config,
     lora_config,
 )
+from hf_hyperflow.modeling.trunks import eval_mode, get_name
 from tests.helpers.tiny import Snapshot, pictures, tiny_adapter, tiny_dinov2, tiny_resnet, tiny_vit
 from tests.helpers.vits import VITS, tiny_clip, tiny_swin
 

@@ -7,10 +7,10 @@ import torch
 
 from hf_hyperflow.modeling.backbones import SplitBackbone
 from hf_hyperflow.modeling.lda import RegularisedLDA
+from hf_hyperflow.modeling.leave_one_out import SMALL, leave_one_out_lda, leave_one_out_logits
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.peft_configs import bias_config
 from hf_hyperflow.modeling.prototypes import PrototypeClassifier, unit_means
-from hf_hyperflow.modeling.leave_one_out import SMALL, leave_one_out_lda, leave_one_out_logits
 from hf_hyperflow.modeling.stopping import choose_stopping_point
 from tests.helpers.tiny import tiny_dinov2
 
