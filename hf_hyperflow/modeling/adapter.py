@@ -74,6 +74,7 @@ class HyperFlowAdapter(SavedFlow):
             _require_in_last_blocks(space, blocks, last_blocks)
             split = SplitBackbone(backbone, len(blocks) - last_blocks, config.pop("pooling", None), blocks)
             split.check()
+            _require_running(split, space)
             fingerprint = compute_fingerprint(backbone)
         encoder_config = None if encoder is None else encoder.config.to_dict()
         model = cls(
@@ -256,6 +257,20 @@ class HyperFlowAdapter(SavedFlow):
                 f"({self.config.backbone['name_or_path']}): expect no gain.",
                 stacklevel=6,  # whoever called `adapt`: four frames of contextlib, torch and ours lie between
             )
+
+
+def _require_running(split: SplitBackbone, space: ParameterSpace) -> None:
+    """Raise an error if the backbone does not run with the adapter in it, because it reads attributes of a layer."""
+    injection = space.inject(split.backbone)
+    try:
+        split.check()
+    except IncompatibleBackboneError as error:
+        raise IncompatibleBackboneError(
+            f"{type(split.backbone).__name__} does not run with such an adapter in its layers "
+            f"({error.__cause__ or error}). Use another kind, such as layernorm_config."
+        ) from error
+    finally:
+        injection.remove()
 
 
 def _require_in_last_blocks(space: ParameterSpace, blocks: Blocks, last_blocks: int) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .blocks import Blocks, read_features
-from .gate import find_blocks, find_images, first_tensor, is_close, split_arguments
+from .gate import draw_images, find_blocks, first_tensor, is_close, split_arguments
 from .locks import get_lock
 from .trunks import IncompatibleBackboneError, eval_mode, find_trunk, run_trunk
 
@@ -194,7 +194,7 @@ class SplitBackbone(nn.Module):
                 first seen.
         """
         with get_lock(self.backbone), eval_mode(self.backbone):
-            pixel_values = find_images(self.backbone)
+            pixel_values = draw_images(self.backbone, self.blocks.image_size)
             whole = self.forward_features(pixel_values)[[2, 0]]
             halves = self.forward_suffix(self.forward_prefix(pixel_values)[torch.tensor([2, 0])])
         if not is_close(whole, halves):

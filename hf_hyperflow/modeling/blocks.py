@@ -65,6 +65,7 @@ class Blocks:
         widths: number of channels that enter each block.
         width: length of the features.
         are_maps_last: of each block, and of the output, whether it takes maps `(n, height, width, channels)`.
+        image_size: height and width of the images that it was tried on.
     """
 
     paths: tuple[str, ...]
@@ -76,6 +77,7 @@ class Blocks:
     widths: tuple[int, ...]
     width: int
     are_maps_last: tuple[bool, ...]
+    image_size: tuple[int, int]
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -85,7 +85,9 @@ def split_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, di
 
 def first_tensor(output: Any) -> Any:
     """The hidden states that a block returns, which may be the first of several things."""
-    return output[0] if isinstance(output, tuple | list) else output
+    while isinstance(output, tuple | list) and output:
+        output = output[0]
+    return output
 
 
 @torch.no_grad()
@@ -93,7 +95,8 @@ def _try_out(trunk: PreTrainedModel) -> tuple[Blocks, bool]:
     """The blocks of a trunk, and whether its features are finite, so that they could be compared."""
     paths = list_block_paths(trunk)
     with eval_mode(trunk), _rough_norms(trunk, paths) as norms:
-        pixel_values = find_images(trunk)
+        image_size = _find_image_size(trunk)
+        pixel_values = draw_images(trunk, image_size)
         first = _run(trunk, paths, pixel_values, norms)
         second = _run(trunk, paths, pixel_values[[2, 0]], norms)
         _require_run_once(trunk, paths, first)
@@ -119,29 +122,32 @@ def _try_out(trunk: PreTrainedModel) -> tuple[Blocks, bool]:
         widths=tuple(widths),
         width=features.shape[1],
         are_maps_last=is_last,
+        image_size=image_size,
     )
     return blocks, bool(features.isfinite().all())
 
 
-def find_images(trunk: PreTrainedModel) -> torch.Tensor:
-    """Three random images `(3, 3, height, width)` that the trunk takes: small ones, or those of its config.
+def draw_images(trunk: nn.Module, size: tuple[int, int]) -> torch.Tensor:
+    """Three random images `(3, 3, height, width)`, always the same, on the device and in the precision of a trunk."""
+    parameter = next(p for p in trunk.parameters() if p.is_floating_point())
+    images = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(0))
+    return images.to(parameter.device, parameter.dtype)
+
+
+def _find_image_size(trunk: PreTrainedModel) -> tuple[int, int]:
+    """Height and width of images that the trunk takes: small ones, or those of its config.
 
     Raises:
         IncompatibleBackboneError: it takes neither.
     """
-    parameter = next(p for p in trunk.parameters() if p.is_floating_point())
-    sizes = _list_sizes(trunk)
-    generator = torch.Generator().manual_seed(0)
-    for height, width in sizes:
-        images = torch.randn(3, 3, height, width, generator=generator).to(parameter.device, parameter.dtype)
+    *small, own = _list_sizes(trunk)
+    for size in small:
         try:
-            run_trunk(trunk, images[:1])
+            run_trunk(trunk, draw_images(trunk, size)[:1])
         except IncompatibleBackboneError:
-            if (height, width) == sizes[-1]:
-                raise
-        else:
-            return images
-    raise AssertionError("there is a size to try")
+            continue
+        return size
+    return own
 
 
 def _list_sizes(trunk: PreTrainedModel) -> list[tuple[int, int]]:

@@ -90,6 +90,7 @@ class Injection:
         peft_config = copy.deepcopy(peft_config)
         # Configs loaded from disk say True, and PEFT would mark no parameter as the adapter's.
         peft_config.inference_mode = False
+        peft_targets = vars(peft_config).get("target_modules")
         try:
             self.peft_model = _build_peft_model(backbone, peft_config, seed)
         except BaseException as error:
@@ -100,6 +101,8 @@ class Injection:
             raise IncompatibleBackboneError(
                 f"PEFT cannot adapt this {type(backbone).__name__}: {error or type(error).__name__}"
             ) from error
+        # PEFT cuts long lists of targets down to the ends of their names, of which several modules share one.
+        vars(self.peft_model.peft_config[ADAPTER_NAME])["target_modules"] = copy.copy(peft_targets)
         for module in backbone.modules():
             module.training = modes.get(module, backbone.training)
 

@@ -8,7 +8,6 @@ from torch import nn
 
 from .prototypes import class_means, no_autocast
 
-
 #: Of the mean squared length of class means, at least this part is taken for signal.
 MIN_SIGNAL = 0.05
 

@@ -60,8 +60,18 @@ def _last_block_modules(backbone: nn.Module, last_blocks: int) -> list[tuple[str
     return [(path, module) for path, module in plain_modules(trunk) if path.startswith(prefixes)]
 
 
+def _leave_out_shared(backbone: nn.Module, paths: list[str]) -> list[str]:
+    """The paths without those that are the ends of other modules' paths.
+
+    PEFT would take these modules as well: with "layernorm", for one, also "embeddings.layernorm".
+    """
+    others = [path for path, _ in plain_modules(find_trunk(backbone)) if path not in paths]
+    return [path for path in paths if not any(other.endswith(path) for other in others)]
+
+
 def _require_targets(backbone: nn.Module, paths: list[str], missing: str, remedy: str) -> list[str]:
-    """The paths; an error if there are none."""
+    """The paths that PEFT takes for nothing else; an error if there are none."""
+    paths = _leave_out_shared(backbone, paths)
     if not paths:
         raise IncompatibleBackboneError(
             f"the last blocks of {type(backbone).__name__} have no {missing}. Use {remedy}, or raise last_blocks."
@@ -82,7 +92,7 @@ def bias_config(backbone: nn.Module, last_blocks: int, *, norms: bool = True) ->
     paths = find_linear_paths(backbone, last_blocks)
     return BeftConfig(
         target_modules=_require_targets(backbone, paths, "linear layers", "layernorm_config or lora_config"),
-        modules_to_save=find_norm_paths(backbone, last_blocks) if norms else None,
+        modules_to_save=_leave_out_shared(backbone, find_norm_paths(backbone, last_blocks)) if norms else None,
     )
 
 

@@ -127,8 +127,8 @@ def run_trunk(trunk: nn.Module, pixel_values: torch.Tensor) -> ModelOutput:
     """Run a trunk on images `(n, 3, height, width)`; its output has `last_hidden_state` and maybe `pooler_output`.
 
     Raises:
-        IncompatibleBackboneError: it cannot see images of this size: they are smaller than a patch, say. Or it does
-            not return its hidden states.
+        IncompatibleBackboneError: it cannot see images of this size: they are smaller than a patch, say. Or it returns
+            no hidden states.
     """
     try:
         output = trunk(**_prepare_inputs(trunk, pixel_values))
@@ -140,10 +140,11 @@ def run_trunk(trunk: nn.Module, pixel_values: torch.Tensor) -> ModelOutput:
             f"this {type(trunk).__name__} does not run on pixel values of shape {shape}: {error}. Use the "
             "image processor of the backbone."
         ) from error
-    if not isinstance(output, ModelOutput) or not isinstance(output.get("last_hidden_state"), torch.Tensor):
+    states = output.get("last_hidden_state") if isinstance(output, ModelOutput) else None
+    if not isinstance(states, torch.Tensor) or states.ndim not in (3, 4):
         raise IncompatibleBackboneError(
-            f"{type(trunk).__name__} does not return a last_hidden_state. Use the model that AutoModel loads, with "
-            "return_dict=True in its config."
+            f"{type(trunk).__name__} does not return a last_hidden_state of tokens or maps. Use the model that AutoModel loads (Dinov2Model, "
+            "not Dinov2Backbone), with return_dict=True in its config."
         )
     return output
 
