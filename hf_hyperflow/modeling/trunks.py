@@ -131,7 +131,7 @@ def run_trunk(trunk: nn.Module, pixel_values: torch.Tensor) -> ModelOutput:
             no hidden states.
     """
     try:
-        output = trunk(**_prepare_inputs(trunk, pixel_values))
+        output = trunk(*_prepare_inputs(trunk, pixel_values))
     except torch.OutOfMemoryError:
         raise
     except _FORWARD_ERRORS as error:
@@ -143,23 +143,20 @@ def run_trunk(trunk: nn.Module, pixel_values: torch.Tensor) -> ModelOutput:
     states = output.get("last_hidden_state") if isinstance(output, ModelOutput) else None
     if not isinstance(states, torch.Tensor) or states.ndim not in (3, 4):
         raise IncompatibleBackboneError(
-            f"{type(trunk).__name__} does not return a last_hidden_state of tokens or maps. Use the model that AutoModel loads (Dinov2Model, "
-            "not Dinov2Backbone), with return_dict=True in its config."
+            f"{type(trunk).__name__} does not return a last_hidden_state of tokens or maps. Use the model that "
+            "AutoModel loads (Dinov2Model, not Dinov2Backbone), with return_dict=True in its config."
         )
     return output
 
 
-def _prepare_inputs(trunk: nn.Module, pixel_values: torch.Tensor) -> dict[str, Any]:
-    """What the forward pass of a trunk takes for images. SigLIP 2 alone takes patches."""
+def _prepare_inputs(trunk: nn.Module, pixel_values: torch.Tensor) -> tuple[Any, ...]:
+    """What the forward pass of a trunk takes for images. SigLIP 2 alone takes patches, their mask and their numbers."""
     config: Any = trunk.config
     if config.model_type != "siglip2_vision_model":
-        return {"pixel_values": pixel_values}
+        return (pixel_values,)
     n, _, height, width = pixel_values.shape
     rows, columns = height // config.patch_size, width // config.patch_size
     patches = pixel_values[:, :, : rows * config.patch_size, : columns * config.patch_size]
     patches = patches.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # n, channel, row, y, column, x
-    return {
-        "pixel_values": patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2),
-        "pixel_attention_mask": None,
-        "spatial_shapes": torch.tensor([[rows, columns]]).expand(n, 2),
-    }
+    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    return patches, None, torch.tensor([[rows, columns]]).expand(n, 2)

@@ -19,8 +19,8 @@ from hf_hyperflow.modeling.backbones import SplitBackbone
 from hf_hyperflow.modeling.gate import draw_images, find_blocks
 from hf_hyperflow.modeling.peft_configs import bias_config, layernorm_config, lora_config
 from hf_hyperflow.modeling.trunks import find_trunk
-from tests.helpers.families import FAMILIES, REFUSED, TIMM, Family, Member, render_table
-from tests.helpers.tiny import Snapshot, tiny_adapter
+from tests.helpers.families import FAMILIES, REFUSED, Family, Member, render_table
+from tests.helpers.tiny import same_bits, tiny_adapter
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 SPACES = {"biases": bias_config, "LoRA": lora_config, "norms": layernorm_config}
@@ -58,7 +58,7 @@ def test_a_family_that_works(family: Family, member: Member, space: str, tmp_pat
     """Cut where the table says, adapted, saved, loaded by this package and by PEFT alone, and taken out again."""
     model = member.build(**member.remedy)
     trunk = find_trunk(model)
-    before = Snapshot(trunk)
+    before = copy_state(trunk)
     assert describe_cut(SplitBackbone(model, 0)) == family.cut
     for start in range(len(find_blocks(model))):
         SplitBackbone(model, start).check()
@@ -68,16 +68,16 @@ def test_a_family_that_works(family: Family, member: Member, space: str, tmp_pat
                 HyperFlowAdapter.from_backbone(model, make(model, 1), last_blocks=1)
     last_blocks = 1 if space == "biases" else 2
     adapter = tiny_adapter(model, SPACES[space](model, last_blocks), last_blocks=last_blocks)
-    before.assert_unchanged()
+    assert_same_state(trunk, before)
 
     images, labels = draw_task(model)
-    plain = adapter.direct_transfer(model, (images, labels)).logits(images)
+    plain = compute_features(adapter.direct_transfer(model, (images, labels)), images)
     task = adapter.adapt(model, (images, labels))
     logits, features = task.logits(images), compute_features(task, images)
-    assert (logits - plain).abs().max() > 1e-6, "the adapter changes nothing"
+    assert (features - plain).abs().max() > 1e-3 * plain.abs().max(), "the adapter changes nothing"
     task.save_pretrained(tmp_path / "task")
     task.reset()
-    before.assert_unchanged()
+    assert_same_state(trunk, before)
 
     copied = copy.deepcopy(model)
     loaded = AdaptedTask.from_pretrained(tmp_path / "task", copied)
@@ -89,6 +89,17 @@ def test_a_family_that_works(family: Family, member: Member, space: str, tmp_pat
         split = SplitBackbone(trunk, 0)
         split.backbone = plain_trunk
         torch.testing.assert_close(split.forward_features(images), features, rtol=1e-4, atol=1e-4)
+
+
+def copy_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_state(model: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    """The same modules with the same bits. Some models note the sizes of images in attributes when they run."""
+    state = model.state_dict()
+    assert list(state) == list(expected)
+    assert all(same_bits(state[name], tensor) for name, tensor in expected.items())
 
 
 @torch.no_grad()
