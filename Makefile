@@ -7,6 +7,9 @@ BIN = $(VENV)/bin
 # Two processes of one thread each are faster than one of two: much of the time is the start of Python.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# What the tests need. Those of `dev` include them: nothing more is installed after `make quality`.
+EXTRAS ?= test
+
 # Where the oldest packages are installed that pyproject.toml allows.
 LOWEST ?= .venv-lowest
 
@@ -30,19 +33,22 @@ train-demo: $(VENV)/.installed-train
 	$(BIN)/python -m training.demo.run $(if $(DATA),--dataset $(DATA)) $(if $(UNSEEN),--unseen $(UNSEEN)) --output_dir $(OUT)
 
 # The fast tier: what a change should pass before it is shown to anybody.
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-$(EXTRAS)
 	$(PYTEST) -m "not slow and not browser and not hub"
 
-test-all: $(VENV)/.installed-test
+test-all: $(VENV)/.installed-$(EXTRAS)
 	$(PYTEST)
 
 # The library's own tests with the oldest packages allowed. torch is the one that the figures were measured with: older
 # ones have no wheel for the CPU at every registry, and pull in gigabytes of CUDA.
-test-lowest: pyproject.toml
-	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet "$(TORCH)" $$($(PYTHON) .ci/lowest.py)
+test-lowest: $(LOWEST)/.installed
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile \
 	  -m "not slow and not browser and not hub" tests/modeling tests/data tests/finetuning
+
+$(LOWEST)/.installed: pyproject.toml .ci/lowest.py
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet "$(TORCH)" $$($(PYTHON) .ci/lowest.py)
+	touch $@
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

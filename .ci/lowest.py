@@ -1,7 +1,7 @@
 """Print the oldest release of each package that pyproject.toml allows, as pip's requirements: `name==1.2`.
 
-They are those of the library, its benchmarks, training and tests; torch, gradio and Selenium are left out. This needs
-Python 3.11.
+They are those of the library, its benchmarks, training and tests; torch, gradio, Selenium and pillow-heif are left out.
+This needs Python 3.11.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import tomllib
 
 EXTRAS = ("cli", "benchmark", "train", "ode", "test")
-LEFT_OUT = ("hf-hyperflow", "torch", "selenium")
+LEFT_OUT = ("hf-hyperflow", "torch", "selenium", "pillow-heif")
 
 
 def find_lowest() -> dict[str, str]:

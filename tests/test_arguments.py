@@ -12,7 +12,7 @@ import yaml
 from hf_hyperflow.arguments import describe_arguments, exit_on_error, make_parser, parse
 from hf_hyperflow.modeling.saving import CheckpointError
 from hf_hyperflow.training import DriftTrainingConfig
-from hf_hyperflow.training.collector import CollectionConfig
+from hf_hyperflow.training.collection_config import CollectionConfig
 from hf_hyperflow.training.pretraining import PretrainingConfig
 
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"

@@ -1,4 +1,4 @@
-"""What the frozen backbone computes of the images of a domain, each image once."""
+"""What the frozen backbone computes of the images of a domain, each view of an image once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,46 @@ import torch
 from ..data.domains import Domain, normalise
 from ..data.episodes import Episode
 from ..modeling.backbones import Hidden
-from .methods.target import Images, Support, Target
+from ..modeling.views import make_view
+from .methods.target import Images, Support, Target, combine_images
 
 
 class DomainFeatures:
-    """Hidden states behind the frozen first blocks, and features of the backbone without an adapter, of a domain.
+    """The images of a domain for the methods, with everything that was computed of them before.
+
+    Args:
+        target: the backbone and the adapter.
+        domain: the images.
+        views: over how many views of a support image its features are combined, see `make_view`.
+        query_views: the same of a query.
+    """
+
+    def __init__(self, target: Target, domain: Domain, views: int = 1, query_views: int = 1):
+        self.target = target
+        self.domain = domain
+        self._n_views = views
+        self._n_query_views = query_views
+        self._views = [ViewFeatures(target, domain, number) for number in range(max(views, query_views))]
+
+    def support(self, episode: Episode) -> Support:
+        """An episode's support set. Its seed is the number of the episode."""
+        images = self._images(episode.support, self._n_views)
+        return Support(images, episode.support_labels.to(self.target.device), seed=episode.index)
+
+    def queries(self, episode: Episode) -> Images:
+        """An episode's query images."""
+        return self.query_images(episode.query)
+
+    def query_images(self, rows: torch.Tensor) -> Images:
+        """The images `rows` of the domain, as queries."""
+        return self._images(rows, self._n_query_views)
+
+    def _images(self, rows: torch.Tensor, views: int) -> Images:
+        return combine_images([DomainImages(view, rows) for view in self._views[:views]])
+
+
+class ViewFeatures:
+    """Hidden states behind the frozen first blocks, and features without an adapter, of one view of a domain's images.
 
     Hidden states are kept in half precision, all on the CPU. An image is always run together with the same others,
     those of its block of `BLOCK` rows. The result therefore does not depend on which images were asked for before.
@@ -21,24 +56,16 @@ class DomainFeatures:
 
     BLOCK = 32
 
-    def __init__(self, target: Target, domain: Domain):
+    def __init__(self, target: Target, domain: Domain, view: int = 0):
         self.target = target
         self.domain = domain
+        self.view = view
         n_blocks = -(-len(domain) // self.BLOCK)
         self._states: torch.Tensor | None = None
         self._is_computed = torch.zeros(n_blocks, dtype=torch.bool)
         self._features: dict[int, torch.Tensor] = {}
         self._block_args: tuple = ()
         self._block_kwargs: dict = {}
-
-    def support(self, episode: Episode) -> Support:
-        """An episode's support set. Its seed is the number of the episode."""
-        images = DomainImages(self, episode.support)
-        return Support(images, episode.support_labels.to(self.target.device), seed=episode.index)
-
-    def queries(self, episode: Episode) -> Images:
-        """An episode's query images."""
-        return DomainImages(self, episode.query)
 
     @torch.no_grad()
     def hidden(self, rows: torch.Tensor) -> Hidden:
@@ -55,7 +82,7 @@ class DomainFeatures:
         parameter = next(self.target.backbone.parameters())
         rows = slice(block * self.BLOCK, (block + 1) * self.BLOCK)
         images = self.domain.images[rows].to(parameter.device)
-        pixel_values = normalise(images, self.target.processor).to(parameter.dtype)
+        pixel_values = make_view(normalise(images, self.target.processor).to(parameter.dtype), self.view)
         hidden = self.target.split.forward_prefix(pixel_values)
         if self._states is None:
             self._block_args, self._block_kwargs = hidden.args, hidden.kwargs
@@ -81,24 +108,25 @@ class DomainFeatures:
 
 
 class DomainImages(Images):
-    """The images `rows` of a domain."""
+    """The images `rows` of a domain, in one view."""
 
-    def __init__(self, domain_features: DomainFeatures, rows: torch.Tensor):
-        self.target = domain_features.target
-        self._domain_features = domain_features
+    def __init__(self, view_features: ViewFeatures, rows: torch.Tensor):
+        self.target = view_features.target
+        self.view = view_features.view
+        self._view_features = view_features
         self._rows = rows
 
     @cached_property
     def raw(self) -> torch.Tensor:
-        return self._domain_features.domain.images[self._rows].to(self.target.device)
+        return self._view_features.domain.images[self._rows].to(self.target.device)
 
     @cached_property
     def hidden(self) -> Hidden:
-        return self._domain_features.hidden(self._rows)
+        return self._view_features.hidden(self._rows)
 
     @cached_property
     def features(self) -> torch.Tensor:
-        return self._domain_features.features(self._rows)
+        return self._view_features.features(self._rows)
 
     @cached_property
     def final_features(self) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data.parquet import read_parquet
-from ..modeling.saving import CheckpointError, atomic_file
+from ..modeling.atomic_file import atomic_file
+from ..modeling.saving import CheckpointError
 
 EPISODES = "episodes.parquet"
 
 SCHEMA = pa.schema(
     {
         "domain": pa.string(),
-        "n_shot": pa.int32(),  # null in Meta-Dataset's protocol
+        "n_shot": pa.int32(),  # null where shots vary
         "method": pa.string(),
         "index": pa.int32(),
         "n_way": pa.int32(),
         "n_support": pa.int32(),
         "n_query": pa.int32(),
         "accuracy": pa.float64(),
+        "log_loss": pa.float64(),  # null, as the next, for methods without probabilities
+        "confidence_gaps": pa.list_(pa.float64()),
     }
 )
 
@@ -35,11 +38,13 @@ _SETTINGS, _DIGEST = b"hf_hyperflow", b"hf_hyperflow_sha256"
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """A row of the log: the accuracy in % of a method on an episode. Its fields are the columns of `SCHEMA`.
+    """A row of the log: what a method reached on an episode. Its fields are the columns of `SCHEMA`.
 
     Attributes:
-        n_shot: None in Meta-Dataset's protocol.
+        n_shot: None in protocols where shots vary.
         index: the number of the episode.
+        accuracy: in %.
+        log_loss, confidence_gaps: see `ScoreQuality`; None for methods without probabilities.
     """
 
     domain: str
@@ -50,6 +55,8 @@ class EpisodeResult:
     n_support: int
     n_query: int
     accuracy: float
+    log_loss: float | None = None
+    confidence_gaps: tuple[float, ...] | None = None
 
 
 class EpisodeLog:
@@ -63,7 +70,8 @@ class EpisodeLog:
         rows: all rows, in the order of the file.
 
     Raises:
-        CheckpointError: the file is damaged, or of other settings; the message names it, and what differs.
+        CheckpointError: the file is damaged, of another version, or of other settings; the message names it, and what
+            differs.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]):
@@ -115,14 +123,24 @@ def _read(path: Path) -> tuple[dict[str, Any], list[EpisodeResult]]:
         if _SETTINGS not in metadata:
             raise CheckpointError(f"{path} is not the record of a benchmark. Choose another folder for the results.")
         if not table.schema.remove_metadata().equals(SCHEMA):
-            raise ValueError(f"its columns are {table.schema.names}")
+            raise CheckpointError(
+                f"{path} was written by another version of hf_hyperflow: its columns are "
+                f"{', '.join(table.schema.names)}. Choose another folder for the results."
+            )
         settings, records = metadata[_SETTINGS].decode(), table.to_pylist()
         if metadata[_DIGEST].decode() != _compute_digest(settings, records):
             raise ValueError("its SHA-256 is not the one noted in it")
-        return json.loads(settings), [EpisodeResult(**record) for record in records]
+        return json.loads(settings), [_make_row(record) for record in records]
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
             f"{path} is damaged ({error}). Restore it, or remove it to run its episodes again."
         ) from error
+
+
+def _make_row(record: dict[str, Any]) -> EpisodeResult:
+    row = EpisodeResult(**record)
+    if row.confidence_gaps is None:
+        return row
+    return replace(row, confidence_gaps=tuple(row.confidence_gaps))

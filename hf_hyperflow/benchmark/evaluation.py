@@ -1,4 +1,4 @@
-"""Accuracy over episodes: means, 95 % intervals, and differences paired by episode."""
+"""Accuracy over episodes, quality of scores, means with 95 % intervals, and differences paired by episode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ..data.episodes import Episode, cdfsl_episode
 from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.trunks import eval_mode
 from .domain_features import DomainFeatures
-from .methods import DirectTransfer, HyperFlow, Method, NoFlow, Target
+from .methods import DirectTransfer, HyperFlow, Method, NoFlow, Predictions, Target
+from .scores import measure_scores
 
 
 def mean_ci95(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
@@ -30,8 +31,31 @@ def label_accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> float:
     return 100 * (predicted.cpu() == labels.cpu()).float().mean().item()
 
 
-def evaluate_method(method: Method, features: DomainFeatures, episode: Episode) -> dict[str, float]:
-    """Accuracy in % of a method on an episode's queries, by name.
+@dataclass(frozen=True)
+class Outcome:
+    """How well the queries of an episode were classified.
+
+    Attributes:
+        accuracy: in %.
+        log_loss, confidence_gaps: see `ScoreQuality`; None for classifiers without probabilities.
+    """
+
+    accuracy: float
+    log_loss: float | None = None
+    confidence_gaps: tuple[float, ...] | None = None
+
+
+def judge(predictions: Predictions, labels: torch.Tensor) -> Outcome:
+    """Compare predictions with true labels `(n,)`."""
+    accuracy = label_accuracy(predictions.labels, labels)
+    if predictions.log_probabilities is None:
+        return Outcome(accuracy)
+    quality = measure_scores(predictions.log_probabilities, predictions.labels, labels)
+    return Outcome(accuracy, quality.log_loss, quality.confidence_gaps)
+
+
+def evaluate_method(method: Method, features: DomainFeatures, episode: Episode) -> dict[str, Outcome]:
+    """What a method reaches on an episode's queries, by name.
 
     A method that also has its features classified in the adapter's head has a second name, its `head_name`.
 
@@ -41,11 +65,10 @@ def evaluate_method(method: Method, features: DomainFeatures, episode: Episode) 
     target, queries = features.target, features.queries(episode)
     with eval_mode(target.backbone), eval_mode(target.adapter):
         classifier = method.fit(features.support(episode))
-        accuracies = {method.name: label_accuracy(classifier.predict(queries), episode.query_labels)}
+        outcomes = {method.name: judge(classifier.classify(queries), episode.query_labels)}
         if method.head_name is not None and classifier.in_head is not None:
-            predicted = classifier.in_head.predict(queries)
-            accuracies[method.head_name] = label_accuracy(predicted, episode.query_labels)
-    return accuracies
+            outcomes[method.head_name] = judge(classifier.in_head.classify(queries), episode.query_labels)
+    return outcomes
 
 
 @dataclass(frozen=True)
@@ -109,7 +132,7 @@ def compare_flow(
         for index in range(n_episodes):
             episode = cdfsl_episode(domain, index, n_way=n_way, n_shot=n_shot, n_query=n_query, seed=seed)
             for method, column in zip(methods, columns, strict=True):
-                column.append(evaluate_method(method, features, episode)[method.name])
+                column.append(evaluate_method(method, features, episode)[method.name].accuracy)
     finally:
         if not was_in:
             target.unload()

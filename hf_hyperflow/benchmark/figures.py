@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .methods import list_labels
-from .results import REFERENCE, Estimate, FlowRecord, MeanRecord, Record, Results, average_estimates, group_by
+from .records import Estimate, FlowRecord, MeanRecord, Record, Results
+from .results import REFERENCE, average_estimates, group_by
 
 DPI = 140
 

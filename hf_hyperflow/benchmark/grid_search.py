@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +13,11 @@ from tqdm.auto import tqdm
 
 from ..data.domains import Domain
 from ..data.episodes import Episode, cdfsl_episode
+from ..modeling.atomic_file import write_json
 from ..modeling.fingerprint import compute_fingerprint
-from ..modeling.saving import write_json
 from ..modeling.trunks import eval_mode
 from .domain_features import DomainFeatures
-from .evaluation import label_accuracy, mean_ci95
+from .evaluation import Outcome, judge, mean_ci95
 from .hyperparameters import Hyperparameters
 from .methods import METHODS, Method, Target
 from .methods.fine_tuning import GRID_STEPS
@@ -34,6 +35,7 @@ class GridSettings:
     Attributes:
         n_episodes: of each domain and number of shots.
         n_shot: numbers of support images of a class.
+        views, query_views: over how many views of a support image and of a query its features are combined.
     """
 
     n_episodes: int = 20
@@ -41,6 +43,8 @@ class GridSettings:
     n_way: int = 5
     n_query: int = 15
     seed: int = 0
+    views: int = 1
+    query_views: int = 1
 
 
 def grid_search(
@@ -55,7 +59,8 @@ def grid_search(
     """Run every method over its grid; write the grid and the best hyper-parameters to a JSON file.
 
     All points of all grids meet the same CD-FSL episodes. The best mean over domains, numbers of shots and episodes
-    wins; of equals the earlier in the grid (fewer steps). The file is written after every group of `Method.grid`, and
+    wins; of equals the earlier in the grid (fewer steps). It is the mean accuracy, or the mean log loss where a method
+    is chosen by that. The file is written after every group of `Method.grid`, and
     a group that is in it already is not run again.
 
     Args:
@@ -98,7 +103,10 @@ def choose_best(grid: list[dict[str, Any]], max_steps: int) -> Hyperparameters:
             if entry["method"] == name and entry.get("steps", 0) <= max_steps:
                 entries.append(entry)
         if all(_is_in_grid(group[0], entries) for group in method.grid()):
-            best_entry = max(entries, key=lambda e: e["accuracy"])
+            if method.is_chosen_by_log_loss:
+                best_entry = min(entries, key=lambda e: e["log_loss"])
+            else:
+                best_entry = max(entries, key=lambda e: e["accuracy"])
             best[name] = {key: best_entry[key] for key in method.hyperparameters()}
     return best
 
@@ -118,7 +126,7 @@ def _draw_tasks(target: Target, domains: list[Domain], settings: GridSettings) -
     tasks = []
     ways = {"n_way": settings.n_way, "n_query": settings.n_query, "seed": settings.seed}
     for domain in domains:
-        features = DomainFeatures(target, domain)
+        features = DomainFeatures(target, domain, settings.views, settings.query_views)
         for n_shot in settings.n_shot:
             for index in range(settings.n_episodes):
                 tasks.append((features, cdfsl_episode(domain, index, n_shot=n_shot, **ways)))
@@ -159,31 +167,34 @@ def _run(candidates: list[Method], tasks: Iterable[Task]) -> list[dict[str, Any]
     for features, episode in tqdm(tasks, desc=title, disable=None, leave=False):
         rows.append(evaluate_candidates(candidates, features, episode))
     entries = []
-    for candidate, accuracies in zip(candidates, zip(*rows, strict=True), strict=True):
-        entries.append(_describe_point(candidate, accuracies))
+    for candidate, outcomes in zip(candidates, zip(*rows, strict=True), strict=True):
+        entries.append(_describe_point(candidate, outcomes))
     return entries
 
 
-def _describe_point(candidate: Method, accuracies: Sequence[float]) -> dict[str, Any]:
+def _describe_point(candidate: Method, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """The grid's entry of a candidate."""
-    mean, half_width = mean_ci95(accuracies)
+    mean, half_width = mean_ci95([outcome.accuracy for outcome in outcomes])
     entry: dict[str, Any] = {"method": candidate.name}
     entry.update(candidate.hyperparameters())
     entry["accuracy"] = round(mean, 3)
-    entry["ci95"] = round(half_width, 3) if len(accuracies) > 1 else None
-    entry["n_episodes"] = len(accuracies)
+    entry["ci95"] = round(half_width, 3) if len(outcomes) > 1 else None
+    log_losses = [outcome.log_loss for outcome in outcomes if outcome.log_loss is not None]
+    if log_losses:
+        entry["log_loss"] = round(statistics.mean(log_losses), 5)
+    entry["n_episodes"] = len(outcomes)
     return entry
 
 
-def evaluate_candidates(candidates: list[Method], features: DomainFeatures, episode: Episode) -> list[float]:
-    """Accuracies in % of a group of candidates on an episode."""
+def evaluate_candidates(candidates: list[Method], features: DomainFeatures, episode: Episode) -> list[Outcome]:
+    """What a group of candidates reaches on an episode."""
     support, queries, target = features.support(episode), features.queries(episode), features.target
     with eval_mode(target.backbone), eval_mode(target.adapter):
         classifiers = type(candidates[0]).fit_group(candidates, support)
-        accuracies = []
+        outcomes = []
         for classifier in classifiers:
-            accuracies.append(label_accuracy(classifier.predict(queries), episode.query_labels))
-    return accuracies
+            outcomes.append(judge(classifier.classify(queries), episode.query_labels))
+    return outcomes
 
 
 def _read_grid(path: Path, description: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from .methods import METHODS, Method
+from .methods import METHODS, DirectTransfer, FineTuning, Method
 
 #: Hyper-parameters by name, of methods by name.
 Hyperparameters = dict[str, dict[str, int | float]]
@@ -45,9 +45,15 @@ def _check(name: str, values: dict[str, int | float]) -> None:
 
 
 def with_hyperparameters(methods: Iterable[Method], hyperparameters: Hyperparameters) -> list[Method]:
-    """The methods, with other hyper-parameters where there are some."""
+    """The methods, with other hyper-parameters where there are some.
+
+    Fine-tuning has the scale of direct transfer, for both compare images by plain cosines.
+    """
+    direct = dataclasses.replace(DirectTransfer(), **hyperparameters.get(DirectTransfer.name, {}))
     changed = []
     for method in methods:
-        values = hyperparameters.get(method.name, {})
+        values = dict(hyperparameters.get(method.name, {}))
+        if isinstance(method, FineTuning):
+            values["scale"] = direct.scale
         changed.append(dataclasses.replace(method, **values))
     return changed

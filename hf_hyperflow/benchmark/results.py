@@ -4,147 +4,41 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TypeVar
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .episode_log import EpisodeResult
 from .evaluation import mean_ci95
 from .methods import FLOW_POINTS, METHODS, HyperFlow, list_labels
+from .records import (
+    NO_ESTIMATE,
+    AgainstRecord,
+    Estimate,
+    FlowRecord,
+    MeanAgainstRecord,
+    MeanRecord,
+    Record,
+    Results,
+)
+from .scores import compute_ece
 from .task_cost import CostKey, TaskCost
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
-#: Accuracies in % by episode index, of one method on one domain with one number of shots.
-Accuracies = dict[int, float]
+#: What was measured by episode index, of one method on one domain with one number of shots.
+Measured = dict[int, float]
 
 #: The method that all others are compared with, and the one that is compared with all others.
 REFERENCE, HYPERFLOW = "direct", "hyperflow"
 
+#: The cost of a method whose cost was not measured.
+NO_COST: dict[str, Any] = dict.fromkeys(field.name for field in fields(TaskCost))
+
 #: The method that was run, by the name that its tuned features have in the adapter's head.
 TUNED_METHODS = {method.head_name: method.name for method in METHODS if method.head_name is not None}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over episodes with the half-width of its 95 % interval; None where no episodes, or too few, were run."""
-
-    mean: float | None
-    ci95: float | None
-    n_episodes: int | None
-
-
-NO_ESTIMATE = Estimate(None, None, None)
-
-
-@dataclass(frozen=True)
-class Record:
-    """A method on a domain with a number of shots (None: variable). Accuracies are in %, differences in points.
-
-    Attributes:
-        n_way: the mean where episodes differ.
-        diff_vs_direct, diff_ci95: minus direct transfer, paired on the `diff_n_episodes` episodes of both.
-        seconds_per_task, peak_memory_mb, flops_per_task: see `TaskCost`; None where not measured.
-    """
-
-    method: str
-    domain: str
-    n_way: float
-    n_shot: int | None
-    n_episodes: int
-    accuracy: float
-    ci95: float | None
-    diff_vs_direct: float | None
-    diff_ci95: float | None
-    diff_n_episodes: int | None
-    seconds_per_task: float | None
-    peak_memory_mb: float | None
-    flops_per_task: int | None
-
-
-@dataclass(frozen=True)
-class MeanRecord:
-    """A method with a number of shots, every domain counting the same; numbers of episodes are sums."""
-
-    method: str
-    n_shot: int | None
-    n_domains: int
-    n_episodes: int
-    accuracy: float
-    ci95: float | None
-    diff_vs_direct: float | None
-    diff_ci95: float | None
-    diff_n_episodes: int | None
-
-
-@dataclass(frozen=True)
-class AgainstRecord:
-    """HyperFlow minus a method on a domain, paired on the `n_episodes` episodes of both."""
-
-    method: str
-    domain: str
-    n_shot: int | None
-    n_episodes: int
-    diff: float | None
-    diff_ci95: float | None
-
-
-@dataclass(frozen=True)
-class MeanAgainstRecord:
-    """HyperFlow minus a method, every domain counting the same; `domain` is None."""
-
-    method: str
-    domain: None
-    n_shot: int | None
-    n_domains: int
-    n_episodes: int
-    diff: float
-    diff_ci95: float | None
-
-
-@dataclass(frozen=True)
-class FlowRecord:
-    """A point of the flow on a domain.
-
-    Attributes:
-        along: "t", where `value` is the end of the flow, or "steps", where it is the number of steps to t = 1.
-        diff_vs_hyperflow, diff_vs_hyperflow_ci95: minus HyperFlow as it is, on the episodes of both.
-    """
-
-    domain: str
-    n_shot: int | None
-    along: str
-    value: float
-    n_episodes: int
-    accuracy: float
-    ci95: float | None
-    diff_vs_direct: float | None
-    diff_ci95: float | None
-    diff_n_episodes: int | None
-    diff_vs_hyperflow: float | None
-    diff_vs_hyperflow_ci95: float | None
-
-
-@dataclass(frozen=True)
-class Results:
-    """The results of a benchmark.
-
-    Attributes:
-        records: one per method, domain and number of shots.
-        means: one per method and number of shots.
-        hyperflow_against: HyperFlow against every other method, by domain and as the mean over domains.
-        flow: one per point of the flow, domain and number of shots.
-    """
-
-    records: list[Record]
-    means: list[MeanRecord]
-    hyperflow_against: list[AgainstRecord | MeanAgainstRecord]
-    flow: list[FlowRecord]
-
-    def to_json(self) -> dict[str, list[dict]]:
-        return asdict(self)
 
 
 def group_by(records: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
@@ -164,8 +58,13 @@ class EpisodeTable:
     def rows(self, domain: str, n_shot: int | None, method: str) -> list[EpisodeResult]:
         return self._rows.get((domain, n_shot, method), [])
 
-    def accuracies(self, domain: str, n_shot: int | None, method: str) -> Accuracies:
+    def accuracies(self, domain: str, n_shot: int | None, method: str) -> Measured:
+        """Accuracies in %."""
         return {row.index: row.accuracy for row in self.rows(domain, n_shot, method)}
+
+    def log_losses(self, domain: str, n_shot: int | None, method: str) -> Measured:
+        """Log losses in nats; none of a method without probabilities."""
+        return {row.index: row.log_loss for row in self.rows(domain, n_shot, method) if row.log_loss is not None}
 
     def groups(self) -> list[tuple[str, int | None]]:
         """Domain and number of shots of all that was run: fewest shots first, then by the domain's name."""
@@ -248,11 +147,11 @@ def _summarise_method(table: EpisodeTable, rows: list[EpisodeResult], cost: Task
     """The record of a method's rows of one domain and number of shots."""
     domain, n_shot, method = rows[0].domain, rows[0].n_shot, rows[0].method
     accuracy = _estimate([row.accuracy for row in rows])
-    difference = _compare_with_direct(table, domain, n_shot, method)
+    difference = _compare_with_direct(table.accuracies, domain, n_shot, method)
+    log_loss = _estimate(list(table.log_losses(domain, n_shot, method).values()))
+    log_loss_difference = _compare_with_direct(table.log_losses, domain, n_shot, method)
     assert accuracy.mean is not None
-    seconds = memory = flops = None
-    if cost is not None:
-        seconds, memory, flops = cost.seconds_per_task, cost.peak_memory_mb, cost.flops_per_task
+    measured_cost = NO_COST if cost is None else asdict(cost)
     return Record(
         method=method,
         domain=domain,
@@ -264,10 +163,18 @@ def _summarise_method(table: EpisodeTable, rows: list[EpisodeResult], cost: Task
         diff_vs_direct=difference.mean,
         diff_ci95=difference.ci95,
         diff_n_episodes=difference.n_episodes,
-        seconds_per_task=seconds,
-        peak_memory_mb=memory,
-        flops_per_task=flops,
+        log_loss=log_loss.mean,
+        log_loss_ci95=log_loss.ci95,
+        log_loss_vs_direct=log_loss_difference.mean,
+        log_loss_vs_direct_ci95=log_loss_difference.ci95,
+        ece=_pool_ece(rows),
+        **measured_cost,
     )
+
+
+def _pool_ece(rows: list[EpisodeResult]) -> float | None:
+    gaps = [row.confidence_gaps for row in rows if row.confidence_gaps is not None]
+    return round(compute_ece(gaps), 4) if gaps else None
 
 
 def _common_value(values: list[int]) -> float:
@@ -285,28 +192,33 @@ def _estimate(values: list[float]) -> Estimate:
     return Estimate(round(mean, 4), ci95, len(values))
 
 
-def _compare(accuracies: Accuracies, others: Accuracies) -> Estimate:
+def _compare(measured: Measured, others: Measured) -> Estimate:
     """The mean difference on the episodes of both."""
-    indices = sorted(accuracies.keys() & others.keys())
-    return _estimate([accuracies[index] - others[index] for index in indices])
+    indices = sorted(measured.keys() & others.keys())
+    return _estimate([measured[index] - others[index] for index in indices])
 
 
-def _compare_with_direct(table: EpisodeTable, domain: str, n_shot: int | None, method: str) -> Estimate:
-    direct = table.accuracies(domain, n_shot, REFERENCE)
+def _compare_with_direct(
+    get_measured: Callable[[str, int | None, str], Measured], domain: str, n_shot: int | None, method: str
+) -> Estimate:
+    direct = get_measured(domain, n_shot, REFERENCE)
     if not direct or method == REFERENCE:
         return NO_ESTIMATE
-    return _compare(table.accuracies(domain, n_shot, method), direct)
+    return _compare(get_measured(domain, n_shot, method), direct)
 
 
 def _average(records: list[Record]) -> list[MeanRecord]:
     """The mean over domains for every number of shots and method."""
     means = []
     for (n_shot, method), group in group_by(records, lambda record: (record.n_shot, record.method)).items():
-        accuracies, differences = [], []
+        accuracies, differences, log_losses, log_loss_differences = [], [], [], []
         for record in group:
             accuracies.append(Estimate(record.accuracy, record.ci95, record.n_episodes))
             differences.append(Estimate(record.diff_vs_direct, record.diff_ci95, record.diff_n_episodes))
+            log_losses.append(Estimate(record.log_loss, record.log_loss_ci95, None))
+            log_loss_differences.append(Estimate(record.log_loss_vs_direct, record.log_loss_vs_direct_ci95, None))
         accuracy, difference = average_estimates(accuracies), average_estimates(differences)
+        log_loss, log_loss_difference = average_estimates(log_losses), average_estimates(log_loss_differences)
         assert accuracy.mean is not None
         mean = MeanRecord(
             method=method,
@@ -318,9 +230,19 @@ def _average(records: list[Record]) -> list[MeanRecord]:
             diff_vs_direct=difference.mean,
             diff_ci95=difference.ci95,
             diff_n_episodes=difference.n_episodes,
+            log_loss=log_loss.mean,
+            log_loss_ci95=log_loss.ci95,
+            log_loss_vs_direct=log_loss_difference.mean,
+            log_loss_vs_direct_ci95=log_loss_difference.ci95,
+            ece=_mean_ece(group),
         )
         means.append(mean)
     return means
+
+
+def _mean_ece(records: list[Record]) -> float | None:
+    errors = [record.ece for record in records if record.ece is not None]
+    return round(statistics.mean(errors), 4) if errors else None
 
 
 def _average_against(records: list[AgainstRecord]) -> list[MeanAgainstRecord]:
@@ -357,7 +279,7 @@ def _summarise_flow(table: EpisodeTable) -> list[FlowRecord]:
 def _summarise_point(table: EpisodeTable, domain: str, n_shot: int | None, point: HyperFlow) -> FlowRecord:
     accuracies = table.accuracies(domain, n_shot, point.name)
     accuracy = _estimate(list(accuracies.values()))
-    difference = _compare_with_direct(table, domain, n_shot, point.name)
+    difference = _compare_with_direct(table.accuracies, domain, n_shot, point.name)
     from_hyperflow = _compare(accuracies, table.accuracies(domain, n_shot, HYPERFLOW))
     along, value = _locate(point)
     assert accuracy.mean is not None

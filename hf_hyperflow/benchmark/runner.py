@@ -9,7 +9,6 @@ a folder by running the command again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +25,11 @@ from transformers import AutoModel
 
 from ..arguments import make_parser
 from ..data.domains import Domain, load_domain
-from ..data.episodes import Episode, cdfsl_episode, meta_dataset_episode
+from ..data.episodes import UNBALANCED_SHOTS, Episode, cdfsl_episode, meta_dataset_episode, unbalanced_episode
 from ..modeling.adapter import HyperFlowAdapter
-from ..modeling.fingerprint import compute_fingerprint
+from ..modeling.atomic_file import write_json
 from ..modeling.model_card import is_hub_id
-from ..modeling.saving import atomic_folder, exclusive, write_json
+from ..modeling.saving import atomic_folder, exclusive
 from .arguments import BenchmarkArguments
 from .cost import device_name
 from .domain_features import DomainFeatures
@@ -38,14 +37,13 @@ from .episode_log import EPISODES, EpisodeLog, EpisodeResult
 from .evaluation import evaluate_method
 from .figures import draw_figures
 from .hyperparameters import read_hyperparameters, with_hyperparameters
+from .log_settings import HYPERPARAMETERS, describe_settings, require_known
 from .methods import FLOW_POINTS, Method, Target, find_methods, list_labels
-from .results import HYPERFLOW, REFERENCE, TUNED_METHODS, EpisodeTable, Results, build_cost_key, summarise
+from .records import Results
+from .results import HYPERFLOW, REFERENCE, TUNED_METHODS, EpisodeTable, build_cost_key, summarise
 from .task_cost import CostFile, CostKey, CostSetting, TaskCost, measure_task_cost
 
 RESULTS, COSTS = "results.json", "costs.json"
-
-#: What the log calls the hyper-parameters of a method.
-HYPERPARAMETERS = "hyperparameters of "
 
 #: Episodes of fine-tuning where there is no GPU, if `max_episodes_gradient` does not say.
 GRADIENT_EPISODES_ON_CPU = 60
@@ -120,13 +118,14 @@ class Benchmark:
         domains = [load_domain(source, target.processor) for source in arguments.dataset]
         settings = describe_settings(arguments, methods, target, domains)
         log = EpisodeLog(arguments.output_dir, settings)
+        require_known(log)
         return cls(arguments, accelerator, methods, backbone_name, target, domains, log)
 
     def run_episodes(self) -> None:
         """Run what the log lacks."""
         n_episodes = count_episodes(self.arguments, self.methods, self.target.device)
         for domain in self.domains:
-            features = DomainFeatures(self.target, domain)
+            features = DomainFeatures(self.target, domain, self.arguments.views, self.arguments.query_views)
             for n_shot in list_shots(self.arguments):
                 if not self._has_episode(domain, n_shot):
                     continue
@@ -143,7 +142,7 @@ class Benchmark:
             self.accelerator.print(f"{domain.name} has too few images for {size}: left out ({error})")
             self.left_out.append({"domain": domain.name, "n_shot": n_shot, "reason": str(error)})
             return False
-        if arguments.protocol == "cdfsl" and episode.n_way < arguments.n_way:
+        if arguments.protocol != "meta-dataset" and episode.n_way < get_ways(arguments):
             self.accelerator.print(f"{domain.name} has {episode.n_way} classes to use: run {episode.n_way}-way")
         return True
 
@@ -169,9 +168,9 @@ class Benchmark:
         """The rows of one episode."""
         episode = draw_episode(self.arguments, features.domain, n_shot, index)
         with torch.autocast(self.target.device.type, torch.bfloat16, enabled=self.arguments.bf16):
-            accuracies = evaluate_method(method, features, episode)
+            outcomes = evaluate_method(method, features, episode)
         rows = []
-        for name, accuracy in accuracies.items():
+        for name, outcome in outcomes.items():
             row = EpisodeResult(
                 domain=episode.domain,
                 n_shot=n_shot,
@@ -180,7 +179,9 @@ class Benchmark:
                 n_way=episode.n_way,
                 n_support=len(episode.support),
                 n_query=len(episode.query),
-                accuracy=accuracy,
+                accuracy=outcome.accuracy,
+                log_loss=outcome.log_loss,
+                confidence_gaps=outcome.confidence_gaps,
             )
             rows.append(row)
         return rows
@@ -223,7 +224,15 @@ class Benchmark:
         """Costs of all methods in the log; those measured on this device before are in the file."""
         device = self.target.device.type
         height, width = self.domains[0].images.shape[-2:]
-        setting = CostSetting(self.backbone_name, self.arguments.adapter, device, self.arguments.bf16, (height, width))
+        setting = CostSetting(
+            backbone=self.backbone_name,
+            adapter=self.arguments.adapter,
+            device=device,
+            bf16=self.arguments.bf16,
+            size=(height, width),
+            views=self.arguments.views,
+            query_views=self.arguments.query_views,
+        )
         file = CostFile(path, device)
         missing = []
         for key in self._list_cost_keys():
@@ -262,29 +271,9 @@ class Benchmark:
             print(f"wrote {Path(self.arguments.output_dir) / name}")
 
 
-def describe_settings(
-    arguments: BenchmarkArguments, methods: Sequence[Method], target: Target, domains: Sequence[Domain]
-) -> dict[str, Any]:
-    """What an accuracy depends on beside method, domain, shots and index."""
-    settings: dict[str, Any] = {"protocol": arguments.protocol, "seed": arguments.seed, "bf16": arguments.bf16}
-    if arguments.protocol == "cdfsl":
-        settings["n_way"] = arguments.n_way
-        settings["n_query"] = arguments.n_query
-    settings["adapter"] = target.adapter.config.weights_sha256
-    settings["backbone"] = compute_fingerprint(target.backbone)
-    for method in methods:
-        if method.hyperparameters():
-            settings[f"{HYPERPARAMETERS}{method.name}"] = method.hyperparameters()
-    for domain in domains:
-        settings[f"domain {domain.name}"] = compute_digest(domain)
-    return settings
-
-
-def compute_digest(domain: Domain) -> str:
-    """A digest of the images and labels of a domain, to tell them from others."""
-    digest = hashlib.sha256(domain.images.numpy().tobytes())
-    digest.update(domain.labels.numpy().tobytes())
-    return digest.hexdigest()[:16]
+def get_ways(arguments: BenchmarkArguments) -> int:
+    """The ways of an episode where a domain has the classes; not for Meta-Dataset's protocol, where they vary."""
+    return len(UNBALANCED_SHOTS) if arguments.protocol == "unbalanced" else arguments.n_way
 
 
 def list_shots(arguments: BenchmarkArguments) -> Sequence[int | None]:
@@ -294,13 +283,18 @@ def list_shots(arguments: BenchmarkArguments) -> Sequence[int | None]:
 
 
 def draw_episode(arguments: BenchmarkArguments, domain: Domain, n_shot: int | None, index: int) -> Episode:
-    """Episode `index` of a domain. The number of shots is None in Meta-Dataset's protocol.
+    """Episode `index` of a domain.
+
+    Args:
+        n_shot: None in protocols where shots vary.
 
     Raises:
         ValueError: the domain has too few images.
     """
-    if n_shot is None:
+    if arguments.protocol == "meta-dataset":
         return meta_dataset_episode(domain, index, seed=arguments.seed)
+    if n_shot is None:
+        return unbalanced_episode(domain, index, n_query=arguments.n_query, seed=arguments.seed)
     return cdfsl_episode(
         domain, index, n_way=arguments.n_way, n_shot=n_shot, n_query=arguments.n_query, seed=arguments.seed
     )

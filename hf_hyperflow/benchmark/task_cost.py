@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,13 @@ from transformers import AutoModel
 from transformers.utils.logging import disable_progress_bar
 
 from ..modeling.adapter import HyperFlowAdapter
-from ..modeling.saving import CheckpointError, write_json
+from ..modeling.atomic_file import write_json
+from ..modeling.saving import CheckpointError
 from .cost import count_flops, device_name, measure_cost, run_in_fresh_process
 from .methods import Classifier, Method, Support, Target
+
+#: What an entry of the file of costs has.
+ENTRY = {"method", "n_way", "n_support", "device", "cost"}
 
 #: How often a method that is not slow is run for its median time.
 REPETITIONS = 10
@@ -31,6 +35,7 @@ class CostSetting:
         device: "cpu" or "cuda".
         bf16: under bfloat16 autocast.
         size: height and width of the images.
+        views, query_views: over how many views of a support image and of a query its features are combined.
     """
 
     backbone: str
@@ -38,6 +43,8 @@ class CostSetting:
     device: str
     bf16: bool
     size: tuple[int, int]
+    views: int = 1
+    query_views: int = 1
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,13 @@ class TaskCost:
         seconds_per_task: of a slow method (fine-tuning) that of one run, of others the median of ten after the first.
         peak_memory_mb: of the first run, beyond the loaded models, in MiB (see `Cost`).
         flops_per_task: operations of the networks; those of a logistic regression are not counted.
+        flops_per_prediction: the same to classify one image, when the task is ready.
     """
 
     seconds_per_task: float
     peak_memory_mb: float
     flops_per_task: int
+    flops_per_prediction: int
 
 
 @dataclass(frozen=True)
@@ -99,11 +108,12 @@ def _read_entries(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         entries = json.loads(path.read_text())
-        is_complete = all({"method", "n_way", "n_support", "device", "cost"} <= set(entry) for entry in entries)
+        names = {field.name for field in fields(TaskCost)}
+        is_complete = all(ENTRY.issubset(entry) and names == set(entry["cost"]) for entry in entries)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): remove it to measure again.") from error
     if not is_complete:
-        raise CheckpointError(f"{path} is not the costs of a benchmark: remove it to measure again.")
+        raise CheckpointError(f"{path} is not the costs of a benchmark of this version: remove it to measure again.")
     return entries
 
 
@@ -124,17 +134,17 @@ def _measure(method: Method, setting: CostSetting, n_way: int, n_support: int, n
     labels = (torch.arange(n_support) % n_way).to(device)
 
     def run() -> Classifier:
-        return prepare_task(method, target, images, labels)
+        return prepare_task(method, target, images, labels, views=setting.views)
 
     def count(fit: Callable[[Support], Classifier]) -> int:
-        return count_flops(lambda: prepare_task(method, target, images, labels, fit))
+        return count_flops(lambda: prepare_task(method, target, images, labels, fit, setting.views))
 
     with torch.autocast(device, torch.bfloat16, enabled=setting.bf16):
         # Importing and warming up the libraries is not part of any method's cost.
         method.require_packages()
         with torch.no_grad():
             backbone(torch.zeros(1, 3, *setting.size, device=device))
-        _, cost = measure_cost(run, device)
+        classifier, cost = measure_cost(run, device)
         seconds = cost.seconds
         if not method.is_slow:
             repeated = []
@@ -143,7 +153,9 @@ def _measure(method: Method, setting: CostSetting, n_way: int, n_support: int, n
                 repeated.append(repetition.seconds)
             seconds = statistics.median(repeated)
         operations = method.count_operations(count)
-    return TaskCost(seconds, round(cost.peak_memory_mb, 2), operations)
+        query = target.images(images[:1], setting.query_views)
+        prediction = count_flops(lambda: classifier.classify(query))
+    return TaskCost(seconds, round(cost.peak_memory_mb, 2), operations, prediction)
 
 
 def prepare_task(
@@ -152,6 +164,7 @@ def prepare_task(
     images: torch.Tensor,
     labels: torch.Tensor,
     fit: Callable[[Support], Classifier] | None = None,
+    views: int = 1,
 ) -> Classifier:
     """Do all the work between holding a support set and being able to classify. Nothing is taken from a cache.
 
@@ -161,8 +174,9 @@ def prepare_task(
         images: `(n, 3, height, width)` uint8 on the backbone's device.
         labels: `(n,)` there.
         fit: what is run in place of `method.fit`, such as the first gradient steps of fine-tuning.
+        views: over how many views of an image its features are combined.
     """
-    support = target.support(images, labels)
+    support = target.support(images, labels, views=views)
     classifier = (fit or method.fit)(support)
     if method.works_in_predict:
         classifier.predict(support.images)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Adapter, SkipBad
+from .options import Adapter, AdaptViews, SkipBad
 from .printing import hide_progress_bars, print_line, quote, say
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def adapt(
     format: Annotated[
         str | None, typer.Option(help="'lora' saves biases as a LoRA adapter, for tools that know only LoRA.")
     ] = None,
+    views: AdaptViews = None,
     skip_bad: SkipBad = False,
 ) -> None:
     """Adapt a backbone to a folder of images and save the task, a plain PEFT adapter.
@@ -75,7 +76,7 @@ def adapt(
             say(f"skipped: {reason}")
         model = load_backbone(backbone or choose_backbone(adapter, flow))
         start = time.perf_counter()
-        task = flow.adapt(model, images, n_steps=n_steps, solver=solver, early_stopping=early_stopping)
+        task = flow.adapt(model, images, n_steps=n_steps, solver=solver, early_stopping=early_stopping, views=views)
         _ = task.prototypes  # computed on first use, which belongs to the time
         seconds = time.perf_counter() - start
         task.save_pretrained(output, format=format)

@@ -146,6 +146,7 @@ def _build_direct_transfer(adapted: AdaptedTask, name: str, support: Path, skip_
     import torch
 
     from ..modeling.backbones import SplitBackbone
+    from ..modeling.calibration import COSINE_SCALE
     from ..modeling.prototypes import unit_means
     from ..modeling.support import SupportSetError, read_support
     from ..modeling.task import AdaptedTask
@@ -172,7 +173,7 @@ def _build_direct_transfer(adapted: AdaptedTask, name: str, support: Path, skip_
         space=adapted.space,
         theta=injection.start,
         class_names=adapted.class_names,
-        scale=adapted.scale,
+        scale=COSINE_SCALE,
         processor=adapted.processor,
         prototypes=unit_means(features, images.labels)[order],
     )

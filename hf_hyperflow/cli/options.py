@@ -15,3 +15,17 @@ Task = Annotated[str, typer.Option(help="Adapted task: folder or Hub id.")]
 TaskBackbone = Annotated[
     str | None, typer.Option(help="Its backbone: folder or Hub id; by default the one that the task names.")
 ]
+Views = Annotated[
+    int,
+    typer.Option(
+        min=1, max=4, help="Average the features of so many views of an image: itself, two crops, its mirror image."
+    ),
+]
+AdaptViews = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=4,
+        help="Learn from so many views of each image: itself, two crops, its mirror image; by default the adapter's.",
+    ),
+]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import SkipBad, Task, TaskBackbone
+from .options import SkipBad, Task, TaskBackbone, Views
 from .printing import hide_progress_bars, print_line, to_cell, write
 
 if TYPE_CHECKING:
@@ -25,6 +25,15 @@ class Result:
 
     image: str
     predictions: list[dict]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How an image is answered; the fields are arguments of `AdaptedTask.__call__`."""
+
+    top_k: int
+    views: int
+    reject: bool
 
 
 def predict(
@@ -48,6 +57,11 @@ def predict(
         ),
     ] = False,
     top_k: Annotated[int, typer.Option("--top_k", min=1, help="How many of the best classes to print per image.")] = 1,
+    views: Views = 1,
+    reject: Annotated[
+        bool,
+        typer.Option("--reject", help="Answer 'none of these' for images that are probably of none of the classes."),
+    ] = False,
     skip_bad: SkipBad = False,
 ) -> None:
     """Classify images with an adapted task.
@@ -63,7 +77,7 @@ def predict(
 
     adapted = load_task(task, backbone)
     reader = ImageReader(skip_bad)
-    results = _classify(adapted, reader, reader.find(images), top_k)
+    results = _classify(adapted, reader, reader.find(images), Answer(top_k, views, reject))
     if as_json:
         print_json(results)
     elif as_csv:
@@ -73,10 +87,10 @@ def predict(
     reader.require_all()
 
 
-def _classify(task: AdaptedTask, reader: ImageReader, files: list[str], top_k: int) -> Iterator[Result]:
+def _classify(task: AdaptedTask, reader: ImageReader, files: list[str], answer: Answer) -> Iterator[Result]:
     """Yield the best classes of each image that can be read."""
     for decoded in reader.read(files):
-        predictions = task(list(decoded.values()), top_k=top_k)
+        predictions = task(list(decoded.values()), top_k=answer.top_k, views=answer.views, reject=answer.reject)
         for number, best in zip(decoded, predictions, strict=True):
             yield Result(files[number], best)
 

@@ -1,4 +1,4 @@
-"""Seeded few-shot episodes: CD-FSL's with fixed ways and shots, Meta-Dataset's with variable ones.
+"""Seeded few-shot episodes: CD-FSL's with fixed ways and shots, Meta-Dataset's with variable ones, unbalanced ones.
 
 An episode is a function of `(seed, domain name, index)` alone: it is the same on every machine, in any order of
 drawing and for any number of processes.
@@ -15,6 +15,9 @@ import numpy as np
 import torch
 
 from .domains import Domain
+
+#: Support images of the classes of an unbalanced episode.
+UNBALANCED_SHOTS = (8, 4, 2, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,23 @@ def meta_dataset_episode(domain: Domain, index: int, *, seed: int = 0, max_way: 
     n_query = int(min(10, (sizes // 2).min()))
     shots = _draw_shots(sizes, n_query, generator)
     return _draw_images(domain, index, classes, shots, n_query, generator)
+
+
+def unbalanced_episode(
+    domain: Domain, index: int, *, shots: Sequence[int] = UNBALANCED_SHOTS, n_query: int = 15, seed: int = 0
+) -> Episode:
+    """An episode whose classes have different numbers of support images, and the same number of queries.
+
+    Every class that is drawn has the images for the largest number. The numbers are dealt to the classes at random. A
+    domain with fewer usable classes than `shots` gives an episode of all of them, with the first of the numbers.
+
+    Raises:
+        ValueError: fewer than two classes have `max(shots) + n_query` images; the message says what there is.
+    """
+    generator = episode_generator(seed, domain.name, index)
+    classes = generator.permutation(_usable_classes(domain, max(shots) + n_query))[: len(shots)]
+    dealt = generator.permutation(shots[: len(classes)]).tolist()
+    return _draw_images(domain, index, classes, dealt, n_query, generator)
 
 
 def _draw_shots(sizes: np.ndarray, n_query: int, generator: np.random.Generator) -> list[int]:

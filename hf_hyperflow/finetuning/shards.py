@@ -13,8 +13,8 @@ from datasets import Array2D, Dataset, Features, List, Value
 
 from ..data.parquet import read_parquet
 from ..data.tasks import TrainingTask
+from ..modeling.atomic_file import atomic_file
 from ..modeling.checksums import sha256
-from ..modeling.saving import atomic_file
 from .teacher import Recording
 
 #: The folder of the shards inside that of the collection.

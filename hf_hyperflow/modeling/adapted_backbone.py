@@ -14,14 +14,18 @@ from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .backbones import Hidden, SplitBackbone
+from .calibration import Calibration
 from .finite import MAX_PIXEL_VALUE, NotFiniteError, find_bad_image, find_bad_row, require_finite_weights
 from .images import ImageError
 from .injection import Injection, unload
 from .locks import get_lock
 from .parameter_space import ParameterSpace
 from .prototypes import Head, PrototypeClassifier
+from .rejection import Rejection, RejectionCalibration
 from .stopping import StoppingPoint
+from .support import SupportSet
 from .trunks import IncompatibleBackboneError, eval_mode
+from .views import average_views, combine_views, make_view, require_views
 
 T = TypeVar("T", bound="AdaptedBackbone")
 
@@ -31,16 +35,20 @@ class SupportImages:
     """The support images of a task, kept until its prototypes are first needed.
 
     Attributes:
-        images: what the frozen blocks computed of the images or, if they were not run, the pixel values.
-        labels: `(n,)` in 0..n_way-1.
+        support: pixel values, labels and the names that errors call the images.
+        hidden: what the frozen blocks computed of the images; None if they were not run.
         head: turns the features of the images into prototypes.
-        names: what errors call the images; empty if they are only numbered.
+        calibration: gives the scale of the logits.
+        rejection: gives the rejection of the task; None if there is none.
+        views: over how many views of an image its features are averaged.
     """
 
-    images: Hidden | torch.Tensor
-    labels: torch.Tensor
+    support: SupportSet
+    hidden: Hidden | None
     head: Head
-    names: Sequence[str] = ()
+    calibration: Calibration
+    rejection: RejectionCalibration | None
+    views: int = 1
 
 
 class AdaptedBackbone:
@@ -56,10 +64,11 @@ class AdaptedBackbone:
         space: ParameterSpace,
         theta: torch.Tensor,
         class_names: list[str],
-        scale: float,
         processor: BaseImageProcessor | None,
         support: SupportImages | None = None,
         prototypes: torch.Tensor | None = None,
+        scale: float | None = None,
+        rejection: Rejection | None = None,
         nfe: int = 0,
         stopping_point: StoppingPoint | None = None,
     ):
@@ -67,13 +76,14 @@ class AdaptedBackbone:
         self.space = space
         self.theta = theta
         self.class_names = class_names
-        self.scale = scale
         self.processor = processor
         self.nfe = nfe
         self.stopping_point = stopping_point
         self._split = split
         self._support = support
         self._prototypes = prototypes
+        self._scale = scale
+        self._rejection = rejection
         self._merged: Injection | None = None
         self._is_reset = False
 
@@ -85,34 +95,64 @@ class AdaptedBackbone:
             RuntimeError: the task was reset before.
             ImageError, NotFiniteError: see `logits`.
         """
+        self._learn_classes()
+        assert self._prototypes is not None
+        return self._prototypes
+
+    @property
+    def scale(self) -> float:
+        """The inverse temperature of the logits, computed with the prototypes; errors are theirs."""
+        self._learn_classes()
+        assert self._scale is not None
+        return self._scale
+
+    @property
+    def rejection(self) -> Rejection | None:
+        """How the task tells images of none of its classes, computed with the prototypes; None if it cannot."""
+        self._learn_classes()
+        return self._rejection
+
+    @torch.no_grad()
+    def _learn_classes(self) -> None:
+        """Compute the prototypes, the scale and the rejection from the support images, unless they are known."""
         with get_lock(self.backbone):
-            if self._prototypes is None:
-                self._prototypes = self._compute_prototypes()
-                self._support = None
-            return self._prototypes
+            if self._support is None:
+                return
+            images = self._support
+            labels, names = images.support.labels, images.support.names
+            features = self._compute_support_features(images)
+            bad = find_bad_row(features)
+            if bad is not None:
+                self._raise_not_finite(_name_image(names, bad))
+            prototypes = images.head(features, labels)
+            if not prototypes.isfinite().all():
+                if isinstance(images.head, nn.Module):
+                    require_finite_weights(images.head, "the adapter's head")
+                raise NotFiniteError("the features of the support set are too large or too small to be compared.")
+            self._scale = images.calibration.compute_scale(features, labels)
+            if images.rejection is not None:
+                self._rejection = images.rejection.fit_task(features, labels)
+            self._prototypes = prototypes
+            self._support = None
 
-    @torch.no_grad()
-    def _compute_prototypes(self) -> torch.Tensor:
-        support = self._support
-        assert support is not None, "a task has prototypes or what they are made of"
+    def _compute_support_features(self, images: SupportImages) -> torch.Tensor:
+        """Features `(n, width)` float32 of the support images, averaged over their views."""
+        features = []
         with self._adapted():
-            hidden = support.images
-            if isinstance(hidden, torch.Tensor):
-                hidden = self._split.forward_prefix(hidden)
-            features = self._split.forward_suffix(hidden).float()
-        bad = find_bad_row(features)
-        if bad is not None:
-            self._raise_not_finite(_name_image(support.names, bad))
-        prototypes = support.head(features, support.labels)
-        if not prototypes.isfinite().all():
-            if isinstance(support.head, nn.Module):
-                require_finite_weights(support.head, "the adapter's head")
-            raise NotFiniteError("the features of the support set are too large or too small to be compared.")
-        return prototypes
+            for number in range(images.views):
+                hidden = images.hidden
+                if number > 0 or hidden is None:
+                    hidden = self._split.forward_prefix(make_view(images.support.pixel_values, number))
+                features.append(self._split.forward_suffix(hidden).float())
+        return combine_views(features)
 
     @torch.no_grad()
-    def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def logits(self, pixel_values: torch.Tensor, *, views: int = 1) -> torch.Tensor:
         """Logits `(n, n_way)` of pixel values `(n, 3, height, width)`. Their softmax is the scores. All are finite.
+
+        Args:
+            pixel_values: what the backbone reads.
+            views: over how many views of an image its features are averaged, see `make_view`.
 
         Raises:
             ImageError: an image has NaN, infinity or values beyond a million, or the backbone makes such features of
@@ -120,11 +160,12 @@ class AdaptedBackbone:
             NotFiniteError: the task, its adapter or the backbone has NaN or infinite weights.
             RuntimeError: the task was reset.
             IncompatibleBackboneError: another task is merged into the backbone.
+            ValueError: there are not so many views.
         """
-        return self._compute_logits(pixel_values, ())
+        return self._compute_logits(pixel_values, (), require_views(views))
 
     @torch.no_grad()
-    def _compute_logits(self, pixel_values: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    def _compute_logits(self, pixel_values: torch.Tensor, names: Sequence[str], views: int = 1) -> torch.Tensor:
         """Logits of images that errors call by these names, or by their numbers."""
         bad = find_bad_image(pixel_values)
         if bad is not None:
@@ -134,8 +175,9 @@ class AdaptedBackbone:
             )
         classifier = PrototypeClassifier(self.prototypes, self.scale)
         parameter = next(self.backbone.parameters())
+        pixel_values = pixel_values.to(parameter.device, parameter.dtype)
         with self._adapted():
-            features = self._split.forward_features(pixel_values.to(parameter.device, parameter.dtype)).float()
+            features = average_views(self._split.forward_features, pixel_values, views)
         logits = classifier(features)
         bad = find_bad_row(features)
         if bad is None and not logits.isfinite().all():
@@ -146,7 +188,9 @@ class AdaptedBackbone:
 
     def _raise_not_finite(self, image: str) -> NoReturn:
         """Say why the features or the logits of an image are not finite: weights, settings, or the image itself."""
-        parts = {"theta": self.theta, "prototypes": self._prototypes, "scale": torch.tensor(self.scale)}
+        parts = {"theta": self.theta, "prototypes": self._prototypes}
+        if self._scale is not None:
+            parts["scale"] = torch.tensor(self._scale)
         for name, tensor in parts.items():
             if tensor is not None and not tensor.float().isfinite().all():
                 raise NotFiniteError(f"{name} of this task has NaN or infinite values: adapt again, or load it again.")

@@ -17,6 +17,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from .adapted_backbone import SupportImages
 from .backbones import SplitBackbone
 from .blocks import Blocks
+from .calibration import COSINE_SCALE, Calibration
 from .configuration import HyperFlowConfig
 from .fingerprint import compute_fingerprint, fingerprints_match
 from .finite import NotFiniteError, find_bad_image, find_bad_row, require_finite_weights
@@ -31,6 +32,7 @@ from .saved_flow import SavedFlow
 from .support import SupportSet, read_support
 from .task import AdaptedTask
 from .trunks import IncompatibleBackboneError, eval_mode, find_trunk, get_name
+from .views import require_views
 
 
 class HyperFlowAdapter(SavedFlow):
@@ -111,6 +113,7 @@ class HyperFlowAdapter(SavedFlow):
         n_steps: int | None = None,
         solver: str | None = None,
         early_stopping: bool = False,
+        views: int | None = None,
         skip_bad: bool = False,
     ) -> AdaptedTask:
         """Adapt a backbone to the classes of a support set, without gradients.
@@ -129,6 +132,8 @@ class HyperFlowAdapter(SavedFlow):
             early_stopping: stop the flow where the leave-one-out accuracy on the support set is best. Of equal points
                 the earliest is taken, t = 0 included. Some class needs two images or more. The adapted blocks are run
                 on the support set at every step.
+            views: from how many views of each support image its class is learned, 1 to 4: the image, two crops, and its
+                mirror image. The backbone is run once for each. None takes the config's.
             skip_bad: leave out images that cannot be read.
 
         Returns:
@@ -138,8 +143,11 @@ class HyperFlowAdapter(SavedFlow):
             SupportSetError, ImageError, FileNotFoundError: see `read_support`.
             IncompatibleBackboneError: the backbone is not of the adapter's kind. It is left as it was.
             NotFiniteError: the backbone or the adapter has NaN or infinite weights, or the flow diverges.
-            ValueError: see `read_support`; the solver is not known, or `n_steps` is not an integer of at least 0.
+            ValueError: see `read_support`; the solver is not known, `n_steps` is not an integer of at least 0, or
+                there are not so many views.
         """
+        views = require_views(self.config.views if views is None else views)
+        calibration = self.calibration
         split = self.split(backbone)
         backbone = split.backbone
         images = self._read(support, backbone, skip_bad)
@@ -161,19 +169,22 @@ class HyperFlowAdapter(SavedFlow):
             space=self.space,
             theta=path.theta,
             class_names=images.class_names,
-            scale=self._get_scale(),
             processor=self.processor,
-            support=SupportImages(path.hidden or images.pixel_values, images.labels, self.head, images.names),
+            support=SupportImages(images, path.hidden, self.head, calibration, self.rejection, views),
             nfe=path.nfe,
             stopping_point=path.stopping_point,
         )
 
     @torch.no_grad()
-    def direct_transfer(self, backbone: PreTrainedModel, support: Any, *, skip_bad: bool = False) -> AdaptedTask:
+    def direct_transfer(
+        self, backbone: PreTrainedModel, support: Any, *, views: int = 1, skip_bad: bool = False
+    ) -> AdaptedTask:
         """The baseline: the backbone is not adapted, and images are compared by cosines with the class means.
 
-        Arguments and errors are those of `adapt`. The task that is returned has theta at its start.
+        Arguments and errors are those of `adapt`. The task that is returned has theta at its start. Its scores are not
+        calibrated: the scale is `COSINE_SCALE`.
         """
+        require_views(views)
         split = self.split(backbone)
         backbone, blocks = split.backbone, split.blocks
         images = self._read(support, backbone, skip_bad)
@@ -184,9 +195,8 @@ class HyperFlowAdapter(SavedFlow):
             space=self.space,
             theta=theta,
             class_names=images.class_names,
-            scale=self._get_scale(),
             processor=self.processor,
-            support=SupportImages(images.pixel_values, images.labels, unit_means, images.names),
+            support=SupportImages(images, None, unit_means, Calibration(math.log(COSINE_SCALE)), None, views),
         )
 
     def _read(self, support: Any, backbone: nn.Module, skip_bad: bool) -> SupportSet:
@@ -200,14 +210,6 @@ class HyperFlowAdapter(SavedFlow):
                 stacklevel=4,  # whoever called `adapt`: a frame of torch and ours lie between
             )
         return images.to(parameter.device, parameter.dtype)
-
-    def _get_scale(self) -> float:
-        """The scale of the logits."""
-        scale = self.logit_scale.exp().item()
-        if not 0 < scale < math.inf:
-            exponent = self.logit_scale.item()
-            raise NotFiniteError(f"logit_scale of the adapter is {exponent:g}, which makes a scale of {scale:g}.")
-        return scale
 
     def _raise_not_finite(self, split: SplitBackbone, images: SupportSet) -> NoReturn:
         """Say why the generated weights are not finite: an image, the backbone's weights or the adapter's, or the flow.

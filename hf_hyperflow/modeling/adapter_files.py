@@ -14,12 +14,14 @@ import torch
 from transformers import PreTrainedConfig
 
 from .checksums import CHECKSUMS, MODEL_CHECKSUMS, check_files, require_sha256
+from .config_validation import validate_config
 from .configuration import HyperFlowConfig, get_own_fields
 from .hub import fetch
+from .json_fields import read_json
 from .model_card import adapter_card
 from .parameter_space import ParameterSpace
 from .saving import CheckpointError, reading
-from .validation import read_json, read_tensors, validate_config
+from .tensor_files import read_tensors
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -9,8 +9,8 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from .json_fields import read_json
 from .saving import CheckpointError, mark_removed
-from .validation import read_json
 
 #: The list of a task's files, by which a task is told from an adapter, and that of an adapter's.
 CHECKSUMS, MODEL_CHECKSUMS = "checksums.json", "model_checksums.json"

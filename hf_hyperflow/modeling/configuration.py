@@ -30,6 +30,12 @@ class HyperFlowConfig(PreTrainedConfig):
             the config of a `transformers` vision model, whose weights are part of this checkpoint.
         drift_width, drift_depth, drift_heads: size of the drift network.
         lda: whether the head is a regularised LDA (see `RegularisedLDA`) or compares by plain cosines.
+        views: from how many views of a support image its features are averaged unless `adapt` is told otherwise, see
+            `make_view`; 1 is the image as it is.
+        calibration: the fields of a `Calibration`, by which scores become probabilities; None if every task has the
+            scale `logit_scale` of the weights.
+        rejection: the fields of a `RejectionCalibration`, by which tasks tell images of none of their classes; None if
+            they cannot.
         n_steps, solver: how the flow is integrated unless `adapt` is told otherwise.
         weights_sha256: SHA-256 of `model.safetensors`, by which a damaged download is noticed.
     """
@@ -53,6 +59,9 @@ class HyperFlowConfig(PreTrainedConfig):
     drift_depth: int = 4
     drift_heads: int = 6
     lda: bool = False
+    views: int = 1
+    calibration: dict[str, float] | None = None
+    rejection: dict[str, float] | None = None
     n_steps: int = 4
     solver: str = "euler"
     weights_sha256: str | None = None

@@ -12,14 +12,17 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .backbones import Hidden, SplitBackbone
+from .calibration import Calibration
 from .configuration import HyperFlowConfig
 from .drift import DriftNetwork
+from .finite import NotFiniteError
 from .gate import find_blocks
 from .injection import Injection
 from .lda import RegularisedLDA
 from .parameter_space import ParameterSpace
 from .peft_configs import build_peft_config
 from .prototypes import Head, unit_means
+from .rejection import RejectionCalibration
 from .solvers import Trajectory, integrate
 from .stopping import StoppingPoint, choose_stopping_point
 from .task_encoder import TaskEncoder, TaskTokens, pool_tokens
@@ -65,7 +68,7 @@ class Flow(PreTrainedModel):
         task_encoder: turns the features of a support set into task tokens.
         drift: the drift network h_phi.
         token_scale: `(n_tokens, 1)`, the change of theta, row by row, that one unit of the flow stands for.
-        logit_scale: logarithm of the scale of the logits.
+        logit_scale: logarithm of the scale of the logits in training, and of every task if there is no `calibration`.
         head: turns support features into prototypes: a regularised LDA, or plain class means.
     """
 
@@ -142,6 +145,28 @@ class Flow(PreTrainedModel):
             )
         start = len(blocks) - self.config.last_blocks
         return SplitBackbone(backbone, start, self.config.pooling, blocks, self.config.intermediate_weight)
+
+    @property
+    def calibration(self) -> Calibration:
+        """How the logits of a task are scaled.
+
+        Raises:
+            NotFiniteError: the scale in the weights is zero or not finite.
+        """
+        if self.config.calibration is not None:
+            return Calibration(**self.config.calibration)
+        exponent = self.logit_scale.item()
+        scale = self.logit_scale.exp().item()
+        if not 0 < scale < math.inf:
+            raise NotFiniteError(f"logit_scale of the adapter is {exponent:g}, which makes a scale of {scale:g}.")
+        return Calibration(constant=exponent)
+
+    @property
+    def rejection(self) -> RejectionCalibration | None:
+        """How tasks tell images of none of their classes; None if nothing was fitted."""
+        if self.config.rejection is None:
+            return None
+        return RejectionCalibration(**self.config.rejection)
 
     def follow(
         self,

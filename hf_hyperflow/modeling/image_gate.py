@@ -10,6 +10,7 @@ from pathlib import Path
 
 import PIL.Image
 from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from .image_metadata import (
@@ -26,8 +27,16 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000"
 #: Files, and encoded images in memory, may be this large.
 MAX_BYTES = 256 * 2**20
 
-#: An image may have this many pixels.
+#: An image may have this many pixels when it is decoded.
 MAX_PIXELS = 64 * 10**6
+
+#: A JPEG, which can be reduced while it is decoded, may have this many before. If it is stored in several passes, its
+#: reader keeps 6 bytes of each pixel until the last one, so that it may have fewer.
+MAX_PIXELS_JPEG = 256 * 10**6
+MAX_PIXELS_PROGRESSIVE = 128 * 10**6
+
+#: A whole JPEG has at least one bit for each block of 64 pixels.
+MAX_PIXELS_PER_BYTE = 8 * 64
 
 #: JPEG 2000, of which a pixel takes ten times the memory of others, may have this many.
 MAX_PIXELS_JPEG2000 = 16 * 10**6
@@ -41,7 +50,8 @@ MAX_SCANS = 20
 #: The longer side of an image may be this many times the shorter one.
 MAX_RATIO = 50
 
-#: JPEGs with both sides longer than this are reduced while they are decoded. The shorter side keeps half of it.
+#: JPEGs with both sides longer than this are reduced while they are decoded. The shorter side keeps half of it. Those
+#: with more than `MAX_PIXELS` are reduced in any case.
 REDUCED_FROM = 4 * 1024
 
 _TRANSPOSITIONS = {
@@ -54,6 +64,10 @@ _TRANSPOSITIONS = {
     8: PIL.Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
+
+#: How a JPEG and a pass over its image begin.
+_JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"
+
 _TILE_WIDTH, _TILE_LENGTH = 0x0142, 0x0143
 
 #: The entry of an EXIF record in the list of the items of a HEIC or AVIF file.
@@ -119,7 +133,7 @@ def require_size(width: int, height: int, name: str, limit: int = MAX_PIXELS) ->
 def open_image(content: bytes, name: str) -> ImageFile:
     """Read the header of an encoded image; its pixels are still to be decoded.
 
-    A JPEG with both sides over `REDUCED_FROM` will be decoded at a half, a quarter or an eighth of its size.
+    A large JPEG will be decoded at a half, a quarter or an eighth of its size, see `REDUCED_FROM`.
 
     Raises:
         ImageError: it is larger than one of the limits above, or it is a HEIC image and pillow-heif is not installed.
@@ -127,13 +141,19 @@ def open_image(content: bytes, name: str) -> ImageFile:
         Exception: whatever Pillow raises if the header is damaged or of no format in `FORMATS`.
     """
     _require_length(len(content), name)
-    if content.startswith(b"\xff\xd8"):
+    if content.startswith(_JPEG):
         require_small_tags(join_exif(content))
     if content.startswith((b"II", b"MM")):
         require_small_tags(content)
     if content[4:8] == b"ftyp":
         content = _prepare_heif(content, name)
     file = _EncodedImage(content)
+    if content.startswith(_JPEG):
+        image: ImageFile = JpegImageFile(file)  # `PIL.Image.open` refuses those of 179 megapixels
+        file.end_header()
+        _require_jpeg_limits(image, content, name)
+        _reduce(image)
+        return image
     PIL.Image.init()
     formats = [known for known in FORMATS if known in PIL.Image.OPEN]
     try:
@@ -145,13 +165,11 @@ def open_image(content: bytes, name: str) -> ImageFile:
     except PIL.UnidentifiedImageError:
         raise MetadataError(f"it has no readable header of {', '.join(formats)}") from None
     file.end_header()
-    _require_limits(image, content, name)
-    if image.format in ("JPEG", "MPO") and min(image.size) > REDUCED_FROM:
-        image.draft(None, (REDUCED_FROM // 2, REDUCED_FROM // 2))
+    _require_limits(image, name)
     return image
 
 
-def _require_limits(image: ImageFile, content: bytes, name: str) -> None:
+def _require_limits(image: ImageFile, name: str) -> None:
     """Raise an error if decoding the image would take too much memory or time."""
     limit = MAX_PIXELS
     if image.format == "JPEG2000":
@@ -161,10 +179,35 @@ def _require_limits(image: ImageFile, content: bytes, name: str) -> None:
     require_size(*image.size, name, limit)
     if isinstance(image, TiffImageFile) and _TILE_WIDTH in image.tag_v2:
         require_size(image.tag_v2[_TILE_WIDTH], image.tag_v2.get(_TILE_LENGTH, 1), f"{name}: a tile")
-    if image.format in ("JPEG", "MPO"):
-        n_scans = content.count(b"\xff\xda")
-        if n_scans * image.width * image.height > MAX_SCANS * MAX_PIXELS:
-            raise MetadataError(f"it takes {n_scans} passes over {image.width} x {image.height} pixels")
+
+
+def _require_jpeg_limits(image: ImageFile, content: bytes, name: str) -> None:
+    """Raise an error if decoding a JPEG would take too much memory or time, although it is reduced."""
+    limit = MAX_PIXELS_JPEG if _has_one_pass(image, content) else MAX_PIXELS_PROGRESSIVE
+    require_size(*image.size, name, limit)
+    n_pixels = image.width * image.height
+    if n_pixels > max(MAX_PIXELS, MAX_PIXELS_PER_BYTE * len(content)):
+        raise MetadataError(f"{image.width} x {image.height} pixels are not in {len(content):,} bytes")
+    n_passes = content.count(_SCAN)
+    if n_passes * n_pixels > MAX_SCANS * MAX_PIXELS:
+        raise MetadataError(f"it takes {n_passes} passes over {image.width} x {image.height} pixels")
+
+
+def _has_one_pass(image: ImageFile, content: bytes) -> bool:
+    """Whether a JPEG whose header was read has all of its colours, in full precision, in one pass over the image."""
+    n_colours = len(image.getbands())
+    assert image.fp is not None
+    start = content[: image.fp.tell()].rfind(_SCAN)
+    return "progressive" not in image.info and start >= 0 and content[start + 4] == n_colours
+
+
+def _reduce(image: ImageFile) -> None:
+    """Have a large JPEG decoded at a half, a quarter or an eighth of its size."""
+    shorter = min(image.size)
+    if shorter > REDUCED_FROM:
+        image.draft(None, (REDUCED_FROM // 2, REDUCED_FROM // 2))
+    elif image.width * image.height > MAX_PIXELS:
+        image.draft(None, (shorter // 2, shorter // 2))
 
 
 class _EncodedImage(io.BytesIO):

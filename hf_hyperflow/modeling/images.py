@@ -19,8 +19,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .finite import MAX_PIXEL_VALUE, NotFiniteError
 from .image_gate import MAX_PIXELS, ImageError, open_image, read_file, require_size, turn_upright
+from .json_fields import read_json
+from .processor_validation import validate_processor
 from .saving import CheckpointError
-from .validation import read_json, validate_processor
 
 #: File name of a saved image processor.
 PROCESSOR = "preprocessor_config.json"
@@ -96,9 +97,10 @@ def decode(image: Any, name: str) -> PIL.Image.Image:
 
     Only regular files are opened, and only formats that Pillow decodes itself (`image_gate.FORMATS`; HEIC with
     pillow-heif). Before anything is decoded, images of more than 64 megapixels (16 in JPEG 2000), of sides that differ
-    by more than a factor of 50, and files of more than 256 MiB are refused. JPEGs whose sides are both longer than
-    4,096 pixels are decoded at a half, a quarter or an eighth of their size, the shorter side at 2,048 pixels or more;
-    all other images keep every pixel. Of an animation the first frame is read.
+    by more than a factor of 50, and files of more than 256 MiB are refused. JPEGs may have 256 megapixels, progressive
+    ones 128: those whose sides are both longer than 4,096 pixels are decoded at a half, a quarter or an eighth of their
+    size, the shorter side at 2,048 pixels or more, and long ones of more than 64 megapixels at a half. All other images
+    keep every pixel. Of an animation the first frame is read.
 
     Args:
         image: a path, encoded bytes, a `datasets` record (`{"bytes", "path"}`), a PIL image in any mode, or an array

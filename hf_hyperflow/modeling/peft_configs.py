@@ -9,8 +9,8 @@ from peft import BeftConfig, LNTuningConfig, LoraConfig, PeftConfig, PeftType
 from torch import nn
 
 from .gate import find_blocks
+from .peft_validation import PEFT_CONFIGS, get_default
 from .trunks import IncompatibleBackboneError, find_trunk, is_norm, plain_modules
-from .validation import PEFT_CONFIGS, get_default
 
 
 def find_linear_paths(backbone: nn.Module, last_blocks: int) -> list[str]:

@@ -17,14 +17,15 @@ from .adapter_files import (
     read_training_record,
     read_weights,
 )
+from .atomic_file import write_json
 from .checksums import MODEL_CHECKSUMS, sha256, write_checksums
 from .configuration import HyperFlowConfig
 from .flow import Flow
 from .images import PROCESSOR, load_processor
 from .model_card import adapter_card, write_card
 from .pushing import Pushable
-from .saving import CheckpointError, atomic_folder, write_json
-from .validation import list_differences
+from .saving import CheckpointError, atomic_folder
+from .tensor_files import list_differences
 
 T = TypeVar("T", bound="SavedFlow")
 

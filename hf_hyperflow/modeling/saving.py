@@ -1,4 +1,4 @@
-"""Writes folders and files whole or not at all, and reads folders of which every file is of one version.
+"""Writes folders whole or not at all, and reads folders of which every file is of one version.
 
 While something is written to a folder, it holds a draft:
 
@@ -13,7 +13,6 @@ next does so for a writer that was killed in between.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import stat
@@ -24,7 +23,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -151,7 +149,7 @@ def _lock_draft(folder: Path) -> int:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         for path in missing:
-            _sync(path.parent)
+            sync(path.parent)
         with suppress(FileExistsError):
             drafts.mkdir()
         # Another writer may have removed it again, which is no error: the lock is tried anew.
@@ -186,10 +184,10 @@ def _commit(folder: Path) -> None:
         target = folder / path.name
         if target.exists() and target.is_dir() != path.is_dir():
             raise FileExistsError(f"{target} is in the way")
-    _sync_all([new, *new.rglob("*"), new.parent, folder])
+    sync_all([new, *new.rglob("*"), new.parent, folder])
     with _no_reader(folder):
         os.rename(new, folder / DRAFT / _COMMITTED)
-        _sync(folder / DRAFT)
+        sync(folder / DRAFT)
         _roll_forward(folder)
 
 
@@ -227,7 +225,7 @@ def _roll_forward(folder: Path) -> None:
         if _is_real_folder(source) and _is_real_folder(target):
             shutil.rmtree(target)
         os.replace(source, target)
-    _sync(folder)
+    sync(folder)
     shutil.rmtree(committed)
 
 
@@ -333,7 +331,7 @@ def _view(folder: Path) -> Iterator[Path]:
         yield Path(view)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Bring the content of a file, or the names in a folder, to the disk."""
     is_folder = path.is_dir()
     descriptor = os.open(path, os.O_RDONLY)
@@ -346,68 +344,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_all(paths: Iterable[Path]) -> None:
+def sync_all(paths: Iterable[Path]) -> None:
     """Bring files and folders to the disk, several at a time: the disk then waits once for many."""
     with ThreadPoolExecutor(8) as pool:
-        for _ in pool.map(_sync, paths):
+        for _ in pool.map(sync, paths):
             pass  # raises the error of the first that failed
-
-
-@contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a new, empty file to write to. It takes the place of `path` in one move when the block has ended well.
-
-    At every moment, also after a kill or a power cut, `path` holds either its old or its new content. The next writer
-    of the file clears what a killed one left.
-
-    Raises:
-        CheckpointError: the file cannot be written, or another process or thread is writing it.
-    """
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.new")
-    try:
-        # The draft's name is always the same, so that none is left for ever. Hence the lock.
-        lock = _lock_draft_of_file(path, draft)
-        try:
-            yield draft
-            _sync(draft)
-            os.replace(draft, path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(lock)
-        _sync(path.parent)
-    except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"cannot write {path}: {error}. Choose a folder you may write to, with room left."
-        ) from error
-
-
-def _lock_draft_of_file(path: Path, draft: Path) -> int:
-    """Make an empty draft of a file and lock it. Returns the descriptor that holds the lock."""
-
-    def make() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if draft.is_symlink():
-            raise FileExistsError(f"{draft} is in the way")
-        draft.touch()
-
-    try:
-        lock = wait_for_lock(draft, seconds=WRITER_PATIENCE, make=make)
-    except LockTimeoutError:
-        raise CheckpointError(f"another command is writing {path} now. Wait until it is done.") from None
-    os.truncate(draft, 0)
-    return lock
-
-
-def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write JSON to a file, whole or not at all.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
-    with atomic_file(path) as draft:
-        draft.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

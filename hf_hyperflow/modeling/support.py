@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .class_names import find_label_problem
 from .dataset_images import find_columns, get_split, is_dataset, iterate_rows, list_class_names
 from .finite import MAX_PIXEL_VALUE, find_bad_image
 from .images import IMAGE_SUFFIXES, NamedImage, decode_all, is_one_image, process_images, why_no_image
-from .validation import find_label_problem
 
 
 class SupportSetError(ValueError):

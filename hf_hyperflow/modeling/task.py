@@ -24,9 +24,11 @@ from .parameter_space import ParameterSpace
 from .peft_configs import get_kind
 from .pushing import Pushable
 from .queries import iterate_queries, require_count
+from .rejection import NONE_OF_THESE
 from .saving import atomic_folder
 from .task_files import load_state, read_task, write_adapter, write_biases_as_lora, write_prototypes
 from .trunks import IncompatibleBackboneError, find_trunk
+from .views import require_views
 
 
 class AdaptedTask(Pushable, AdaptedBackbone):
@@ -47,6 +49,8 @@ class AdaptedTask(Pushable, AdaptedBackbone):
         theta: the adapter's weights, `(n_tokens, token_dim)`.
         class_names: the labels, in the order of the scores.
         scale: the inverse temperature of the logits.
+        rejection: tells images of none of the classes, see `known_scores`; None if the adapter was not calibrated for
+            that.
         processor: the backbone's image processor; None if only tensors can be classified.
         stopping_point: how far the flow was followed; None without a flow, and for a task that was loaded.
         nfe: how often the drift network was run (number of function evaluations).
@@ -66,7 +70,7 @@ class AdaptedTask(Pushable, AdaptedBackbone):
             f"{type(self.backbone).__name__}{name}, {state}>"
         )
 
-    def scores(self, images: Any, *, batch_size: int = 64, skip_bad: bool = False) -> torch.Tensor:
+    def scores(self, images: Any, *, batch_size: int = 64, views: int = 1, skip_bad: bool = False) -> torch.Tensor:
         """Scores of images, on the CPU: `(n_way,)` of one image, `(n, n_way)` of several.
 
         All scores are finite, and those of an image add up to 1.
@@ -75,50 +79,110 @@ class AdaptedTask(Pushable, AdaptedBackbone):
             images: one image (a path, bytes, a PIL image, an array or pixel values `(3, height, width)`), or several:
                 see `iterate_queries`. They are read as they are needed, `batch_size` at a time.
             batch_size: how many images are run at a time.
+            views: over how many views of an image its features are averaged, 1 to 4: the image, two crops, and its
+                mirror image. The backbone is run once for each.
             skip_bad: give images that cannot be read NaN as their scores, and say in a warning why, instead of raising
                 an `ImageError`.
 
         Raises:
             ImageError: an image cannot be read, see `decode`, or it has or makes values that are not finite. It is
                 named.
-            ValueError: see `iterate_queries`; the task has no image processor, and the images are not pixel values; or
-                `batch_size` is not an integer of at least 1.
+            ValueError: see `iterate_queries`; the task has no image processor, and the images are not pixel values;
+                `batch_size` is not an integer of at least 1; or there are not so many views.
             NotFiniteError, RuntimeError, IncompatibleBackboneError: see `logits`.
         """
-        scores = self._score(images, batch_size, skip_bad)
+        scores, _ = self._score(images, batch_size, views, skip_bad)
         return scores[0] if is_one_image(images) else scores
 
-    def predict(self, images: Any, *, batch_size: int = 64, skip_bad: bool = False) -> Any:
+    def known_scores(
+        self, images: Any, *, batch_size: int = 64, views: int = 1, skip_bad: bool = False
+    ) -> torch.Tensor:
+        """The probabilities that images are of one of the classes at all: `()` of one image, `(n,)` of several.
+
+        Arguments and errors are those of `scores`.
+
+        Raises:
+            ValueError: see `scores`; or the task has no `rejection`.
+        """
+        self._require_rejection()
+        _, known = self._score(images, batch_size, views, skip_bad)
+        return known[0] if is_one_image(images) else known
+
+    def predict(
+        self, images: Any, *, batch_size: int = 64, views: int = 1, skip_bad: bool = False, reject: bool = False
+    ) -> Any:
         """The label with the highest score: one label of one image, a list of labels of several.
 
-        Arguments and errors are those of `scores`. With `skip_bad`, the place of an image that cannot be read has None.
+        Args:
+            images, batch_size, views: see `scores`.
+            skip_bad: see `scores`. The place of an image that cannot be read has None.
+            reject: answer `NONE_OF_THESE` where it is less likely than not that an image is of one of the classes, see
+                `known_scores`.
+
+        Raises:
+            ImageError, NotFiniteError, RuntimeError, IncompatibleBackboneError: see `scores`.
+            ValueError: see `scores`; or the task has no `rejection`, and `reject` asks for it.
         """
+        if reject:
+            self._require_rejection()
         labels: list[str | None] = []
-        for row in self._score(images, batch_size, skip_bad):
-            labels.append(None if row.isnan().any() else self.class_names[int(row.argmax())])
+        scores, known = self._score(images, batch_size, views, skip_bad)
+        for row, probability in zip(scores, known.tolist(), strict=True):
+            if row.isnan().any():
+                labels.append(None)
+            elif reject and probability < 0.5:
+                labels.append(NONE_OF_THESE)
+            else:
+                labels.append(self.class_names[int(row.argmax())])
         return labels[0] if is_one_image(images) else labels
 
-    def __call__(self, images: Any, *, top_k: int | None = None, batch_size: int = 64, skip_bad: bool = False) -> Any:
+    def _require_rejection(self) -> None:
+        if self.rejection is None:
+            raise ValueError(
+                "this task cannot tell images of none of its classes: its adapter was not calibrated for that, or it "
+                "was saved by version 0.1. Adapt again with a calibrated adapter (training/calibrate.py)."
+            )
+
+    def __call__(
+        self,
+        images: Any,
+        *,
+        top_k: int | None = None,
+        batch_size: int = 64,
+        views: int = 1,
+        skip_bad: bool = False,
+        reject: bool = False,
+    ) -> Any:
         """Labels with scores, best first: `[{"label": ..., "score": ...}, ...]`.
 
         One image gives one such list, several give a list of them.
 
         Args:
-            images, batch_size: see `scores`.
+            images, batch_size, views: see `scores`.
             top_k: how many labels; None gives all.
             skip_bad: see `scores`. The place of an image that cannot be read has None.
+            reject: see `predict`. Such an image has one entry, the label `NONE_OF_THESE` with the probability that it
+                is of none of the classes.
 
         Raises:
             ImageError, NotFiniteError, RuntimeError, IncompatibleBackboneError: see `scores`.
-            ValueError: see `scores`; or `top_k` is not an integer of at least 1.
+            ValueError: see `predict`; or `top_k` is not an integer of at least 1.
         """
+        if reject:
+            self._require_rejection()
         n_best = len(self.class_names)
         if top_k is not None:
             require_count("top_k", top_k)
             n_best = min(top_k, n_best)
         results: list[list[dict[str, Any]] | None] = []
-        for row in self._score(images, batch_size, skip_bad):
-            results.append(None if row.isnan().any() else self._name_best(row, n_best))
+        scores, known = self._score(images, batch_size, views, skip_bad)
+        for row, probability in zip(scores, known.tolist(), strict=True):
+            if row.isnan().any():
+                results.append(None)
+            elif reject and probability < 0.5:
+                results.append([{"label": NONE_OF_THESE, "score": 1 - probability}])
+            else:
+                results.append(self._name_best(row, n_best))
         return results[0] if is_one_image(images) else results
 
     def _name_best(self, scores: torch.Tensor, n_best: int) -> list[dict[str, Any]]:
@@ -127,24 +191,32 @@ class AdaptedTask(Pushable, AdaptedBackbone):
         pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         return [{"label": self.class_names[i], "score": score} for score, i in pairs]
 
-    def _score(self, images: Any, batch_size: int, skip_bad: bool) -> torch.Tensor:
-        """Scores `(n, n_way)` of one image or several. Those of a bad image are NaN if it may be skipped."""
+    def _score(self, images: Any, batch_size: int, views: int, skip_bad: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores `(n, n_way)` and probabilities `(n,)` to be of a class at all, of one image or several.
+
+        Those of a bad image are NaN if it may be skipped.
+        """
         require_count("batch_size", batch_size)
+        require_views(views)
         skipped: list[str] = []
         left_out: list[str] = []
         queries = iterate_queries(images, left_out)
-        scores = [torch.empty(0, len(self.class_names))]
+        logits = [torch.empty(0, len(self.class_names))]
         while batch := list(itertools.islice(queries, batch_size)):
-            scores.append(self._score_batch(batch, skipped if skip_bad else None))
+            logits.append(self._classify_batch(batch, views, skipped if skip_bad else None))
         # The warnings are shown to whoever called the public method.
         if skipped:
             warnings.warn(f"no scores for bad images: {' '.join(skipped)}", stacklevel=3)
         if left_out:
             warnings.warn(f"files that are no images left out: {' '.join(left_out)}", stacklevel=3)
-        return torch.cat(scores)
+        rows = torch.cat(logits)
+        known = torch.ones(len(rows))
+        if len(rows) and self.rejection is not None:
+            known = self.rejection.compute_known(rows, self.scale)
+        return rows.softmax(-1), known
 
-    def _score_batch(self, batch: list[NamedImage], skipped: list[str] | None) -> torch.Tensor:
-        """Scores `(n, n_way)`. With `skipped`, bad images are noted there, and their scores are NaN."""
+    def _classify_batch(self, batch: list[NamedImage], views: int, skipped: list[str] | None) -> torch.Tensor:
+        """Logits `(n, n_way)` on the CPU. With `skipped`, bad images are noted there, and their logits are NaN."""
         rows = list(range(len(batch)))
         if all(isinstance(query.image, torch.Tensor) for query in batch):
             pixel_values = torch.stack([query.image for query in batch])
@@ -153,18 +225,18 @@ class AdaptedTask(Pushable, AdaptedBackbone):
         else:
             rows = []
             pixel_values = process_images(decode_all(batch, rows, skipped), self.processor)
-        scores = torch.full((len(batch), len(self.class_names)), math.nan)
+        logits = torch.full((len(batch), len(self.class_names)), math.nan)
         if rows:
             names = [batch[row].name for row in rows]
-            scores[rows] = self._score_pixels(pixel_values, names, skipped)
-        return scores
+            logits[rows] = self._classify_pixels(pixel_values, names, views, skipped)
+        return logits
 
-    def _score_pixels(
-        self, pixel_values: torch.Tensor, names: Sequence[str], skipped: list[str] | None
+    def _classify_pixels(
+        self, pixel_values: torch.Tensor, names: Sequence[str], views: int, skipped: list[str] | None
     ) -> torch.Tensor:
-        """Scores `(n, n_way)`. With `skipped`, images that make no finite features are looked for by halves."""
+        """Logits `(n, n_way)`. With `skipped`, images that make no finite features are looked for by halves."""
         try:
-            return self._compute_logits(pixel_values, names).softmax(-1).cpu()
+            return self._compute_logits(pixel_values, names, views).cpu()
         except ImageError as error:
             if skipped is None:
                 raise
@@ -172,8 +244,8 @@ class AdaptedTask(Pushable, AdaptedBackbone):
                 skipped.append(str(error))
                 return torch.full((1, len(self.class_names)), math.nan)
         half = len(names) // 2
-        first = self._score_pixels(pixel_values[:half], names[:half], skipped)
-        return torch.cat([first, self._score_pixels(pixel_values[half:], names[half:], skipped)])
+        first = self._classify_pixels(pixel_values[:half], names[:half], views, skipped)
+        return torch.cat([first, self._classify_pixels(pixel_values[half:], names[half:], views, skipped)])
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, format: str | None = None) -> None:
         """Write a plain PEFT adapter, the prototypes with their labels, the image processor and a model card.
@@ -210,7 +282,7 @@ class AdaptedTask(Pushable, AdaptedBackbone):
                     injection = self._inject()
                     with injection.using(self.theta):
                         write_adapter(draft, injection)
-            write_prototypes(draft, prototypes, self.scale, self.class_names, self._split)
+            write_prototypes(draft, prototypes, self.scale, self.rejection, self.class_names, self._split)
             if self.processor is not None:
                 self.processor.save_pretrained(draft)
             write_checksums(draft, CHECKSUMS, save_directory, optional=(PROCESSOR,))
@@ -262,6 +334,7 @@ class AdaptedTask(Pushable, AdaptedBackbone):
             theta=theta,
             class_names=files.class_names,
             scale=files.scale,
+            rejection=files.rejection,
             processor=files.processor,
             prototypes=files.prototypes.to(next(backbone.parameters()).device),
         )

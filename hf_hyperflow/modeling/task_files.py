@@ -22,11 +22,15 @@ from .checksums import CHECKSUMS, check_files
 from .hub import fetch
 from .images import load_processor
 from .injection import ADAPTER_NAME, Injection
+from .json_fields import parse_json, read_json
 from .locks import ignored_warnings
 from .peft_configs import build_peft_config
+from .peft_validation import validate_peft
+from .rejection import Rejection
 from .saving import CheckpointError, reading
+from .task_validation import validate_task
+from .tensor_files import list_differences, read_tensors
 from .trunks import IncompatibleBackboneError, get_name
-from .validation import list_differences, parse_json, read_json, read_tensors, validate_peft, validate_task
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -41,6 +45,7 @@ class TaskFiles:
         peft_config, adapter_state: config and tensors of the PEFT adapter.
         prototypes: `(n_way, width)`, to be used as they are.
         scale: the inverse temperature of the logits.
+        rejection: tells images of none of the classes; None if the task cannot.
         class_names: the labels, in the order of the prototypes.
         start, pooling, intermediate_weight: of the `SplitBackbone` that the features come from.
         processor: the image processor; None if the task was saved without one.
@@ -50,6 +55,7 @@ class TaskFiles:
     adapter_state: dict[str, torch.Tensor]
     prototypes: torch.Tensor
     scale: float
+    rejection: Rejection | None
     class_names: list[str]
     start: int
     pooling: str
@@ -99,12 +105,20 @@ def _read_folder(folder: Path) -> TaskFiles:
         adapter_state=read_tensors(folder / ADAPTER_WEIGHTS),
         prototypes=prototypes,
         scale=tensors["scale"].item(),
+        rejection=_read_rejection(tensors),
         class_names=description["labels"],
         start=description["start"],
         pooling=description["pooling"],
         intermediate_weight=description["intermediate_weight"],
         processor=load_processor(folder),
     )
+
+
+def _read_rejection(tensors: dict[str, torch.Tensor]) -> Rejection | None:
+    """The rejection of a task; version 0.1 and adapters without one did not write it."""
+    if "rejection" not in tensors:
+        return None
+    return Rejection(*tensors["rejection"].tolist())
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -182,10 +196,20 @@ def write_biases_as_lora(
 
 
 def write_prototypes(
-    folder: Path, prototypes: torch.Tensor, scale: float, class_names: list[str], split: SplitBackbone
+    folder: Path,
+    prototypes: torch.Tensor,
+    scale: float,
+    rejection: Rejection | None,
+    class_names: list[str],
+    split: SplitBackbone,
 ) -> None:
-    """Write the prototypes `(n_way, width)`, their labels and how the features are computed that they compare with."""
+    """Write the prototypes `(n_way, width)` and their labels.
+
+    Beside them are the numbers that make scores of their products, and how the features are computed to multiply with.
+    """
     tensors = {"prototypes": prototypes.cpu().contiguous(), "scale": torch.tensor(scale)}
+    if rejection is not None:
+        tensors["rejection"] = torch.tensor([rejection.offset, rejection.odds, rejection.cosine])
     metadata = {
         "labels": json.dumps(class_names, ensure_ascii=False),
         "pooling": split.pooling,

@@ -48,13 +48,13 @@ def make_view(pixel_values: torch.Tensor, number: int) -> torch.Tensor:
 def average_views(
     compute_features: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor, views: int
 ) -> torch.Tensor:
-    """Features `(n, width)` of images, averaged over the first `views` views.
+    """Features `(n, width)` float32 of images, averaged over the first `views` views.
 
     Args:
         compute_features: takes pixel values and gives their features `(n, width)`.
         pixel_values: `(n, 3, height, width)`.
     """
-    features = [compute_features(make_view(pixel_values, number)) for number in range(views)]
+    features = [compute_features(make_view(pixel_values, number)).float() for number in range(views)]
     return combine_views(features)
 
 

@@ -6,10 +6,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peft import PeftConfig
-from torch import nn
-
-from ..modeling.peft_configs import bias_config, layernorm_config, lora_config
 from .precision import HELP, MixedPrecision, resolve_precision
 from .tracking import Tracker
 
@@ -131,22 +127,3 @@ class DriftTrainingConfig:
             raise ValueError("--validation_episodes 1: must be at least 2, for a single one has no interval.")
         if not 0 <= self.intermediate_weight < math.inf:
             raise ValueError(f"--intermediate_weight {self.intermediate_weight}: must be a number and not negative.")
-
-
-def build_peft_config(kind: ParameterKind, backbone: nn.Module, last_blocks: int, *, norms: bool) -> PeftConfig:
-    """The PEFT config of what is generated in the last blocks of a backbone.
-
-    Args:
-        norms: with biases, the LayerNorms too.
-
-    Raises:
-        ValueError: an unknown kind.
-        IncompatibleBackboneError: the backbone has no such targets.
-    """
-    if kind == "bias":
-        return bias_config(backbone, last_blocks, norms=norms)
-    if kind == "lora":
-        return lora_config(backbone, last_blocks)
-    if kind == "layernorm":
-        return layernorm_config(backbone, last_blocks)
-    raise ValueError(f"parameters must be bias, lora or layernorm, not {kind!r}.")

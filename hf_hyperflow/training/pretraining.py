@@ -19,10 +19,10 @@ from ..arguments import describe_arguments, exit_on_error, parse
 from ..data.augmentation import random_views
 from ..data.domains import Domain, join_domains, load_domain, normalise
 from ..data.episodes import cdfsl_episode
+from ..modeling.atomic_file import write_json
 from ..modeling.backbones import SplitBackbone
 from ..modeling.gate import find_blocks
 from ..modeling.prototypes import PrototypeClassifier
-from ..modeling.saving import write_json
 from .checkpoints import exclusive_run, load_checkpoint, save_checkpoint
 from .cost_log import OfflineCost, describe_hardware, list_versions
 from .optimizer import build_optimizer

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from datasets import disable_progress_bars
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
@@ -22,7 +22,6 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from ..arguments import describe_arguments, exit_on_error, parse
-from ..benchmark.evaluation import compare_flow
 from ..data.domains import Domain
 from ..data.tasks import MIN_WAY, load_domains, query_count, require_enough
 from ..finetuning.trajectories import Trajectories, measure_token_scale
@@ -32,8 +31,9 @@ from ..modeling.hub import make_repo, push_folder
 from ..modeling.lda import RegularisedLDA
 from ..modeling.saving import CheckpointError
 from .batches import BatchSizes, StepBatches, load_recorded
+from .building import build_adapter
 from .checkpoints import exclusive_run, load_checkpoint, save_adapter, save_checkpoint
-from .config import DriftTrainingConfig, build_peft_config
+from .config import DriftTrainingConfig
 from .cost_log import OfflineCost, describe_hardware, list_versions
 from .lda_prior import measure_lda_prior
 from .objectives import EpisodicLoss, VelocityMatchingLoss
@@ -41,6 +41,7 @@ from .optimizer import build_optimizer
 from .progress import TrainingProgress
 from .schedule import METRICS, Schedule, ScheduledLoss
 from .tracking import flatten, get_logging_folder, list_domains, require_tracker, start_tracker
+from .validation import compare_on_domains
 
 #: Ways, shots and queries of the smallest training task; each training domain must have the images for it.
 SMALLEST_TASK = (MIN_WAY, 1, query_count(MIN_WAY))
@@ -314,7 +315,13 @@ class DriftTrainer:
         """
         n_episodes = self.config.validation_episodes * len(self.validation_domains)
         with self.cost.phase("validation", every=1, episodes=n_episodes):
-            accuracies = self._compare_on_validation_domains()
+            accuracies = compare_on_domains(
+                self.accelerator,
+                self.averaged_adapter,
+                self.backbone,
+                self.validation_domains,
+                n_episodes=self.config.validation_episodes,
+            )
         progress = self.progress
         entry: dict[str, Any] = {"step": progress.step, "phase": self.schedule.phase(progress.step - 1)}
         entry.update(progress.recent.means())
@@ -324,23 +331,6 @@ class DriftTrainer:
         self.accelerator.print(json.dumps(entry))
         self.accelerator.log(flatten(accuracies, "validation/"), step=progress.step)
         return accuracies
-
-    def _compare_on_validation_domains(self) -> dict[str, dict[str, float]]:
-        """The domains are dealt out to the processes."""
-        domains = self.validation_domains[self.accelerator.process_index :: self.accelerator.num_processes]
-        summaries = []
-        with self.accelerator.autocast():
-            for domain in domains:
-                comparison = compare_flow(
-                    self.averaged_adapter,
-                    self.backbone,
-                    domain,
-                    n_episodes=self.config.validation_episodes,
-                    n_shot=5,
-                )
-                summaries.append((domain.name, comparison.summary()))
-        gathered = dict(gather_object(summaries))
-        return {domain.name: gathered[domain.name] for domain in self.validation_domains}
 
     # Save
 
@@ -394,28 +384,6 @@ class DriftTrainer:
             for entry in self.recorded.collection["collections"]:
                 trajectories[entry["name"]] = entry["totals"]["rows"]
         return {"images": images, "trajectories": trajectories}
-
-
-def build_adapter(
-    config: DriftTrainingConfig, backbone: PreTrainedModel, processor: BaseImageProcessor, image_size: torch.Size
-) -> HyperFlowAdapter:
-    """The untrained adapter that a config describes, for images of this height and width."""
-    encoder = None
-    if config.encoder is not None:
-        encoder = AutoModel.from_pretrained(config.encoder).float()
-    return HyperFlowAdapter.from_backbone(
-        backbone,
-        build_peft_config(config.parameters, backbone, config.last_blocks, norms=config.norms),
-        last_blocks=config.last_blocks,
-        processor=processor,
-        encoder=encoder,
-        drift_width=config.drift_width,
-        drift_depth=config.drift_depth,
-        n_steps=config.n_steps,
-        lda=config.lda,
-        intermediate_weight=config.intermediate_weight,
-        image_size=list(image_size),
-    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_hyperflow.benchmark.domain_features import DomainFeatures
+from hf_hyperflow.benchmark.domain_features import ViewFeatures
 from hf_hyperflow.benchmark.methods import BiasTuning, Target
 from hf_hyperflow.data.domains import Domain, normalise, resize_images
 from hf_hyperflow.data.episodes import cdfsl_episode
@@ -22,7 +22,7 @@ def test_the_first_blocks_run_once_per_image(backbone, processor, domain):
     target = Target(backbone, tiny_adapter(backbone, processor=processor))
     n_read = []
     backbone.register_forward_pre_hook(lambda module, args: n_read.append(len(args[0])))
-    features = DomainFeatures(target, domain)
+    features = ViewFeatures(target, domain)
     rows = torch.tensor([5, 1, 5, 40])
     hidden = features.hidden(rows)
     expected = target.split.forward_prefix(normalise(domain.images[rows], processor)).states
@@ -36,7 +36,7 @@ def test_the_first_blocks_run_once_per_image(backbone, processor, domain):
 
 def test_hidden_states_do_not_depend_on_what_was_asked_before(backbone, processor, domain):
     target = Target(backbone, tiny_adapter(backbone, processor=processor))
-    forwards, backwards = (DomainFeatures(target, domain) for _ in range(2))
+    forwards, backwards = (ViewFeatures(target, domain) for _ in range(2))
     one = torch.cat([forwards.hidden(torch.tensor([row])).states for row in range(72)])
     assert torch.equal(one, backwards.hidden(torch.arange(71, -1, -1)).states.flip(0))
 
@@ -45,7 +45,7 @@ def test_plain_features_are_those_of_the_backbone_each_image_once(backbone, proc
     target = Target(backbone, tiny_adapter(backbone, processor=processor))
     n_read = []
     backbone.register_forward_pre_hook(lambda module, args: n_read.append(len(args[0])))
-    features = DomainFeatures(target, domain)
+    features = ViewFeatures(target, domain)
     rows = torch.tensor([70, 1, 70, 40])
     computed = features.features(rows)
     with torch.no_grad():
@@ -59,10 +59,10 @@ def test_plain_features_are_those_of_the_backbone_each_image_once(backbone, proc
 def test_features_are_those_of_the_plain_backbone_whatever_is_in_it(backbone, processor, domain):
     target = Target(backbone, tiny_adapter(backbone, processor=processor))
     rows = torch.arange(40)
-    expected = DomainFeatures(target, domain).features(rows)
+    expected = ViewFeatures(target, domain).features(rows)
     injection = BiasTuning().get_weights(target)
     injection.write(injection.start + 1)
-    assert torch.equal(DomainFeatures(target, domain).features(rows), expected)
+    assert torch.equal(ViewFeatures(target, domain).features(rows), expected)
 
 
 def test_support_and_queries_of_an_episode(target, features, colours):

@@ -37,6 +37,24 @@ def test_the_columns_are_the_fields_of_a_row():
     assert [field.name for field in dataclasses.fields(EpisodeResult)] == SCHEMA.names
 
 
+def test_scores_are_kept_where_there_are_some(tmp_path):
+    gaps = tuple(i / 70 for i in range(10))
+    EpisodeLog(tmp_path, {}).append([row(0), dataclasses.replace(row(1), log_loss=1 / 3, confidence_gaps=gaps)])
+    without, scored = EpisodeLog(tmp_path, {}).rows
+    assert (without.log_loss, without.confidence_gaps) == (None, None)
+    assert (scored.log_loss, scored.confidence_gaps) == (1 / 3, gaps)
+
+
+def test_a_table_of_a_version_without_scores(tmp_path):
+    EpisodeLog(tmp_path, {}).append([row(0)])
+    path = tmp_path / "episodes.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["log_loss", "confidence_gaps"]), path)
+    with pytest.raises(
+        CheckpointError, match=r"by another version of hf_hyperflow: its columns are domain, .*accuracy\."
+    ):
+        EpisodeLog(tmp_path, {})
+
+
 def test_settings_that_differ_are_named_and_new_ones_added(tmp_path):
     EpisodeLog(tmp_path, {"seed": 0, "domain a": "x"}).append([row(0)])
     with pytest.raises(CheckpointError, match=r"of another benchmark: seed was 0 and is 1; domain a was x and is y"):

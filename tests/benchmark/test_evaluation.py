@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from hf_hyperflow import HyperFlowAdapter
-from hf_hyperflow.benchmark.domain_features import DomainFeatures
+from hf_hyperflow.benchmark.domain_features import ViewFeatures
 from hf_hyperflow.benchmark.evaluation import Comparison, compare_flow, label_accuracy, mean_ci95
 from hf_hyperflow.benchmark.methods import Target
 from hf_hyperflow.data.domains import Domain, normalise, resize_images
@@ -112,7 +112,7 @@ def test_accuracies_in_the_adapter_s_head_without_the_flow(backbone, processor, 
     adapter.head.set_prior(torch.diag(torch.linspace(0.01, 2, 64)), spread=100.0, count=1.0)
     comparison = compare_flow(adapter, backbone, domain, n_episodes=4, n_shot=2, n_way=4, n_query=5)
     episode = cdfsl_episode(domain, 0, n_shot=2, n_way=4, n_query=5)
-    features = DomainFeatures(Target(backbone, adapter), domain).features(torch.cat([episode.support, episode.query]))
+    features = ViewFeatures(Target(backbone, adapter), domain).features(torch.cat([episode.support, episode.query]))
     n_support = len(episode.support)
     classifier = PrototypeClassifier.from_support(features[:n_support], episode.support_labels, head=adapter.head)
     expected = label_accuracy(classifier(features[n_support:]).argmax(-1), episode.query_labels)

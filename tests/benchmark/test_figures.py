@@ -5,7 +5,8 @@ import pytest
 from hf_hyperflow.benchmark.episode_log import EpisodeResult
 from hf_hyperflow.benchmark.figures import STYLES, choose_styles, draw_accuracy_cost, draw_flow, draw_gain, draw_shots
 from hf_hyperflow.benchmark.methods import list_labels
-from hf_hyperflow.benchmark.results import Results, build_cost_key, summarise
+from hf_hyperflow.benchmark.records import Results
+from hf_hyperflow.benchmark.results import build_cost_key, summarise
 from hf_hyperflow.benchmark.task_cost import TaskCost
 
 LABELS = list_labels()
@@ -26,7 +27,7 @@ def results() -> Results:
         episodes += rows(domain, 5, "bias", 1, 3)
         for t in (0, 0.5, 1):
             episodes += rows(domain, 5, f"hyperflow t={t:g}", 2 * t, 6)
-    costs = {build_cost_key([row]): TaskCost(1.0, 1.0, 1) for row in episodes}
+    costs = {build_cost_key([row]): TaskCost(1.0, 1.0, 1, 1) for row in episodes}
     return summarise(episodes, costs)
 
 

@@ -11,6 +11,7 @@ from hf_hyperflow.benchmark.evaluation import evaluate_method
 from hf_hyperflow.benchmark.grid_search import GridSettings, grid_search
 from hf_hyperflow.benchmark.hyperparameters import read_hyperparameters
 from hf_hyperflow.benchmark.methods import (
+    DirectTransfer,
     LayerNormTuning,
     LogisticRegression,
     Method,
@@ -29,6 +30,7 @@ def small_grid(monkeypatch):
     monkeypatch.setattr(fine_tuning, "GRID_STEPS", (1, 3))
     monkeypatch.setattr(LayerNormTuning, "grid_rates", (1e-3, 3e-2))
     monkeypatch.setattr(LogisticRegression, "grid_c", (0.01, 10.0))
+    monkeypatch.setattr(DirectTransfer, "grid_scales", (2, 10, 40))
 
 
 def test_the_grid_is_run_written_and_its_best_chosen(tmp_path, target, colours):
@@ -50,8 +52,24 @@ def test_the_grid_is_run_written_and_its_best_chosen(tmp_path, target, colours):
     for n_shot in (1, 2):
         for index in range(3):
             episode = cdfsl_episode(colours, index, n_way=4, n_shot=n_shot, n_query=4, seed=5)
-            accuracies.append(evaluate_method(method, features, episode)["layernorm"])
+            accuracies.append(evaluate_method(method, features, episode)["layernorm"].accuracy)
     assert entries[-1]["accuracy"] == pytest.approx(sum(accuracies) / 6, abs=1.1)  # of 96 queries, one may be a tie
+
+
+def test_the_scale_of_direct_transfer_is_that_of_the_lowest_log_loss(tmp_path, target, colours):
+    settings = dataclasses.replace(FEW, views=2, query_views=3)
+    best = grid_search(tmp_path / "grid.json", target, [colours], settings, methods=["direct"])
+    grid = json.loads((tmp_path / "grid.json").read_text())["grid"]
+    assert len({entry["accuracy"] for entry in grid}) == 1
+    features, log_losses = DomainFeatures(target, colours, 2, 3), {}
+    for scale in DirectTransfer.grid_scales:
+        losses = []
+        for index in range(2):
+            episode = cdfsl_episode(colours, index, n_way=3, n_shot=1, n_query=2)
+            losses.append(evaluate_method(DirectTransfer(scale), features, episode)["direct"].log_loss)
+        log_losses[scale] = sum(losses) / 2
+    assert {entry["scale"]: entry["log_loss"] for entry in grid} == pytest.approx(log_losses, abs=1e-5)
+    assert best["direct"]["scale"] == min(log_losses, key=log_losses.get)
 
 
 def test_a_grid_goes_on_where_it_was(tmp_path, target, colours, monkeypatch):
@@ -81,8 +99,8 @@ def test_what_does_not_fit_is_named(tmp_path, target, colours):
     grid_search(path, target, [colours], FEW, methods=["logistic"])
     with pytest.raises(ValueError, match=r"hyperparameters\.json holds a grid of"):
         grid_search(path, target, [colours], dataclasses.replace(FEW, n_episodes=3))
-    with pytest.raises(ValueError, match=r"nothing to choose for \['direct'\]: give some of logistic, bias"):
-        grid_search(path, target, [colours], FEW, methods=["direct"])
+    with pytest.raises(ValueError, match=r"nothing to choose for \['no-flow'\]: give some of direct, logistic, bias"):
+        grid_search(path, target, [colours], FEW, methods=["no-flow"])
     path.write_text("half a gr")
     with pytest.raises(ValueError, match=r"hyperparameters\.json holds no grid"):
         grid_search(path, target, [colours], FEW)
@@ -136,4 +154,4 @@ class Fixed(Knn):
 
 def test_hyperparameters_without_a_grid_are_not_searched():
     assert Fixed().hyperparameters() == {"k": 3}
-    assert set(module.TUNABLE) == {"logistic", "bias", "lora", "layernorm", "full"}
+    assert set(module.TUNABLE) == {"direct", "logistic", "bias", "lora", "layernorm", "full"}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,15 +84,42 @@ def test_points_of_the_flow_are_compared_on_their_episodes():
 
 
 def test_costs_and_variable_shots():
-    cost = TaskCost(seconds_per_task=1.5, peak_memory_mb=3.0, flops_per_task=7)
+    cost = TaskCost(seconds_per_task=1.5, peak_memory_mb=3.0, flops_per_task=7, flops_per_prediction=2)
     episodes = rows("a", "direct", [50.0, 60.0], n_shot=None, n_way=7) + rows("a", "direct", [1.0], n_shot=None)
     assert build_cost_key(episodes) == CostKey("direct", 7, 21)
     (record,) = summarise(episodes, {CostKey("direct", 7, 21): cost}).records
-    assert record.seconds_per_task == 1.5
+    assert (record.seconds_per_task, record.flops_per_prediction) == (1.5, 2)
     assert record.n_shot is None
     (record,) = summarise(episodes, {}).records
     assert record.flops_per_task is None
     json.dumps(summarise(episodes, {}).to_json(), allow_nan=False)
+
+
+def test_log_losses_are_paired_and_errors_pooled():
+    generator = np.random.default_rng(1)
+    episodes, losses, gaps = [], {}, generator.normal(0, 0.1, (4, 10))
+    for domain in "ab":
+        for method, shift in (("direct", 1.5), ("hyperflow", 1.2)):
+            losses[domain, method] = generator.normal(shift, 0.1, 4)
+            for row, loss, gap in zip(rows(domain, method, [50.0] * 4), losses[domain, method], gaps, strict=True):
+                episodes.append(replace(row, log_loss=float(loss), confidence_gaps=tuple(gap)))
+        episodes += rows(domain, "easyfsl-finetune", [50.0] * 4)
+    results = summarise(episodes, {})
+    direct, hyperflow, without = results.records[:3]
+    assert direct.log_loss == pytest.approx(losses["a", "direct"].mean(), abs=1e-4)
+    assert direct.log_loss_vs_direct is None
+    mean, half = mean_ci95(losses["a", "hyperflow"] - losses["a", "direct"])
+    found = (hyperflow.log_loss_vs_direct, hyperflow.log_loss_vs_direct_ci95)
+    assert found == pytest.approx((mean, half), abs=1e-4)
+    assert hyperflow.ece == pytest.approx(np.abs(gaps.mean(axis=0)).sum(), abs=1e-4)
+    assert (without.log_loss, without.log_loss_vs_direct, without.ece) == (None, None, None)
+    mean = next(m for m in results.means if m.method == "hyperflow")
+    other, half_b = mean_ci95(losses["b", "hyperflow"] - losses["b", "direct"])
+    assert mean.log_loss_vs_direct == pytest.approx((found[0] + other) / 2, abs=1e-4)
+    assert mean.log_loss_vs_direct_ci95 == pytest.approx(np.hypot(half, half_b) / 2, abs=1e-4)
+    assert mean.ece == hyperflow.ece
+    without = next(m for m in results.means if m.method == "easyfsl-finetune")
+    assert (without.log_loss, without.ece) == (None, None)
 
 
 def test_tuned_features_in_the_adapter_s_head_cost_what_tuning_costs():

@@ -17,8 +17,9 @@ import pytest
 from transformers import AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
+from hf_hyperflow.benchmark.episode_log import EpisodeLog, EpisodeResult
 from hf_hyperflow.benchmark.evaluation import compare_flow
-from hf_hyperflow.benchmark.results import Record
+from hf_hyperflow.benchmark.records import Record
 from hf_hyperflow.benchmark.runner import BenchmarkArguments, run
 from hf_hyperflow.data.domains import load_domain
 from hf_hyperflow.modeling.saving import CheckpointError
@@ -111,6 +112,10 @@ def test_results_hold_a_record_per_method_domain_and_shots(finished):
         key = (record["domain"], record["n_shot"])
         values = np.array(accuracies(output, record["method"], *key))
         assert record["accuracy"] == pytest.approx(values.mean(), abs=1e-3)
+        rows = [r for r in episodes(output) if (r["method"], r["domain"], r["n_shot"]) == (record["method"], *key)]
+        assert record["log_loss"] == pytest.approx(np.mean([r["log_loss"] for r in rows]), abs=1e-4)
+        gaps = np.mean([r["confidence_gaps"] for r in rows], axis=0)
+        assert record["ece"] == pytest.approx(np.abs(gaps).sum(), abs=1e-4)
         if record["method"] == "direct":
             assert record["diff_vs_direct"] is None
         else:
@@ -183,7 +188,12 @@ def test_two_processes_end_with_the_results_of_one(ground, finished, tmp_path):
     assert done.stdout.count("three has 3 classes to use") == 2  # once per number of shots: one process speaks
     assert episodes(tmp_path) == episodes(finished[0])
     results = json.loads((tmp_path / "results.json").read_text())
-    costs = {"seconds_per_task", "peak_memory_mb", "flops_per_task"}  # of the device: its threads may differ
+    costs = {
+        "seconds_per_task",
+        "peak_memory_mb",
+        "flops_per_task",
+        "flops_per_prediction",
+    }  # of the device: its threads may differ
     for record, expected in zip(results["records"], finished[1]["records"], strict=True):
         assert record.keys() == expected.keys()
         for key in record.keys() - costs:
@@ -223,6 +233,17 @@ def test_another_benchmark_in_the_folder(ground, finished, change, words):
     with pytest.raises(CheckpointError, match=words):
         run(arguments(ground, finished[0], **change))
     assert (finished[0] / "episodes.parquet").read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "method"), [("recipe bias", "bias"), ("seed", "hyperflow-guard")])
+def test_a_folder_of_version_0_1(ground, tmp_path, name, method):
+    """It had other names for methods and for their settings."""
+    EpisodeLog(tmp_path, {name: 0}).append([EpisodeResult("six", 1, method, 0, 5, 5, 20, 50.0)])
+    before = (tmp_path / "episodes.parquet").read_bytes()
+    strange = method if name == "seed" else name
+    with pytest.raises(CheckpointError, match=rf"by another version of hf_hyperflow: {strange} is not known"):
+        run(arguments(ground, tmp_path))
+    assert (tmp_path / "episodes.parquet").read_bytes() == before
 
 
 def test_other_images_under_the_same_name(ground, finished, tmp_path):
@@ -266,6 +287,21 @@ def test_meta_dataset_protocol(ground, tmp_path):
     assert record["seconds_per_task"] == 0.5
 
 
+def test_unbalanced_protocol_with_views(ground, tmp_path):
+    changes = {"protocol": "unbalanced", "n_query": 4, "n_episodes": 3, "flow_episodes": 0}
+    run(arguments(ground, with_known_costs(tmp_path / "one"), **changes))
+    results = run(arguments(ground, with_known_costs(tmp_path / "views"), views=4, query_views=2, **changes))
+    records = results["records"]
+    assert {(r["domain"], r["n_way"], r["n_shot"]) for r in records} == {("six", 5, None), ("three", 3, None)}
+    assert results["arguments"]["views"] == 4
+    one, views = episodes(tmp_path / "one"), episodes(tmp_path / "views")
+    assert {r["n_support"] for r in views if r["domain"] == "six"} == {8 + 4 + 2 + 1 + 1}
+    assert {r["n_support"] for r in views if r["domain"] == "three"} == {8 + 4 + 2}
+    assert all(a["log_loss"] != b["log_loss"] for a, b in zip(one, views, strict=True))
+    with pytest.raises(CheckpointError, match="views was 1 and is 4"):
+        run(arguments(ground, tmp_path / "one", views=4, **changes))
+
+
 @pytest.mark.slow
 def test_the_command_line(ground, tmp_path):
     script = "from hf_hyperflow.cli import main; main()"
@@ -293,6 +329,8 @@ def test_the_command_line(ground, tmp_path):
         ({"n_episodes": 0}, "n_episodes must be at least 1, not 0"),
         ({"n_shot": []}, "n_shot must be at least 1"),
         ({"flow_episodes": -1}, "flow_episodes must not be negative, but is -1"),
+        ({"views": 5}, "views must be from 1 to 4, not 5"),
+        ({"query_views": 0}, "query_views must be from 1 to 4, not 0"),
         ({"n_way": 1}, "n_way must be at least 2, not 1"),
         ({"max_episodes_gradient": 0}, "max_episodes_gradient must be at least 1, not 0"),
         ({"dataset": ["a/x.parquet", "b/x.parquet"]}, "two datasets have the same name"),

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from hf_hyperflow.benchmark.methods import METHODS, DirectTransfer, FineTuning, FullFineTuning
+from hf_hyperflow.benchmark.methods import METHODS, DirectTransfer, FineTuning, FullFineTuning, HyperFlow
 from hf_hyperflow.benchmark.task_cost import CostFile, CostKey, CostSetting, TaskCost, measure_task_cost, prepare_task
 from hf_hyperflow.finetuning.finetune import FineTuningConfig, draw_batches
 from hf_hyperflow.modeling.saving import CheckpointError
@@ -44,6 +44,18 @@ def test_the_first_steps_of_fine_tuning(target, colours, episode):
     assert not torch.allclose(first.prototypes, whole.prototypes, atol=1e-3)
 
 
+@pytest.mark.parametrize("method", [DirectTransfer(), HyperFlow()], ids=lambda method: method.name)
+def test_every_view_costs(method, backbone, target, colours, episode):
+    n_read = []
+    backbone.register_forward_pre_hook(lambda module, args: n_read.append(len(args[0])))
+    images, labels = colours.images[episode.support], episode.support_labels
+    classifier = prepare_task(method, target, images, labels, views=3)
+    assert sum(n_read) == 3 * 10
+    n_read.clear()
+    classifier.classify(target.images(images[:1], 4))
+    assert sum(n_read) == 4
+
+
 @pytest.mark.slow
 def test_costs_are_measured(target, tmp_path):
     target.backbone.save_pretrained(tmp_path / "backbone")
@@ -55,16 +67,20 @@ def test_costs_are_measured(target, tmp_path):
         bf16=False,
         size=(28, 28),
     )
-    direct = measure_task_cost(DirectTransfer(), setting, 5, 10)
+    views = dataclasses.replace(setting, views=2, query_views=4)
+    direct = measure_task_cost(DirectTransfer(), views, 5, 10)
     full = measure_task_cost(FullFineTuning(steps=3, learning_rate=1e-4), setting, 5, 10)
+    image = full.flops_per_prediction
+    assert direct.flops_per_prediction == pytest.approx(4 * image, rel=0.01)
+    assert direct.flops_per_task == pytest.approx(2 * 10 * image, rel=0.01)
     # A step runs 20 images forwards and, at twice the cost, backwards, but for what is behind the first layer.
-    assert 4.5 * 3 < full.flops_per_task / direct.flops_per_task < 6 * 3 + 1.5
+    assert 4.5 * 3 < full.flops_per_task / (10 * image) < 6 * 3 + 1.5
     assert full.seconds_per_task > direct.seconds_per_task > 0
     assert full.peak_memory_mb > direct.peak_memory_mb > 0
 
 
 def test_a_cost_file_keeps_costs_of_every_device(tmp_path):
-    key, cost = CostKey("direct", 5, 25), TaskCost(0.5, 2.0, 1000)
+    key, cost = CostKey("direct", 5, 25), TaskCost(0.5, 2.0, 1000, 100)
     file = CostFile(tmp_path / "costs.json", "cpu")
     assert file.costs == {}
     file.add(key, cost)
@@ -78,7 +94,7 @@ def test_a_cost_file_keeps_costs_of_every_device(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [('[{"method": "direct"', "is damaged"), ('[{"a": 1}]', "is not the costs of a benchmark")]
+    ("content", "words"), [('[{"method": "direct"', "is damaged"), ('[{"a": 1}]', "is not the costs of a benchmark of")]
 )
 def test_damaged_costs_are_named(tmp_path, content, words):
     (tmp_path / "costs.json").write_text(content)

@@ -159,7 +159,7 @@ def test_there_is_no_folder_comes_before_the_hub(hyperflow, saved):
         fails(done, f"error: there is no folder {arguments[-1]}.")
         assert "Hub" not in done.err
     # A name that could be one on the Hub.
-    message = "^there is no folder my/task; as a Hub id: cannot load my/task: the Hub is switched off"
+    message = "^cannot load my/task: there is no folder my/task, the Hub is switched off"
     with pytest.raises(CheckpointError, match=message), folder_first("my/task"):
         fetch("my/task", local_files_only=True)
 

@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from hf_hyperflow.data.domains import Domain
-from hf_hyperflow.data.episodes import cdfsl_episode, episode_generator, group_classes, meta_dataset_episode
+from hf_hyperflow.data.episodes import (
+    UNBALANCED_SHOTS,
+    cdfsl_episode,
+    episode_generator,
+    group_classes,
+    meta_dataset_episode,
+    unbalanced_episode,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -201,11 +208,41 @@ def test_meta_dataset_with_two_images_per_class():
     assert set(shots.tolist()) == set(queries.tolist()) == {1}
 
 
+# Unbalanced
+
+
+def test_unbalanced_shots_are_dealt_to_the_classes_at_random():
+    source = domain([23, 40, 22, 30, 30, 30, 30])
+    shots_of: dict[int, set[int]] = {}
+    first = set()
+    for index in range(60):
+        episode = unbalanced_episode(source, index)
+        shots, queries = check(episode, source)
+        assert sorted(shots.tolist(), reverse=True) == list(UNBALANCED_SHOTS) == [8, 4, 2, 1, 1]
+        assert set(queries.tolist()) == {15}
+        first.add(int(shots[0]))
+        for c, n_shot in zip(episode.classes.tolist(), shots.tolist(), strict=True):
+            shots_of.setdefault(c, set()).add(n_shot)
+    assert set(shots_of) == {0, 1, 3, 4, 5, 6}  # class 2 has too few images for 8 and 15
+    assert all(shots == {1, 2, 4, 8} for shots in shots_of.values())
+    assert first == {1, 2, 4, 8}  # a class's place tells nothing of its number
+
+
+def test_unbalanced_with_few_classes():
+    source = domain([30, 30, 30])
+    shots, queries = check(unbalanced_episode(source, 0, n_query=4), source)
+    assert sorted(shots.tolist()) == [2, 4, 8]
+    assert queries.tolist() == [4, 4, 4]
+    with pytest.raises(ValueError, match="has 1 classes of at least 23 images and an episode needs two"):
+        unbalanced_episode(domain([30, 22]), 0)
+
+
 # Seeds
 
 SAMPLERS = {
     "cdfsl": lambda d, i, **k: cdfsl_episode(d, i, n_way=5, n_shot=2, n_query=3, **k),
     "meta-dataset": meta_dataset_episode,
+    "unbalanced": unbalanced_episode,
 }
 
 
@@ -251,3 +288,13 @@ def test_known_meta_dataset_episode():
     assert episode.support_labels.tolist() == [0, 0, 1, 1, 1, 2, 3, 3, 4, 4, 4, 4]
     assert episode.query.tolist() == [1, 14, 18, 0, 3]
     assert episode.query_labels.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_known_unbalanced_episode():
+    episode = unbalanced_episode(domain([4, 5, 6]), 0, shots=(3, 2), n_query=1)
+    assert (episode.classes.tolist(), episode.support.tolist(), episode.query.tolist()) == (
+        [1, 0],
+        [9, 13, 11, 3, 8],
+        [7, 5],
+    )
+    assert episode.support_labels.tolist() == [0, 0, 0, 1, 1]

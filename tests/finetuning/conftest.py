@@ -10,9 +10,9 @@ from hf_hyperflow.data.tasks import draw_task
 from hf_hyperflow.finetuning.collection import COLLECTION, describe_domain, describe_space
 from hf_hyperflow.finetuning.collection_card import collection_card
 from hf_hyperflow.finetuning.shards import build_shard_columns, summarise_shards, write_shard
+from hf_hyperflow.modeling.atomic_file import write_json
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.peft_configs import bias_config
-from hf_hyperflow.modeling.saving import write_json
 from tests.helpers.recorded import FINGERPRINT, TEACHER, Collected, noise, random_recording
 
 

@@ -14,9 +14,10 @@ from hf_hyperflow.finetuning.collection import (
     describe_domain,
     read_collection,
 )
+from hf_hyperflow.modeling.atomic_file import write_json
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.peft_configs import bias_config, lora_config
-from hf_hyperflow.modeling.saving import CheckpointError, write_json
+from hf_hyperflow.modeling.saving import CheckpointError
 from tests.helpers.recorded import FINGERPRINT, noise
 
 

@@ -13,9 +13,10 @@ from hf_hyperflow.data.parquet import read_parquet
 from hf_hyperflow.finetuning.collection import COLLECTION
 from hf_hyperflow.finetuning.shards import _checksum_line, get_shard_path
 from hf_hyperflow.finetuning.trajectories import Trajectories, load_trajectories, measure_token_scale
+from hf_hyperflow.modeling.atomic_file import write_json
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.peft_configs import lora_config
-from hf_hyperflow.modeling.saving import CheckpointError, write_json
+from hf_hyperflow.modeling.saving import CheckpointError
 from tests.helpers.recorded import FINGERPRINT, TEACHER, Collected
 
 

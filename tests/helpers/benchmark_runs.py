@@ -21,7 +21,7 @@ ENVIRONMENT = os.environ | {
 
 def with_known_costs(output: Path, largest: int = 60) -> Path:
     """The folder, with costs as if measured before on this device: a test of something else need not measure them."""
-    cost = {"seconds_per_task": 0.5, "peak_memory_mb": 2.0, "flops_per_task": 1000}
+    cost = {"seconds_per_task": 0.5, "peak_memory_mb": 2.0, "flops_per_task": 1000, "flops_per_prediction": 100}
     entries = []
     for method in (*METHODS, *EASYFSL_METHODS):
         for n_way in (3, 4, 5, 6):

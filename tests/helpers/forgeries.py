@@ -172,7 +172,16 @@ class Saved:
     def __init__(self, folder: Path):
         self.backbone = tiny_dinov2()
         self.folders = {"adapter": folder / "adapter", "task": folder / "task"}
-        adapter = tiny_adapter(self.backbone, lda=True, intermediate_weight=0.5, image_size=[28, 28])
+        calibration = {"constant": 2.0, "ways": 0.3, "shots": 0.5, "spread": -1.0}
+        adapter = tiny_adapter(
+            self.backbone,
+            lda=True,
+            intermediate_weight=0.5,
+            image_size=[28, 28],
+            views=2,
+            calibration=calibration,
+            rejection={**calibration, "odds": 0.5, "cosine": 2.0},
+        )
         released = Path(__file__).resolve().parents[2] / "model_cards" / "hyperflow-vit-s14-70" / "training.json"
         adapter.training_record = json.loads(released.read_text())
         adapter.save_pretrained(self.folders["adapter"])

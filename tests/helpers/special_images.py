@@ -76,11 +76,18 @@ def jpeg_scans(side: int, n_scans: int) -> bytes:
     return content[:-2] + content[last:-2] * n_scans + content[-2:]
 
 
-def jpeg_header(width: int, height: int) -> bytes:
+def jpeg_header(width: int, height: int, *, progressive: bool = False) -> bytes:
     """A JPEG that says it is of another size than it is."""
-    content = encode_picture(picture(0), "JPEG")
-    place = content.index(b"\xff\xc0") + 5
+    content = encode_picture(picture(0), "JPEG", progressive=progressive)
+    place = content.index(b"\xff\xc2" if progressive else b"\xff\xc0") + 5
     return content[:place] + struct.pack(">HH", height, width) + content[place + 4 :]
+
+
+def large_jpeg(width: int, height: int, mode: str = "L", **options: bool) -> bytes:
+    """A JPEG in two colours, the left half black."""
+    image = PIL.Image.new(mode, (width, height))
+    image.paste("white", (width // 2, 0, width, height))
+    return encode_picture(image, "JPEG", **options)
 
 
 def tiff(tags: dict[int, tuple[int, int, int]], content: bytes = b"\0" * 64) -> bytes:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_hyperflow import AdaptedTask
+from hf_hyperflow.modeling.calibration import COSINE_SCALE
 from hf_hyperflow.modeling.peft_configs import bias_config, lora_config
 from hf_hyperflow.modeling.support import read_support
 from tests.helpers.tiny import Snapshot, pictures, tiny_adapter, tiny_dinov2, tiny_resnet
@@ -112,7 +113,7 @@ def test_direct_transfer_is_cosines_to_class_means(backbone, support, pixels, ar
     means = features.unflatten(0, (3, 2)).mean(1)
     cosines = F.cosine_similarity(queries[:, None], means[None], dim=-1)
     task = adapter.direct_transfer(backbone, support)
-    torch.testing.assert_close(task.logits(pixels), adapter.logit_scale.exp().item() * cosines, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(task.logits(pixels), COSINE_SCALE * cosines, rtol=1e-4, atol=1e-4)
     assert task.class_names == list(support)
     assert (task.nfe, task.stopping_point) == (0, None)
 

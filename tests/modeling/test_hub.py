@@ -631,12 +631,17 @@ def test_a_damaged_file_of_the_cache_is_named_with_the_cure(hub, alice, guest, s
 
 # A server that never ends
 
-HURRY = "import time, hf_hyperflow.modeling.hub as hub; hub.DEADLINE = 2; start = time.monotonic()\n"
+HURRY = """
+import time
+import hf_hyperflow.modeling.hub as hub
+hub.DEADLINE, hub.SLOWEST_UPLOAD = 2, float("inf")
+start = time.monotonic()
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["stall", "drip"])
-def test_a_server_that_stalls_does_not_hang_for_ever(hub, alice, prelude, tmp_path, how):
+def test_a_server_that_stalls_does_not_hang_for_ever(hub, alice, prelude, saved, tmp_path, how):
     """Neither the client, at whatever it asks for, nor at the end the process, whose other threads still wait."""
     user = User(hub, tmp_path, HURRY + prelude)
     cuts = []
@@ -650,6 +655,15 @@ def test_a_server_that_stalls_does_not_hang_for_ever(hub, alice, prelude, tmp_pa
             assert "it took longer than 2 s" in message
             assert user.do("result = time.monotonic() - start") < 8
             cuts[-1].times = 0
+        if how == "stall":
+            code = f"start = time.monotonic(); hub.push_folder({str(saved / 'task')!r}, 'alice/slow', token='hf_alice')"
+            for method, part in [("POST", "/api/repos/create"), ("POST", "/preupload/"), ("POST", "/commit/")]:
+                cuts.append(hub.cut(method, part, times=1000, after=1, stall=True))
+                message = user.fails(code)
+                assert "cannot push alice/slow: it took longer than 2 s" in message
+                assert user.do("result = time.monotonic() - start") < 8
+                cuts[-1].times = 0
+            assert set(hub.files("alice/slow")) == {".gitattributes"}
         user.process.stdin.close()
         user.process.wait(30)
     finally:

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from hf_hyperflow.modeling.lda import RegularisedLDA, spread_between, within_covariance
-from hf_hyperflow.modeling.prototypes import PrototypeClassifier, class_means, unit_means
 from hf_hyperflow.modeling.leave_one_out import leave_one_out_logits
+from hf_hyperflow.modeling.prototypes import PrototypeClassifier, class_means, unit_means
 from tests.helpers.tiny import pictures, tiny_adapter
 
 LABELS = torch.tensor([0, 2, 1, 0, 0, 2, 0, 1, 0])
@@ -84,9 +84,11 @@ def expected_weights(lda, features, labels):
     return (expect_cosine(typical) / expect_cosine(counts)).sqrt()
 
 
-@pytest.mark.parametrize("labels", [[0, 2, 1, 0, 0, 2, 0, 1, 0], [0, 0, 0, 0, 0, 1, 1, 2, 0], [0, 1, 2, 3, 3, 3, 3, 3, 3]])
+@pytest.mark.parametrize(
+    "labels", [[0, 2, 1, 0, 0, 2, 0, 1, 0], [0, 0, 0, 0, 0, 1, 1, 2, 0], [0, 1, 2, 3, 3, 3, 3, 3, 3]]
+)
 def test_classes_with_few_images_are_weighed_up(lda, labels):
-    labels = torch.tensor(labels)
+    labels = torch.tensor([int(label) for label in labels])
     centres = 3 * random(4, 6, seed=2)
     features = centres[labels] + 0.5 * random(9, 6)
     weights = expected_weights(lda, features, labels)

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_hyperflow.modeling.prototypes import PrototypeClassifier, class_means
 from hf_hyperflow.modeling.leave_one_out import leave_one_out_logits
+from hf_hyperflow.modeling.prototypes import PrototypeClassifier, class_means
 
 
 @pytest.fixture

@@ -160,6 +160,7 @@ def test_bad_pixel_values_keep_their_place(task, pixels, n_bad):
 
 def test_only_images_are_skipped(task, images):
     """Not what makes every image bad."""
-    task.scale = float("nan")
+    _ = task.prototypes
+    task._scale = float("nan")
     with pytest.raises(ValueError, match="scale of this task has NaN"):
         task.predict(images, skip_bad=True)

@@ -13,17 +13,7 @@ import pytest
 
 from hf_hyperflow import CheckpointError
 from hf_hyperflow.modeling import saving
-from hf_hyperflow.modeling.saving import (
-    DRAFT,
-    atomic_file,
-    atomic_folder,
-    draft_of,
-    exclusive,
-    mark_removed,
-    reading,
-    recover,
-    write_json,
-)
+from hf_hyperflow.modeling.saving import DRAFT, atomic_folder, draft_of, exclusive, mark_removed, reading, recover
 from tests.helpers.files import read_folder
 from tests.helpers.kills import ends_when_killed_before, watch
 
@@ -275,30 +265,6 @@ def test_all_is_on_the_disk_before_it_counts(tmp_path):
     assert f"fsync {folder}" in operations[counts:], "moved files stay moved"
 
 
-@pytest.mark.parametrize("to_file", [atomic_file, write_json], ids=["atomic_file", "write_json"])
-def test_a_file_killed_before_every_operation(quick_path, to_file):
-    def write(path: Path, text: str) -> None:
-        if to_file is write_json:
-            write_json(path, text)
-        else:
-            with atomic_file(path) as draft:
-                draft.write_text(text)
-
-    path, contents = quick_path / "file.json", set()
-    write(path, "new")
-    new = path.read_text()
-    write(path, "old")
-    old = path.read_text()
-    for k in range(1, 100):
-        if ends_when_killed_before(k, quick_path, lambda: write(path, "new")):
-            break
-        contents.add(path.read_text())
-        write(path, "old")
-        assert os.listdir(quick_path) == ["file.json"]
-    assert contents == {old, new}
-    assert path.read_text() == new
-
-
 # Several at once
 
 
@@ -363,20 +329,6 @@ def test_two_processes_with_different_folders_for_temporary_files(tmp_path):
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
         other.submit(save, tmp_path / "x", "new").result()
     assert read_folder(tmp_path / "x") == WHOLE
-
-
-def test_two_writers_of_one_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "WRITER_PATIENCE", 0.1)
-    path = tmp_path / "file.json"
-    with ThreadPoolExecutor(1) as other:
-        with atomic_file(path) as draft:
-            draft.write_text("first")
-            with pytest.raises(CheckpointError, match=r"another command is writing .*file\.json now"):
-                other.submit(write_json, path, "second").result()
-        assert path.read_text() == "first"
-        other.submit(write_json, path, "second").result()
-    assert path.read_text() == '"second"\n'
-    assert os.listdir(tmp_path) == ["file.json"]
 
 
 # Folders that came from strangers

@@ -18,13 +18,20 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 from hf_hyperflow import AdaptedTask, CheckpointError, HyperFlowAdapter, IncompatibleBackboneError
+from hf_hyperflow.modeling.config_validation import ENCODERS
 from hf_hyperflow.modeling.flow import _get_encoder_width
+from hf_hyperflow.modeling.json_fields import MAX_JSON_BYTES
 from hf_hyperflow.modeling.peft_configs import find_linear_paths
-from hf_hyperflow.modeling.validation import ENCODERS, MAX_JSON_BYTES, PEFT_CONFIGS
+from hf_hyperflow.modeling.peft_validation import PEFT_CONFIGS
 from tests.helpers.forgeries import Forgery, Prisoner, Saved
 from tests.helpers.tiny import Snapshot, pictures, same_bits, tiny_adapter, tiny_dinov2
 
 ADAPTER_CONFIGS = [
+    ("views", 5, "from 1 to 4"),
+    ("calibration", [1, 2], "an object"),
+    ("calibration.spread", 1e9, "from -1000 to 1000"),
+    ("rejection.more", 1, "rejection.more is 1; allowed is nothing"),
+    ("rejection.odds", "0.5", "from -1000 to 1000"),
     ("backbone", "dinov2", "backbone is 'dinov2'; an object"),
     ("backbone.hidden_size", 0, "from 1 to 65536"),
     ("backbone.hidden_size", True, "from 1 to 65536"),
@@ -250,12 +257,19 @@ def test_image_processor(saved, kind, field, value, words):
         ("adapter", "model.safetensors", "drift.position"),
         ("task", "prototypes.safetensors", "prototypes"),
         ("task", "prototypes.safetensors", "scale"),
+        ("task", "prototypes.safetensors", "rejection"),
         ("task", "adapter_model.safetensors", "base_model.model.layernorm.bias"),
     ],
 )
 def test_tensors_that_are_not_finite(saved, kind, file, tensor):
     for operation in ("nan", "infinite"):
         assert_refused(saved, Forgery(kind, file, operation, tensor, 0), f"{tensor[-4:]}' has NaN or infinite values")
+
+
+@pytest.mark.parametrize("operation", ["longer", "integer", "renamed"])
+def test_rejection_of_a_task(saved, operation):
+    value = "factor" if operation == "renamed" else 0
+    assert_refused(saved, Forgery("task", "prototypes.safetensors", operation, "rejection", value), "")
 
 
 @pytest.mark.parametrize("operation", ["zero", "flat", "longer", "integer", "gone", "renamed"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import PIL.Image
@@ -34,12 +35,24 @@ def require_scores(task: AdaptedTask, pixels: torch.Tensor) -> None:
     torch.testing.assert_close(scores.sum(1), torch.ones(len(pixels)))
 
 
+VERDICTS: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def printed_verdicts() -> Iterator[None]:
+    """What became of all tasks of which `find_problem` was asked."""
+    yield
+    print(dict(VERDICTS))
+
+
 def find_problem(adapt: Callable[[], AdaptedTask], pixels: torch.Tensor) -> str:
     """What the error says if a task cannot be made or used; empty if all is finite."""
     try:
         require_scores(adapt(), pixels)
     except (NotFiniteError, ImageError) as error:
+        VERDICTS["clear error"] += 1
         return str(error)
+    VERDICTS["right"] += 1
     return ""
 
 
@@ -209,8 +222,6 @@ def test_the_scale_of_the_logits(backbone, adapter, support, value):
         adapter.logit_scale.fill_(value)
     with pytest.raises(NotFiniteError, match=r"^logit_scale of the adapter is "):
         adapter.adapt(backbone, support)
-    with pytest.raises(NotFiniteError, match=r"^logit_scale of the adapter is "):
-        adapter.direct_transfer(backbone, support)
 
 
 # Tasks
@@ -226,7 +237,7 @@ def set_prototypes(task: AdaptedTask, value: float) -> None:
 
 
 def set_scale(task: AdaptedTask, value: float) -> None:
-    task.scale = value
+    task._scale = value
 
 
 @pytest.mark.parametrize("value", BAD)
@@ -253,7 +264,8 @@ def test_huge_parts_of_a_task(backbone, adapter, support, pixels, change, value)
 
 def test_a_scale_that_overflows(backbone, adapter, support, pixels):
     task = adapter.adapt(backbone, support)
-    task.scale = 1e39  # infinity in float32
+    _ = task.prototypes
+    task._scale = 1e39  # infinity in float32
     with pytest.raises(NotFiniteError, match=r"^scale of this task"):
         task.scores(pixels)
 

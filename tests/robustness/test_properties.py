@@ -59,11 +59,11 @@ SPECIAL = (
 )
 
 
-def json_values() -> st.SearchStrategy:
-    """Special values and others."""
-    atoms = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-    trees = st.recursive(atoms, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner))
-    return st.one_of(st.sampled_from(SPECIAL), st.sampled_from(SPECIAL), trees)
+ATOMS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+TREES = st.recursive(ATOMS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner))
+
+#: Special values and others. Made once: hypothesis examines each new strategy, which takes longer than to draw from it.
+JSON_VALUES = st.one_of(st.sampled_from(SPECIAL), st.sampled_from(SPECIAL), TREES)
 
 
 @st.composite
@@ -84,7 +84,7 @@ def forgeries(draw: st.DrawFn, saved: Saved) -> Forgery:
             operation, place = "set", (*place[:-1], draw(st.sampled_from(EXTRA_KEYS)))
             if place[:-1] and not isinstance(_at(read_json_part(file, content), place[:-1]), dict):
                 place = (place[-1],)
-        value = draw(st.sampled_from([3, 100, 100_000])) if operation == "nest" else draw(json_values())
+        value = draw(st.sampled_from([3, 100, 100_000])) if operation == "nest" else draw(JSON_VALUES)
         return Forgery(kind, file, operation, list(place), value, is_noted)
     if style == "tensor":
         names = [name for name in read_json_part(file, content) if name != "__metadata__"]

@@ -37,13 +37,21 @@ from tests.training import test_trainer as trainings
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("KILLS", "20"))
+KILLS = int(os.environ.get("KILLS", "9"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the children of these tests: a benchmark notes the number, and measures its costs for each anew."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture
 def quick_path(tmp_path) -> Iterator[Path]:
     """A folder in memory if there is such: many saves take long on a disk, because each waits for it."""
-    torch.set_num_threads(1)
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
         yield tmp_path

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hf_hyperflow.modeling.saving import write_json
+from hf_hyperflow.modeling.atomic_file import write_json
 from training.card.break_even import compute_break_even, compute_offline_cost, format_offline_cost, main
 
 CPU = {"device": "a CPU, 2 threads", "gpu": False, "processes": 1}

@@ -19,12 +19,12 @@ from training.demo.run import Arguments
 DEMO = "training.demo.run"
 NUMBERS = {
     "max_classes": 6,
-    "n_trajectories": 8,
-    "n_unseen": 4,
+    "n_trajectories": 4,
+    "n_unseen": 2,
     "matching_steps": 2,
     "annealing_steps": 1,
     "episodic_steps": 2,
-    "n_episodes": 4,
+    "n_episodes": 3,
     "gradient_episodes": 2,
 }
 
@@ -58,9 +58,9 @@ def test_every_stage_runs_and_an_interrupted_demo_goes_on(tmp_path):
     unseen, methods = ("digits", "georgian", "tifinagh"), ("direct", "hyperflow", "bias", "bias-head")
     assert set(found) == {(domain, method) for domain in unseen for method in methods}
     for (domain, method), record in found.items():
-        assert record["n_episodes"] == (2 if method.startswith("bias") else 4)
+        assert record["n_episodes"] == (2 if method.startswith("bias") else 3)
         assert any(line.split()[:3] == [domain, method, f"{record['accuracy']:.1f}"] for line in end.splitlines())
-    assert "8 fine-tuned tasks" in end
+    assert "4 fine-tuned tasks" in end
     phases = json.loads((output / "adapter" / "training.json").read_text())["phases"]
     assert {name: phases[name]["runs"] for name in ("matching", "annealing", "episodic")} == {
         "matching": 2,

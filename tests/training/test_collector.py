@@ -20,7 +20,7 @@ from hf_hyperflow.finetuning.trajectories import load_trajectories
 from hf_hyperflow.modeling.fingerprint import compute_fingerprint
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.peft_configs import bias_config
-from hf_hyperflow.training.collector import CollectionConfig
+from hf_hyperflow.training.collection_config import CollectionConfig
 from tests.helpers.hub_server import Hub
 from tests.helpers.training_runs import (
     TWO_PROCESSES,

@@ -23,7 +23,7 @@ from hf_hyperflow.benchmark.methods import NoFlow
 from hf_hyperflow.benchmark.results import HYPERFLOW, REFERENCE
 from hf_hyperflow.benchmark.runner import RESULTS
 from hf_hyperflow.modeling.adapter_files import TRAINING_RECORD
-from hf_hyperflow.modeling.saving import atomic_file, write_json
+from hf_hyperflow.modeling.atomic_file import atomic_file, write_json
 
 from .records import Records, find, get, list_stems
 from .stages import run

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_hyperflow.arguments import parse
+from hf_hyperflow.modeling.atomic_file import write_json
 from hf_hyperflow.modeling.hub import fetch
-from hf_hyperflow.modeling.saving import CheckpointError, write_json
+from hf_hyperflow.modeling.saving import CheckpointError
 
 from .costs import BIAS, COST_LABELS, FULL, READY
 from .markdown import format_table

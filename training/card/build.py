@@ -22,8 +22,8 @@ from typing import Any
 from hf_hyperflow.arguments import parse
 from hf_hyperflow.benchmark.episode_log import EPISODES
 from hf_hyperflow.benchmark.runner import RESULTS
+from hf_hyperflow.modeling.atomic_file import atomic_file
 from hf_hyperflow.modeling.model_card import CARD
-from hf_hyperflow.modeling.saving import atomic_file
 
 from .stages import run
 from .tables import add_model_index, fill_tables, make_tables

@@ -33,7 +33,7 @@ from hf_hyperflow.benchmark.methods import (
     HyperFlow,
     Target,
 )
-from hf_hyperflow.modeling.saving import write_json
+from hf_hyperflow.modeling.atomic_file import write_json
 
 N_WAY, N_SHOT = 5, 5
 FLOW, ADAPT = "flow", "adapt"

@@ -42,6 +42,8 @@ class Arguments:
     n_shot: list[int] = field(default_factory=lambda: [5], metadata={"help": "support images of a class"})
     n_query: int = field(default=15, metadata={"help": "query images of a class"})
     n_episodes: int = field(default=20, metadata={"help": "episodes of each domain and number of shots"})
+    views: int = field(default=1, metadata={"help": "views of a support image, as the benchmark has them"})
+    query_views: int = field(default=1, metadata={"help": "the same of a query image"})
     bf16: bool = field(default=False, metadata={"help": "run the models under bfloat16 autocast"})
     seed: int = field(default=0, metadata={"help": "of the episodes"})
 
@@ -58,6 +60,8 @@ def main() -> None:
         n_way=arguments.n_way,
         n_query=arguments.n_query,
         seed=arguments.seed,
+        views=arguments.views,
+        query_views=arguments.query_views,
     )
     with torch.autocast(device, torch.bfloat16, enabled=arguments.bf16):
         hyperparameters = grid_search(

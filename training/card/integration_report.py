@@ -29,9 +29,10 @@ from hf_hyperflow.data.domains import Domain
 from hf_hyperflow.data.tasks import load_domains
 from hf_hyperflow.finetuning.collection import COLLECTION, describe_space, read_collection
 from hf_hyperflow.finetuning.trajectories import Trajectories, load_trajectories
+from hf_hyperflow.modeling.atomic_file import write_json
 from hf_hyperflow.modeling.fingerprint import compute_fingerprint, fingerprints_match
 from hf_hyperflow.modeling.hub import fetch
-from hf_hyperflow.modeling.saving import CheckpointError, exclusive, write_json
+from hf_hyperflow.modeling.saving import CheckpointError, exclusive
 from hf_hyperflow.training.cost_log import describe_hardware, list_versions
 from hf_hyperflow.training.objectives import encode_recorded_support
 from hf_hyperflow.training.precision import HELP, MixedPrecision, resolve_precision

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_hyperflow.benchmark.evaluation import mean_ci95
+from hf_hyperflow.benchmark.grid_search import TUNABLE
 from hf_hyperflow.benchmark.methods import NoFlow, list_labels
 from hf_hyperflow.benchmark.results import HYPERFLOW, REFERENCE, TUNED_METHODS, average_over_domains
 
@@ -214,12 +215,15 @@ def build_hyperparameters_table(content: dict[str, Any]) -> str:
     for method, chosen in content["hyperparameters"].items():
         entries = select(content["grid"], method=method)
         entry = get(entries, **chosen)
-        best = max(entries, key=_accuracy)
-        worst = min(entries, key=_accuracy)
-        best_cell = _percent(best)
+        rank, describe = _accuracy, _percent
+        if TUNABLE[method].is_chosen_by_log_loss:
+            rank, describe = _negative_log_loss, _format_log_loss
+        best = max(entries, key=rank)
+        worst = min(entries, key=rank)
+        best_cell = describe(best)
         if best is not entry:
             best_cell += f" ({_format_settings(best, chosen)})"
-        rows.append([labels[method], _format_settings(chosen, chosen), _percent(entry), best_cell, _percent(worst)])
+        rows.append([labels[method], _format_settings(chosen, chosen), describe(entry), best_cell, describe(worst)])
     return format_table(["baseline", "chosen", "accuracy", "best of the grid", "worst"], rows)
 
 
@@ -229,6 +233,14 @@ def _accuracy(entry: dict[str, Any]) -> float:
 
 def _percent(entry: dict[str, Any]) -> str:
     return f"{entry['accuracy']:.1f} %"
+
+
+def _negative_log_loss(entry: dict[str, Any]) -> float:
+    return -entry["log_loss"]
+
+
+def _format_log_loss(entry: dict[str, Any]) -> str:
+    return f"log loss {entry['log_loss']:.3f}"
 
 
 def _format_settings(entry: Mapping[str, Any], names: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from PIL import ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 
 from hf_hyperflow.arguments import parse
-from hf_hyperflow.modeling.saving import atomic_file, write_json
+from hf_hyperflow.modeling.atomic_file import atomic_file, write_json
 
 #: Script -> its code points, of which `choose_characters` takes letters and symbols.
 TRAINING_SCRIPTS = {

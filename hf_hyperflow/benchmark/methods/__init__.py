@@ -11,7 +11,7 @@ tables, its grid of hyper-parameters and how its cost is counted are members of 
 from __future__ import annotations
 
 from .adapted import AdaptedBackbone
-from .base import Classifier, Method, NearestPrototype
+from .base import Classifier, Method, NearestPrototype, Predictions
 from .direct import DirectTransfer
 from .easyfsl import EasyBdcspn, EasyFinetune, EasyFsl, EasyLaplacianShot, EasyPrototypical, EasySimpleShot
 from .fine_tuning import FineTuning
@@ -63,6 +63,7 @@ __all__ = [
     "Method",
     "NearestPrototype",
     "NoFlow",
+    "Predictions",
     "Support",
     "Target",
     "find_methods",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...modeling.backbones import SplitBackbone
+from ...modeling.views import combine_views
 from .target import Images, forward_hidden, forward_images
 
 
@@ -43,8 +44,12 @@ class AdaptedBackbone:
 
     @torch.no_grad()
     def features(self, images: Images) -> torch.Tensor:
-        """Features `(n, width)` float32."""
+        """Features `(n, width)` float32, combined over the views of the images."""
+        features = []
         with self.get_weights().using(self.theta):
-            if self.split.start == 0:
-                return forward_images(self.split, images.pixel_values)
-            return forward_hidden(self.split, images.hidden)
+            for view in images.views:
+                if self.split.start == 0:
+                    features.append(forward_images(self.split, view.pixel_values))
+                else:
+                    features.append(forward_hidden(self.split, view.hidden))
+        return combine_views(features)

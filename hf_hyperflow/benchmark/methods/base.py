@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...modeling.calibration import COSINE_SCALE, Calibration
 from ...modeling.prototypes import Head, PrototypeClassifier, unit_means
 from .target import Images, Support
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+#: What gives all tasks the scale of plain cosines.
+PLAIN = Calibration(math.log(COSINE_SCALE))
 
 
 @dataclass(frozen=True)
@@ -23,10 +28,13 @@ class Method(ABC):
     Attributes:
         works_in_predict: whether the classifier does its work when it predicts and not when it is fitted.
         is_slow: whether a task takes so long that a benchmark runs fewer episodes of it and times one run only.
+        is_chosen_by_log_loss: whether a grid search takes the hyper-parameters of the lowest log loss, and not those of
+            the highest accuracy.
     """
 
     works_in_predict = False
     is_slow = False
+    is_chosen_by_log_loss = False
 
     @property
     @abstractmethod
@@ -88,6 +96,19 @@ class Method(ABC):
         return count(self.fit)
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier says of queries, on the CPU.
+
+    Attributes:
+        labels: `(n,)`, the predicted ones.
+        log_probabilities: `(n, n_way)` float64; None where a classifier has no probabilities.
+    """
+
+    labels: torch.Tensor
+    log_probabilities: torch.Tensor | None = None
+
+
 class Classifier(ABC):
     """What a method makes of a support set."""
 
@@ -97,8 +118,12 @@ class Classifier(ABC):
         return None
 
     @abstractmethod
+    def classify(self, queries: Images) -> Predictions:
+        """Labels and, if the classifier has them, log-probabilities of all queries."""
+
     def predict(self, queries: Images) -> torch.Tensor:
         """Labels `(n,)` of all queries, on the CPU."""
+        return self.classify(queries).labels
 
 
 class NearestPrototype(Classifier):
@@ -108,14 +133,42 @@ class NearestPrototype(Classifier):
         compute_features: takes images and gives their features `(n, width)`.
         support: the prototypes are made of it at once.
         head: makes prototypes of features.
+        calibration: gives the scale of the logits, from the support set.
+
+    Attributes:
+        prototypes: `(n_way, width)`.
+        scale: the inverse temperature of the logits, whose softmax are the probabilities.
     """
 
-    def __init__(self, compute_features: Callable[[Images], torch.Tensor], support: Support, head: Head = unit_means):
+    def __init__(
+        self,
+        compute_features: Callable[[Images], torch.Tensor],
+        support: Support,
+        head: Head = unit_means,
+        calibration: Calibration = PLAIN,
+    ):
         self.compute_features = compute_features
         with torch.no_grad():
-            self.prototypes = head(compute_features(support.images), support.labels)
+            features = compute_features(support.images)
+            self.prototypes = head(features, support.labels)
+        self.scale = calibration.compute_scale(features, support.labels)
+
+    def classify(self, queries: Images) -> Predictions:
+        products = self._compute_products(queries)
+        return Predictions(products.argmax(-1).cpu(), self._scale(products).log_softmax(-1))
+
+    def compute_logits(self, queries: Images) -> torch.Tensor:
+        """Logits `(n, n_way)` float64, on the CPU."""
+        return self._scale(self._compute_products(queries))
 
     @torch.no_grad()
-    def predict(self, queries: Images) -> torch.Tensor:
-        logits = PrototypeClassifier(self.prototypes)(self.compute_features(queries))
-        return logits.argmax(-1).cpu()
+    def _compute_products(self, queries: Images) -> torch.Tensor:
+        """Logits of one and the same scale for all tasks.
+
+        Labels are chosen by these. They do not depend on the scale of the task, not even where two classes are equal
+        but for rounding.
+        """
+        return PrototypeClassifier(self.prototypes, COSINE_SCALE)(self.compute_features(queries))
+
+    def _scale(self, products: torch.Tensor) -> torch.Tensor:
+        return products.double().cpu() * (self.scale / COSINE_SCALE)

@@ -2,23 +2,68 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from ...modeling.calibration import COSINE_SCALE, Calibration
+from ...modeling.prototypes import unit_means
 from .base import Method, NearestPrototype
 from .target import Images, Support
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
 class DirectTransfer(Method):
-    """Cosines to class means of the last block's features, with the backbone as it is."""
+    """Cosines to class means of the last block's features, with the backbone as it is.
+
+    Attributes:
+        scale: the inverse temperature of its logits. Predicted labels do not depend on it, the log loss does.
+        grid_scales: those that a grid search tries.
+    """
+
+    scale: float = COSINE_SCALE
+
+    grid_scales: ClassVar[tuple[float, ...]] = (
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        9,
+        10,
+        11,
+        12,
+        14,
+        16,
+        18,
+        20,
+        24,
+        28,
+        34,
+        40,
+        56,
+        80,
+    )
 
     name = "direct"
     label = "direct transfer"
+    is_chosen_by_log_loss = True
+
+    def hyperparameters(self) -> dict[str, int | float]:
+        return {"scale": self.scale}
+
+    def grid(self) -> list[list[Self]]:
+        return [[replace(self, scale=scale)] for scale in self.grid_scales]
 
     def fit(self, support: Support) -> NearestPrototype:
-        return NearestPrototype(get_final_features, support)
+        return NearestPrototype(get_final_features, support, unit_means, Calibration(math.log(self.scale)))
 
 
 def get_final_features(images: Images) -> torch.Tensor:

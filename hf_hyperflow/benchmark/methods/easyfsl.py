@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .base import Classifier, Method
+from .base import Classifier, Method, Predictions
 from .target import Images, Support
 
 PACKAGE = "easyfsl.methods"
@@ -48,18 +48,18 @@ class EasyFsl(Method):
 
 
 class EasyFslClassifier(Classifier):
-    """A classifier of easyfsl that has its support set."""
+    """A classifier of easyfsl that has its support set. What it computes is not meant to be read as probabilities."""
 
     def __init__(self, classifier: Any):
         self.classifier = classifier
 
     @torch.no_grad()
-    def predict(self, queries: Images) -> torch.Tensor:
+    def classify(self, queries: Images) -> Predictions:
         features = queries.final_features.cpu()
         if hasattr(self.classifier, "knn"):  # LaplacianShot cannot have more neighbours than there are queries
             self.classifier.knn = min(self.classifier.knn, len(features))
         with torch.autocast("cpu", enabled=False):  # cosines in bfloat16 would be ties
-            return self.classifier(features).argmax(-1)
+            return Predictions(self.classifier(features).argmax(-1))
 
 
 @dataclass(frozen=True)

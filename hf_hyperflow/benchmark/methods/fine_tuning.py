@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,9 @@ import torch
 
 from ...finetuning.finetune import FineTuningConfig, fine_tune
 from ...modeling.backbones import SplitBackbone
+from ...modeling.calibration import COSINE_SCALE, Calibration
+from ...modeling.prototypes import unit_means
+from ...modeling.views import combine_views
 from .adapted import AdaptedBackbone, Weights
 from .base import Classifier, Method, NearestPrototype
 from .target import Images, Support, Target
@@ -33,11 +37,13 @@ class FineTuning(Method):
     Attributes:
         steps: gradient steps.
         learning_rate: of Adam.
+        scale: the inverse temperature of the logits: that of direct transfer, see `with_hyperparameters`.
         grid_rates: learning rates that a grid search tries.
     """
 
     steps: int = 50
     learning_rate: float = 1e-3
+    scale: float = COSINE_SCALE
 
     is_slow = True
     grid_rates: ClassVar[tuple[float, ...]] = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -100,7 +106,7 @@ class FineTuning(Method):
         classifiers = []
         for step in steps:
             tuned = AdaptedBackbone(split, lambda: self.get_weights(target), thetas[step])
-            classifiers.append(TunedClassifier(tuned, support))
+            classifiers.append(TunedClassifier(tuned, support, self.scale))
         return classifiers
 
     @classmethod
@@ -126,24 +132,25 @@ class FineTuning(Method):
 
 
 class TunedClassifier(NearestPrototype):
-    """Plain cosines to the class means of a tuned backbone's features."""
+    """Plain cosines to the class means of a tuned backbone's features, with logits of a given scale."""
 
-    def __init__(self, tuned: AdaptedBackbone, support: Support):
-        super().__init__(tuned.features, support)
+    def __init__(self, tuned: AdaptedBackbone, support: Support, scale: float):
+        super().__init__(tuned.features, support, unit_means, Calibration(math.log(scale)))
         self.tuned = tuned
         self.support = support
 
     @cached_property
     def in_head(self) -> Classifier | None:
-        """A classifier of the same features in the adapter's head; None if that is plain cosines, too.
-
-        Intermediate features are those of the backbone as it is, for the adapter's head was made for them.
-        """
-        target = self.support.target
-        if not target.adapter.config.lda:
+        """A classifier of the same features in the adapter's head; None if that is plain cosines, too."""
+        adapter = self.support.target.adapter
+        if not adapter.config.lda:
             return None
+        return NearestPrototype(self._compute_both, self.support, adapter.head, adapter.calibration)
 
-        def compute_features(images: Images) -> torch.Tensor:
-            return target.split.concat_features(self.tuned.features(images), images.hidden)
-
-        return NearestPrototype(compute_features, self.support, target.adapter.head)
+    def _compute_both(self, images: Images) -> torch.Tensor:
+        """The tuned features with the intermediate ones of the backbone as it is: the head was made for these."""
+        split = self.support.target.split
+        features = []
+        for view in images.views:
+            features.append(split.concat_features(self.tuned.features(view), view.hidden))
+        return combine_views(features)

@@ -124,7 +124,8 @@ class FlowClassifier(NearestPrototype):
     def __init__(self, support: Support, theta: torch.Tensor, stopping_point: StoppingPoint):
         self.theta = theta
         self.stopping_point = stopping_point
-        super().__init__(flow_features(support, theta), support, support.target.adapter.head)
+        adapter = support.target.adapter
+        super().__init__(flow_features(support, theta), support, adapter.head, adapter.calibration)
 
 
 def flow_features(support: Support, theta: torch.Tensor) -> Callable[[Images], torch.Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .base import Classifier, Method
+from .base import Classifier, Method, Predictions
 from .target import Images, Support
 
 if TYPE_CHECKING:
@@ -62,8 +62,13 @@ class LogisticClassifier(Classifier):
     def __init__(self, regression: sklearn.linear_model.LogisticRegression):
         self.regression = regression
 
-    def predict(self, queries: Images) -> torch.Tensor:
-        return torch.from_numpy(self.regression.predict(_to_unit(queries)))
+    def classify(self, queries: Images) -> Predictions:
+        """The probabilities are those of `predict_proba`, computed so that their logarithms are finite."""
+        unit = _to_unit(queries)
+        logits = torch.from_numpy(self.regression.decision_function(unit)).double()
+        if logits.ndim == 1:  # of two classes there is one number
+            logits = torch.stack([torch.zeros_like(logits), logits], dim=1)
+        return Predictions(torch.from_numpy(self.regression.predict(unit)), logits.log_softmax(-1))
 
 
 def _to_unit(images: Images) -> np.ndarray:

@@ -18,7 +18,8 @@ class NoFlow(Method):
     label = "HyperFlow's head without the flow"
 
     def fit(self, support: Support) -> NearestPrototype:
-        return NearestPrototype(get_features, support, support.target.adapter.head)
+        adapter = support.target.adapter
+        return NearestPrototype(get_features, support, adapter.head, adapter.calibration)
 
 
 def get_features(images: Images) -> torch.Tensor:

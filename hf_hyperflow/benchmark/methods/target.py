@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from ...modeling.adapter import HyperFlowAdapter
 from ...modeling.backbones import Hidden, SplitBackbone
 from ...modeling.injection import get_injection, unload
 from ...modeling.parameter_space import ParameterSpace
+from ...modeling.views import combine_views, make_view
 
 #: Images that the backbone runs at once.
 BATCH_SIZE = 256
@@ -57,17 +58,22 @@ class Target:
             raise ValueError("the adapter has no image processor: set adapter.processor to that of the backbone.")
         return self.adapter.processor
 
-    def images(self, images: torch.Tensor) -> Images:
-        """Images `(n, 3, height, width)` uint8, for the methods."""
-        return UncachedImages(self, images)
+    def images(self, images: torch.Tensor, views: int = 1) -> Images:
+        """Images `(n, 3, height, width)` uint8, for the methods.
 
-    def support(self, images: torch.Tensor, labels: torch.Tensor, seed: int = 0) -> Support:
+        Args:
+            views: over how many views of an image its features are combined, see `make_view`.
+        """
+        return combine_images([UncachedImages(self, images, view) for view in range(views)])
+
+    def support(self, images: torch.Tensor, labels: torch.Tensor, seed: int = 0, views: int = 1) -> Support:
         """A support set of images `(n, 3, height, width)` uint8 with labels `(n,)` in 0..n_way-1.
 
         Args:
             seed: of what a method does at random.
+            views: see `images`.
         """
-        return Support(self.images(images), labels.to(self.device), seed)
+        return Support(self.images(images, views), labels.to(self.device), seed)
 
     def split_before(self, start: int) -> SplitBackbone:
         """The backbone, split before block `start`; its features are those of the last block only."""
@@ -100,20 +106,30 @@ class Target:
 
 
 class Images(ABC):
-    """The images of a support or query set. Every form of them is computed when a method first asks for it."""
+    """The images of a support or query set. Every form of them is computed when a method first asks for it.
+
+    Attributes:
+        view: the number of the view that is made of the images, see `make_view`.
+    """
 
     target: Target
+    view: int = 0
+
+    @property
+    def views(self) -> tuple[Images, ...]:
+        """The images in each of the views that features are combined of; mostly that is one."""
+        return (self,)
 
     @cached_property
     @abstractmethod
     def raw(self) -> torch.Tensor:
-        """Pixels `(n, 3, height, width)` uint8, on the backbone's device."""
+        """Pixels `(n, 3, height, width)` uint8 of the images as they are, on the backbone's device."""
 
     @cached_property
     def pixel_values(self) -> torch.Tensor:
         """What the backbone reads, `(n, 3, height, width)`, in its precision."""
         parameter = next(self.target.backbone.parameters())
-        return normalise(self.raw, self.target.processor).to(parameter.dtype)
+        return make_view(normalise(self.raw, self.target.processor).to(parameter.dtype), self.view)
 
     @cached_property
     @abstractmethod
@@ -138,10 +154,12 @@ class UncachedImages(Images):
 
     Args:
         images: `(n, 3, height, width)` uint8, on any device.
+        view: the number of the view.
     """
 
-    def __init__(self, target: Target, images: torch.Tensor):
+    def __init__(self, target: Target, images: torch.Tensor, view: int = 0):
         self.target = target
+        self.view = view
         self._images = images
 
     @cached_property
@@ -166,6 +184,49 @@ class UncachedImages(Images):
     def final_features(self) -> torch.Tensor:
         with self.target.at_start():
             return forward_images(self.target.split_before(0), self.pixel_values)
+
+
+class CombinedImages(Images):
+    """Images whose features are combined over several views.
+
+    The flow, and fine-tuning with its own augmentation, read the first view: the images as they are.
+
+    Args:
+        views: the same images in different views.
+    """
+
+    def __init__(self, views: Sequence[Images]):
+        self.target = views[0].target
+        self._views = tuple(views)
+
+    @property
+    def views(self) -> tuple[Images, ...]:
+        return self._views
+
+    @property
+    def raw(self) -> torch.Tensor:
+        return self._views[0].raw
+
+    @property
+    def pixel_values(self) -> torch.Tensor:
+        return self._views[0].pixel_values
+
+    @property
+    def hidden(self) -> Hidden:
+        return self._views[0].hidden
+
+    @cached_property
+    def features(self) -> torch.Tensor:
+        return combine_views([view.features for view in self._views])
+
+    @cached_property
+    def final_features(self) -> torch.Tensor:
+        return combine_views([view.final_features for view in self._views])
+
+
+def combine_images(views: Sequence[Images]) -> Images:
+    """Images whose features are combined over these views; a single view is left as it is."""
+    return views[0] if len(views) == 1 else CombinedImages(views)
 
 
 @dataclass(frozen=True)

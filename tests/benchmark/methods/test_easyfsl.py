@@ -49,7 +49,7 @@ def test_torchvision_is_not_needed():
 @pytest.mark.parametrize("method", EASYFSL_METHODS, ids=lambda method: method.name)
 def test_accuracy_and_cost(method, target, features, colours, episode):
     pytest.importorskip("easyfsl")
-    assert 0 <= evaluate_method(method, features, episode)[method.name] <= 100
+    assert 0 <= evaluate_method(method, features, episode)[method.name].accuracy <= 100
     prepare_task(method, target, colours.images[episode.support], episode.support_labels)
 
 

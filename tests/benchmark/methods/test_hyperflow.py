@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_hyperflow.benchmark.domain_features import DomainFeatures
-from hf_hyperflow.benchmark.methods import FLOW_POINTS, HyperFlow, NoFlow
+from hf_hyperflow.benchmark.methods import FLOW_POINTS, DirectTransfer, HyperFlow, NoFlow
 from hf_hyperflow.data.domains import normalise
 from hf_hyperflow.data.episodes import cdfsl_episode
 
@@ -44,6 +44,34 @@ def test_it_does_what_adapt_does_on_images_larger_than_those_of_training(target,
     target.adapter.config.image_size = None
     at_full_size = HyperFlow().fit(target.support(images, labels)).theta
     assert not torch.allclose(at_full_size, task.theta, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("views", "query_views"), [(4, 1), (2, 3)])
+def test_views_and_scores_are_those_of_adapt_and_logits(target, colours, episode, views, query_views):
+    """Of HyperFlow and of direct transfer, for images and for what is known of a domain's images."""
+    adapter = target.adapter
+    adapter.config.calibration = {"constant": 1.0, "ways": 0.5, "shots": 0.3, "spread": -0.2}
+    labels = episode.support_labels
+    support, queries = (normalise(colours.images[rows], target.processor) for rows in (episode.support, episode.query))
+    features = DomainFeatures(target, colours, views, query_views)
+    cases = (
+        (HyperFlow(n_steps=3), adapter.adapt(target.backbone, (support, labels), n_steps=3, views=views)),
+        (DirectTransfer(), adapter.direct_transfer(target.backbone, (support, labels), views=views)),
+    )
+    for method, task in cases:
+        expected, one_view = task.logits(queries, views=query_views), task.logits(queries)
+        assert not torch.allclose(expected, one_view, rtol=1e-2) or query_views == 1
+        uncached = method.fit(target.support(colours.images[episode.support], labels, views=views))
+        cached = method.fit(features.support(episode))
+        torch.testing.assert_close(uncached.prototypes, task.prototypes, rtol=1e-3, atol=1e-4)
+        for classifier, images in (
+            (uncached, target.images(colours.images[episode.query], query_views)),
+            (cached, features.queries(episode)),
+        ):
+            assert classifier.scale == pytest.approx(task.scale, rel=1e-3)
+            found = classifier.classify(images).log_probabilities.float()
+            torch.testing.assert_close(found, expected.log_softmax(-1), rtol=2e-2, atol=2e-2)  # half precision
+    assert cases[0][1].scale != pytest.approx(cases[1][1].scale, rel=0.1)
 
 
 def test_early_stopping_is_where_leave_one_out_is_best(target, colours, episode):

@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression as Regression
 
 from hf_hyperflow.benchmark.methods import LogisticRegression
 from hf_hyperflow.data.domains import normalise
+from hf_hyperflow.data.episodes import cdfsl_episode
 
 
 def test_it_is_a_regression_on_unit_features(backbone, target, colours, episode):
@@ -23,6 +24,18 @@ def test_it_is_a_regression_on_unit_features(backbone, target, colours, episode)
     predicted = classifier.predict(target.images(queries))
     chosen = probabilities.gather(1, predicted.unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(chosen, probabilities.amax(dim=1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("n_way", [2, 5])
+def test_its_probabilities_are_those_of_scikit_learn(target, colours, n_way):
+    episode = cdfsl_episode(colours, 0, n_way=n_way, n_shot=2, n_query=6)
+    classifier = LogisticRegression().fit(target.support(colours.images[episode.support], episode.support_labels))
+    queries = target.images(colours.images[episode.query])
+    unit = F.normalize(queries.final_features, dim=-1).numpy()
+    expected = classifier.regression.predict_proba(unit)
+    predictions = classifier.classify(queries)
+    assert predictions.log_probabilities.exp().numpy() == pytest.approx(expected, abs=1e-6)
+    assert torch.equal(predictions.labels, predictions.log_probabilities.argmax(-1))
 
 
 def test_scikit_learn_that_is_not_installed_is_named(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 
@@ -40,7 +41,7 @@ def test_every_method_leaves_the_backbone_as_it_was(backbone, target, features, 
     assert first == second  # whatever ran before
     heads = {method.head_name for method in METHODS if isinstance(method, FineTuning)}
     assert set(first) == {method.name for method in METHODS} | heads
-    assert all(0 <= accuracy <= 100 for accuracy in first.values())
+    assert all(0 <= outcome.accuracy <= 100 for outcome in first.values())
     target.unload()
     before.assert_unchanged()
 
@@ -58,6 +59,22 @@ def test_images_and_a_cache_give_the_same_classifier(method, target, features, c
         torch.testing.assert_close(one.prototypes, other.prototypes, rtol=2e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_every_method_gets_the_views(method, target, features, colours, episode):
+    """Views of the support set make another classifier, and views of the queries change what it says of them."""
+    method = shortened(method)
+    images, labels, queries = colours.images[episode.support], episode.support_labels, colours.images[episode.query]
+    one, four = (method.fit(target.support(images, labels, views=views)) for views in (1, 4))
+    said = []
+    for classifier, views in ((one, 1), (one, 4), (four, 1), (four, 4)):
+        predictions = classifier.classify(target.images(queries, views))
+        assert torch.equal(predictions.labels, predictions.log_probabilities.argmax(-1))
+        said.append(predictions.log_probabilities.exp())
+        torch.testing.assert_close(said[-1].sum(1), torch.ones(30, dtype=torch.float64))
+    for first, second in itertools.combinations(said, 2):
+        assert not torch.allclose(first, second, rtol=1e-4)
+
+
 def test_names_and_labels():
     labels = list_labels()
     names = [method.name for method in (*METHODS, *EASYFSL_METHODS)]
@@ -73,7 +90,7 @@ def test_hyperparameters_are_those_of_the_dataclass():
     for method in METHODS:
         assert dataclasses.replace(method, **method.hyperparameters()) == method
     tunable = {method.name for method in METHODS if method.hyperparameters()}
-    assert tunable == {"logistic", "bias", "lora", "layernorm", "full"}
+    assert tunable == {"direct", "logistic", "bias", "lora", "layernorm", "full"}
 
 
 def test_lists_of_methods():
