@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from .blocks import Blocks, Tail, list_block_paths, read_features
 from .locks import get_lock
-from .trunks import IncompatibleBackboneError, eval_mode, find_trunk, is_norm, plain_modules, run_trunk
+from .trunks import FORWARD_ERRORS, IncompatibleBackboneError, eval_mode, find_trunk, is_norm, plain_modules, run_trunk
 
 #: Height and width of images to try a model on, unless it takes only its own.
 _SMALL = 64
@@ -154,6 +154,10 @@ def _list_sizes(trunk: PreTrainedModel) -> list[tuple[int, int]]:
     """Heights and widths of images to try, the smallest first."""
     settings = vars(trunk.config)
     size, patch = settings.get("image_size"), settings.get("patch_size")
+    if trunk.config.model_type == "timm_wrapper":  # its config knows no sizes, but the model of timm does
+        timm_model: Any = trunk.timm_model
+        size = timm_model.pretrained_cfg["input_size"][1:]
+        size = (settings["model_args"] or {}).get("img_size", size)
     own = (224, 224)
     if isinstance(size, int):
         own = (size, size)
@@ -352,7 +356,7 @@ def _find_tails(trunk: nn.Module, trial: _Trial, is_channels_last: bool) -> dict
 def _measure_tail(trunk: nn.Module, tail: Tail, states: torch.Tensor, features: torch.Tensor) -> float:
     try:
         return _measure_difference(features, tail.run(trunk, states))
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # this tail does not take such states
+    except FORWARD_ERRORS:  # this tail does not take such states
         return float("inf")
 
 

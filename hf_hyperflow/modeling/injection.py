@@ -217,7 +217,7 @@ def _target_paths(backbone: nn.Module, peft_config: PeftConfig) -> list[str]:
 def _build_peft_model(backbone: nn.Module, peft_config: PeftConfig, seed: int) -> PeftModel:
     """Build PEFT's model around the backbone. Its start is drawn from `seed`; the global generator is not touched."""
     gradient_checkpointing = ("`is_gradient_checkpointing`", FutureWarning)  # from PEFT to transformers
-    unsupported_layer = ("Unsupported layer type .*LayerNorm", Warning)  # PEFT does support it
+    unsupported_layer = ("Unsupported layer type", Warning)  # PEFT does support norms of all kinds
     with ignored_warnings(gradient_checkpointing, unsupported_layer), _SeededDraws(seed):
         return get_peft_model(backbone, peft_config, ADAPTER_NAME, low_cpu_mem_usage=False)
 

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 _VISION_PARTS = ("vision_model", "vision_tower")
 
 #: What the forward pass of a model raises if it cannot take an input.
-_FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError, KeyError, AttributeError)
+FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError, KeyError, AttributeError)
 
 
 class IncompatibleBackboneError(ValueError):
@@ -134,7 +134,7 @@ def run_trunk(trunk: nn.Module, pixel_values: torch.Tensor) -> ModelOutput:
         output = trunk(*_prepare_inputs(trunk, pixel_values))
     except torch.OutOfMemoryError:
         raise
-    except _FORWARD_ERRORS as error:
+    except FORWARD_ERRORS as error:
         shape = " x ".join(str(size) for size in pixel_values.shape)
         raise IncompatibleBackboneError(
             f"this {type(trunk).__name__} does not run on pixel values of shape {shape}: {error}. Use the "

@@ -55,17 +55,23 @@ def describe_cut(split: SplitBackbone) -> str:
 
 @pytest.mark.parametrize(("family", "member", "space"), list_cases())
 def test_a_family_that_works(family: Family, member: Member, space: str, tmp_path):
-    """Cut where the table says, adapted, saved, loaded by this package and by PEFT alone, and taken out again."""
+    """It is cut where the table says, has the spaces that the table says, and goes through all doors."""
     model = member.build(**member.remedy)
-    trunk = find_trunk(model)
-    before = copy_state(trunk)
     assert describe_cut(SplitBackbone(model, 0)) == family.cut
-    for start in range(len(find_blocks(model))):
-        SplitBackbone(model, start).check()
     for name, make in SPACES.items():
         if name not in family.spaces:
             with pytest.raises(IncompatibleBackboneError, match=r"Use (layernorm_config|another kind)"):
                 HyperFlowAdapter.from_backbone(model, make(model, 1), last_blocks=1)
+    check_member(member, space, tmp_path)
+
+
+def check_member(member: Member, space: str, folder: Path) -> None:
+    """A model is adapted, saved, loaded by this package and by PEFT alone, and is afterwards what it was."""
+    model = member.build(**member.remedy)
+    trunk = find_trunk(model)
+    before = copy_state(trunk)
+    for start in range(len(find_blocks(model))):
+        SplitBackbone(model, start).check()
     last_blocks = 1 if space == "biases" else 2
     adapter = tiny_adapter(model, SPACES[space](model, last_blocks), last_blocks=last_blocks)
     assert_same_state(trunk, before)
@@ -75,16 +81,16 @@ def test_a_family_that_works(family: Family, member: Member, space: str, tmp_pat
     task = adapter.adapt(model, (images, labels))
     logits, features = task.logits(images), compute_features(task, images)
     assert (features - plain).abs().max() > 1e-3 * plain.abs().max(), "the adapter changes nothing"
-    task.save_pretrained(tmp_path / "task")
+    task.save_pretrained(folder)
     task.reset()
     assert_same_state(trunk, before)
 
     copied = copy.deepcopy(model)
-    loaded = AdaptedTask.from_pretrained(tmp_path / "task", copied)
+    loaded = AdaptedTask.from_pretrained(folder, copied)
     torch.testing.assert_close(loaded.logits(images), logits, rtol=1e-4, atol=1e-4)
     loaded.reset()
     plain_trunk = find_trunk(copied)
-    PeftModel.from_pretrained(plain_trunk, str(tmp_path / "task")).eval()
+    PeftModel.from_pretrained(plain_trunk, str(folder)).eval()
     with torch.no_grad():
         split = SplitBackbone(trunk, 0)
         split.backbone = plain_trunk
@@ -123,6 +129,26 @@ def test_a_family_that_needs_something_is_told_what(member):
     (setting,) = member.remedy
     with pytest.raises(IncompatibleBackboneError, match=f"Set {setting}=0"):
         find_blocks(member.build())
+
+
+#: Of timm: a vision transformer, one with maps `(n, height, width, channels)`, and stages beside each other.
+TIMM_MODELS = {
+    "vit_tiny_patch16_224": ({"img_size": 32, "depth": 3, "embed_dim": 32, "num_heads": 2}, "biases"),
+    "swin_tiny_patch4_window7_224": (
+        {"img_size": 64, "window_size": 4, "embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2)},
+        "LoRA",
+    ),
+    "resnet18": ({"channels": (8, 8, 16, 24)}, "norms"),
+    "convnext_atto": ({"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 24)}, "norms"),
+}
+
+
+@pytest.mark.parametrize("architecture", TIMM_MODELS)
+def test_timm(architecture, tmp_path):
+    pytest.importorskip("timm", reason="transformers wraps models of timm only where timm is installed")
+    arguments, space = TIMM_MODELS[architecture]
+    member = Member("timm_wrapper", {"architecture": architecture, "model_args": arguments})
+    check_member(member, space, tmp_path)
 
 
 def test_every_vision_model_of_transformers_has_its_line():
