@@ -11,8 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .blocks import Blocks, read_features
-from .gate import draw_images, find_blocks, first_tensor, is_close, split_arguments
+from .gate import find_blocks, is_close
 from .locks import get_lock
+from .trials import draw_images, first_tensor, split_arguments
 from .trunks import IncompatibleBackboneError, eval_mode, find_trunk, run_trunk
 
 

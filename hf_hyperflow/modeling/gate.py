@@ -6,11 +6,8 @@ blocks are made rough for it, because new ones leave everything as it is, so tha
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,10 +17,8 @@ from transformers.utils import ModelOutput
 
 from .blocks import Blocks, Tail, list_block_paths, read_features
 from .locks import get_lock
-from .trunks import FORWARD_ERRORS, IncompatibleBackboneError, eval_mode, find_trunk, is_norm, plain_modules, run_trunk
-
-#: Height and width of images to try a model on, unless it takes only its own.
-_SMALL = 64
+from .trials import Trial, draw_images, find_image_size, rough_norms, run_trial
+from .trunks import FORWARD_ERRORS, IncompatibleBackboneError, eval_mode, find_trunk
 
 #: Parts of a trunk that pool its states by weights of their own, as transformers calls them.
 _POOLERS = ("head", "pooler")
@@ -51,54 +46,15 @@ def find_blocks(backbone: nn.Module) -> Blocks:
         return blocks
 
 
-@dataclass
-class _Call:
-    """How a block was called, and what it returned."""
-
-    states: Any
-    args: tuple
-    kwargs: dict[str, Any]
-    output: Any = None
-
-
-@dataclass
-class _Trial:
-    """One run of a model.
-
-    Attributes:
-        calls: of each block, in the order in which they were called.
-        norms: paths of the norms that ran behind the last block.
-    """
-
-    output: ModelOutput
-    calls: list[tuple[str, _Call]] = field(default_factory=list)
-    norms: list[str] = field(default_factory=list)
-
-
-def split_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
-    """The hidden states that a block is called with, and its other arguments."""
-    if args:
-        return args[0], args[1:], kwargs
-    others = dict(kwargs)
-    return others.pop("hidden_states", None), (), others
-
-
-def first_tensor(output: Any) -> Any:
-    """The hidden states that a block returns, which may be the first of several things."""
-    while isinstance(output, tuple | list) and output:
-        output = output[0]
-    return output
-
-
 @torch.no_grad()
 def _try_out(trunk: PreTrainedModel) -> tuple[Blocks, bool]:
     """The blocks of a trunk, and whether its features are finite, so that they could be compared."""
     paths = list_block_paths(trunk)
-    with eval_mode(trunk), _rough_norms(trunk, paths) as norms:
-        image_size = _find_image_size(trunk)
+    with eval_mode(trunk), rough_norms(trunk, paths) as norms:
+        image_size = find_image_size(trunk)
         pixel_values = draw_images(trunk, image_size)
-        first = _run(trunk, paths, pixel_values, norms)
-        second = _run(trunk, paths, pixel_values[[2, 0]], norms)
+        first = run_trial(trunk, paths, pixel_values, norms)
+        second = run_trial(trunk, paths, pixel_values[[2, 0]], norms)
         _require_run_once(trunk, paths, first)
         is_last = _find_channels_last(first)
         _require_same_features(trunk, first.output, second.output, is_last[-1])
@@ -127,114 +83,7 @@ def _try_out(trunk: PreTrainedModel) -> tuple[Blocks, bool]:
     return blocks, bool(features.isfinite().all())
 
 
-def draw_images(trunk: nn.Module, size: tuple[int, int]) -> torch.Tensor:
-    """Three random images `(3, 3, height, width)`, always the same, on the device and in the precision of a trunk."""
-    parameter = next(p for p in trunk.parameters() if p.is_floating_point())
-    images = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(0))
-    return images.to(parameter.device, parameter.dtype)
-
-
-def _find_image_size(trunk: PreTrainedModel) -> tuple[int, int]:
-    """Height and width of images that the trunk takes: small ones, or those of its config.
-
-    Raises:
-        IncompatibleBackboneError: it takes neither.
-    """
-    *small, own = _list_sizes(trunk)
-    for size in small:
-        try:
-            run_trunk(trunk, draw_images(trunk, size)[:1])
-        except IncompatibleBackboneError:
-            continue
-        return size
-    return own
-
-
-def _list_sizes(trunk: PreTrainedModel) -> list[tuple[int, int]]:
-    """Heights and widths of images to try, the smallest first."""
-    settings = vars(trunk.config)
-    size, patch = settings.get("image_size"), settings.get("patch_size")
-    if trunk.config.model_type == "timm_wrapper":  # its config knows no sizes, but the model of timm does
-        timm_model: Any = trunk.timm_model
-        size = timm_model.pretrained_cfg["input_size"][1:]
-        size = (settings["model_args"] or {}).get("img_size", size)
-    own = (224, 224)
-    if isinstance(size, int):
-        own = (size, size)
-    elif isinstance(size, list | tuple) and len(size) == 2:
-        own = (size[0], size[1])
-    small = _SMALL
-    if isinstance(patch, int):
-        small = max(patch, _SMALL // patch * patch)
-    return [own] if small >= min(own) else [(small, small), own]
-
-
-@contextmanager
-def _rough_norms(trunk: nn.Module, paths: tuple[str, ...]) -> Iterator[dict[str, nn.Module]]:
-    """Within, this thread sees every norm outside the blocks scale its channels by numbers of its own.
-
-    Yields:
-        These norms by their paths.
-    """
-    own_thread = threading.get_ident()
-    inside = tuple(f"{path}." for path in paths)
-    norms: dict[str, nn.Module] = {}
-    handles = []
-    for path, plain in plain_modules(trunk):
-        if not is_norm(plain) or path.startswith(inside):
-            continue
-        norms[path] = trunk.get_submodule(path)
-
-        def scale(module: nn.Module, args: tuple, output: torch.Tensor, seed: int = len(norms)) -> torch.Tensor | None:
-            if threading.get_ident() != own_thread:
-                return None
-            generator = torch.Generator().manual_seed(seed)
-            return output * (0.5 + torch.rand(output.shape[-1], generator=generator)).to(output)
-
-        handles.append(norms[path].register_forward_hook(scale))
-    try:
-        yield norms
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _run(trunk: nn.Module, paths: tuple[str, ...], pixel_values: torch.Tensor, norms: dict[str, nn.Module]) -> _Trial:
-    """Run a trunk and note what its blocks are called with, and which norms run behind the last one."""
-    own_thread = threading.get_ident()
-    calls: list[tuple[str, _Call]] = []
-    behind: list[str] = []
-    handles = []
-    for path in paths:
-
-        def note_call(module: nn.Module, args: tuple, kwargs: dict | None = None, path: str = path) -> None:
-            if threading.get_ident() == own_thread:
-                calls.append((path, _Call(*split_arguments(args, kwargs or {}))))
-
-        def note_output(module: nn.Module, args: tuple, output: Any) -> None:
-            if threading.get_ident() == own_thread and calls:
-                calls[-1][1].output = first_tensor(output)
-                behind.clear()
-
-        block = trunk.get_submodule(path)
-        handles.append(block.register_forward_pre_hook(note_call, with_kwargs=True))
-        handles.append(block.register_forward_hook(note_output))
-    for path, norm in norms.items():
-
-        def note_norm(module: nn.Module, args: tuple, output: Any, path: str = path) -> None:
-            if threading.get_ident() == own_thread:
-                behind.append(path)
-
-        handles.append(norm.register_forward_hook(note_norm))
-    try:
-        output = run_trunk(trunk, pixel_values)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _Trial(output, calls, behind)
-
-
-def _require_run_once(trunk: nn.Module, paths: tuple[str, ...], trial: _Trial) -> None:
+def _require_run_once(trunk: nn.Module, paths: tuple[str, ...], trial: Trial) -> None:
     """Raise an error unless every block ran once, in order, on one row of hidden states for each image."""
     if [path for path, _ in trial.calls] != list(paths):
         missing = sorted(set(paths) - {path for path, _ in trial.calls}) or paths[:1]
@@ -291,7 +140,7 @@ def _list_poolings(output: ModelOutput) -> list[str]:
     return poolings
 
 
-def _find_channels_last(trial: _Trial) -> tuple[bool, ...]:
+def _find_channels_last(trial: Trial) -> tuple[bool, ...]:
     """Whether the maps that enter each block, and those of the output, are `(n, height, width, channels)`.
 
     The images are square, and so are their maps.
@@ -310,7 +159,7 @@ def _count_channels(states: torch.Tensor, is_channels_last: bool) -> int:
     return states.shape[1] if states.ndim == 4 and not is_channels_last else states.shape[-1]
 
 
-def _find_first_cut(first: _Trial, second: _Trial) -> int:
+def _find_first_cut(first: Trial, second: Trial) -> int:
     """The first block from which on a block's arguments are known before the one before has run, see `Blocks`."""
     calls = [call for _, call in first.calls]
     others = [call for _, call in second.calls]
@@ -339,7 +188,7 @@ def _are_same(a: Any, b: Any) -> bool:
     return a is b or a == b
 
 
-def _find_tails(trunk: nn.Module, trial: _Trial, is_channels_last: bool) -> dict[str, Tail]:
+def _find_tails(trunk: nn.Module, trial: Trial, is_channels_last: bool) -> dict[str, Tail]:
     """The tail that reproduces the model's own features, for each pooling that has one. The norms are rough."""
     states = trial.calls[-1][1].output
     tails = {}
@@ -360,7 +209,7 @@ def _measure_tail(trunk: nn.Module, tail: Tail, states: torch.Tensor, features: 
         return float("inf")
 
 
-def _iterate_tails(trunk: nn.Module, trial: _Trial, pooling: str, is_channels_last: bool) -> Iterator[Tail]:
+def _iterate_tails(trunk: nn.Module, trial: Trial, pooling: str, is_channels_last: bool) -> Iterator[Tail]:
     """Yield the tails that may lead to features of this pooling."""
     pools = [pooling]
     if pooling == "pooler":

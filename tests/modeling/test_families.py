@@ -16,8 +16,9 @@ from transformers.models.auto import modeling_auto
 
 from hf_hyperflow import AdaptedTask, HyperFlowAdapter, IncompatibleBackboneError
 from hf_hyperflow.modeling.backbones import SplitBackbone
-from hf_hyperflow.modeling.gate import draw_images, find_blocks
+from hf_hyperflow.modeling.gate import find_blocks
 from hf_hyperflow.modeling.peft_configs import bias_config, layernorm_config, lora_config
+from hf_hyperflow.modeling.trials import draw_images
 from hf_hyperflow.modeling.trunks import find_trunk
 from tests.helpers.families import FAMILIES, REFUSED, Family, Member, render_table
 from tests.helpers.tiny import same_bits, tiny_adapter
