@@ -3,12 +3,12 @@
 from transformers import AutoConfig, AutoModel
 
 from .modeling.adapter import HyperFlowAdapter
-from .modeling.backbones import IncompatibleBackboneError
 from .modeling.configuration import HyperFlowConfig
 from .modeling.images import ImageError
 from .modeling.saving import CheckpointError
 from .modeling.support import SupportSetError
 from .modeling.task import AdaptedTask
+from .modeling.trunks import IncompatibleBackboneError
 from .modeling.version import __version__
 from .pipeline import FewShotImageClassificationPipeline
 

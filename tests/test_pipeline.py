@@ -221,7 +221,7 @@ def test_bad_images_are_named(classify, images, tmp_path, site):
 def test_what_cannot_be_adapted(backbone, adapter, support):
     with pytest.raises(SupportSetError, match="only one class"):
         pipeline(TASK, model=backbone, adapter=adapter, support={"red": support["red"]}, device="cpu")
-    with pytest.raises(IncompatibleBackboneError, match="no list of transformer blocks"):
+    with pytest.raises(IncompatibleBackboneError, match="this ResNetModel is not the backbone of the adapter"):
         pipeline(TASK, model=tiny_resnet(), adapter=adapter, support=support, device="cpu")
     with pytest.raises(TypeError, match="'adapter' and 'support'"):
         pipeline(TASK, model=backbone, device="cpu")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..data.domains import Domain
 from ..data.episodes import Episode, cdfsl_episode
 from ..modeling.adapter import HyperFlowAdapter
-from ..modeling.backbones import eval_mode
+from ..modeling.trunks import eval_mode
 from .domain_features import DomainFeatures
 from .methods import DirectTransfer, HyperFlow, Method, NoFlow, Predictions, Target
 from .scores import measure_scores

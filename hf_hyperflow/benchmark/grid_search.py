@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from ..data.domains import Domain
 from ..data.episodes import Episode, cdfsl_episode
 from ..modeling.atomic_file import write_json
-from ..modeling.backbones import eval_mode
 from ..modeling.fingerprint import compute_fingerprint
+from ..modeling.trunks import eval_mode
 from .domain_features import DomainFeatures
 from .evaluation import Outcome, judge, mean_ci95
 from .hyperparameters import Hyperparameters

@@ -145,12 +145,13 @@ def _build_direct_transfer(adapted: AdaptedTask, name: str, support: Path, skip_
     """
     import torch
 
-    from ..modeling.backbones import SplitBackbone, eval_mode
+    from ..modeling.backbones import SplitBackbone
     from ..modeling.calibration import COSINE_SCALE
     from ..modeling.prototypes import unit_means
     from ..modeling.support import SupportSetError, read_support
     from ..modeling.task import AdaptedTask
     from ..modeling.task_files import read_task
+    from ..modeling.trunks import eval_mode
 
     images = read_support(support, adapted.processor, skip_bad=skip_bad)
     for reason in images.skipped:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling.backbones import Hidden, SplitBackbone, plain_modules
+from ..modeling.backbones import Hidden, SplitBackbone
+from ..modeling.trunks import plain_modules
 
 
 @contextmanager
@@ -37,9 +38,7 @@ def cls_only_last_mlp(split: SplitBackbone, sample: Hidden) -> Iterator[bool]:
 
 def _register(split: SplitBackbone) -> torch.utils.hooks.RemovableHandle:
     """Cut the input of the last LayerNorm of the last block; IndexError if the block has none."""
-    blocks = split.backbone.get_submodule(split.blocks.path)
-    assert isinstance(blocks, nn.ModuleList)
-    block = blocks[-1]
+    block = split.backbone.get_submodule(split.blocks.paths[-1])
     norms = [path for path, module in plain_modules(block) if isinstance(module, nn.LayerNorm)]
     return block.get_submodule(norms[-1]).register_forward_pre_hook(_keep_cls_token)
 

@@ -17,9 +17,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.augmentation import random_views
 from ..data.domains import normalise
-from ..modeling.backbones import Hidden, SplitBackbone, eval_mode
+from ..modeling.backbones import Hidden, SplitBackbone
 from ..modeling.parameter_space import ParameterSpace
 from ..modeling.prototypes import no_autocast
+from ..modeling.trunks import eval_mode
 from .speedups import cls_only_last_mlp
 
 #: How many images the frozen first blocks run at once.

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .backbones import Hidden, IncompatibleBackboneError, SplitBackbone, eval_mode
+from .backbones import Hidden, SplitBackbone
 from .calibration import Calibration
 from .finite import MAX_PIXEL_VALUE, NotFiniteError, find_bad_image, find_bad_row, require_finite_weights
 from .images import ImageError
@@ -24,6 +24,7 @@ from .prototypes import Head, PrototypeClassifier
 from .rejection import Rejection, RejectionCalibration
 from .stopping import StoppingPoint
 from .support import SupportSet
+from .trunks import IncompatibleBackboneError, eval_mode
 from .views import average_views, combine_views, make_view, require_views
 
 T = TypeVar("T", bound="AdaptedBackbone")

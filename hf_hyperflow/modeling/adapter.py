@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .adapted_backbone import SupportImages
-from .backbones import Blocks, IncompatibleBackboneError, SplitBackbone, eval_mode, find_blocks, get_name
+from .backbones import SplitBackbone
+from .blocks import Blocks
 from .calibration import COSINE_SCALE, Calibration
 from .configuration import HyperFlowConfig
 from .fingerprint import compute_fingerprint, fingerprints_match
 from .finite import NotFiniteError, find_bad_image, find_bad_row, require_finite_weights
+from .gate import find_blocks
 from .images import ImageError
 from .injection import Injection, unload
 from .locks import get_lock
@@ -29,6 +31,7 @@ from .prototypes import unit_means
 from .saved_flow import SavedFlow
 from .support import SupportSet, read_support
 from .task import AdaptedTask
+from .trunks import IncompatibleBackboneError, eval_mode, find_trunk, get_name
 from .views import require_views
 
 
@@ -54,7 +57,7 @@ class HyperFlowAdapter(SavedFlow):
         """A new, untrained adapter for a backbone. The backbone is left as it was, and other threads can use it.
 
         Args:
-            backbone: a transformers vision model.
+            backbone: a vision model of transformers, or a wrapper of one, see `find_trunk`.
             peft_config: which weights are generated, with full dotted paths as targets. `bias_config`, `lora_config`
                 and `layernorm_config` of `hf_hyperflow.modeling.peft_configs` make the usual ones.
             last_blocks: how many of the last blocks are adapted. All targets lie in them or behind them.
@@ -64,13 +67,16 @@ class HyperFlowAdapter(SavedFlow):
             config: further fields of `HyperFlowConfig`.
 
         Raises:
-            IncompatibleBackboneError: the backbone has no blocks or no such targets, or it cannot be split.
+            IncompatibleBackboneError: the backbone cannot be adapted, or it has no such targets.
         """
+        backbone = find_trunk(backbone)
         with get_lock(backbone):
             space = ParameterSpace.from_backbone(backbone, peft_config, frozen=frozen_tensors)
             blocks = find_blocks(backbone)
             _require_in_last_blocks(space, blocks, last_blocks)
-            SplitBackbone(backbone, len(blocks) - last_blocks, blocks=blocks).check()
+            split = SplitBackbone(backbone, len(blocks) - last_blocks, config.pop("pooling", None), blocks)
+            split.check()
+            _require_running(split, space)
             fingerprint = compute_fingerprint(backbone)
         encoder_config = None if encoder is None else encoder.config.to_dict()
         model = cls(
@@ -80,9 +86,11 @@ class HyperFlowAdapter(SavedFlow):
                     "model_type": backbone.config.model_type,
                     "hidden_size": space.token_dim,
                     "num_blocks": len(blocks),
+                    "prefix_width": split.prefix_width,
                     "fingerprint": fingerprint,
                 },
                 last_blocks=last_blocks,
+                pooling=split.pooling,
                 peft=config_to_dict(peft_config),
                 tensor_names=space.names,
                 tensor_shapes=[list(shape) for shape in space.shapes],
@@ -141,6 +149,7 @@ class HyperFlowAdapter(SavedFlow):
         views = require_views(self.config.views if views is None else views)
         calibration = self.calibration
         split = self.split(backbone)
+        backbone = split.backbone
         images = self._read(support, backbone, skip_bad)
         with get_lock(backbone), self._injected(backbone) as injection, eval_mode(backbone):
             path = self.follow(
@@ -176,7 +185,8 @@ class HyperFlowAdapter(SavedFlow):
         calibrated: the scale is `COSINE_SCALE`.
         """
         require_views(views)
-        blocks = self.split(backbone).blocks
+        split = self.split(backbone)
+        backbone, blocks = split.backbone, split.blocks
         images = self._read(support, backbone, skip_bad)
         with get_lock(backbone), self._injected(backbone) as injection:
             theta = injection.start
@@ -249,6 +259,20 @@ class HyperFlowAdapter(SavedFlow):
                 f"({self.config.backbone['name_or_path']}): expect no gain.",
                 stacklevel=6,  # whoever called `adapt`: four frames of contextlib, torch and ours lie between
             )
+
+
+def _require_running(split: SplitBackbone, space: ParameterSpace) -> None:
+    """Raise an error if the backbone does not run with the adapter in it, because it reads attributes of a layer."""
+    injection = space.inject(split.backbone)
+    try:
+        split.check()
+    except IncompatibleBackboneError as error:
+        raise IncompatibleBackboneError(
+            f"{type(split.backbone).__name__} does not run with such an adapter in its layers "
+            f"({error.__cause__ or error}). Use another kind, such as layernorm_config."
+        ) from error
+    finally:
+        injection.remove()
 
 
 def _require_in_last_blocks(space: ParameterSpace, blocks: Blocks, last_blocks: int) -> None:

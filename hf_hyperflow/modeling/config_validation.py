@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+from .blocks import POOLINGS
 from .calibration import Calibration
 from .configuration import HyperFlowConfig
 from .json_fields import Fields, is_bounded
@@ -50,7 +51,7 @@ def validate_config(config: HyperFlowConfig, source: str | Path) -> None:
     fields = Fields(source, vars(config))
     backbone = _validate_backbone(Fields(source, config.backbone, "backbone."))
     fields.integer("last_blocks", 1, backbone.content["num_blocks"])
-    fields.choice("pooling", ("cls", "mean"))
+    fields.choice("pooling", POOLINGS)
     fields.number("intermediate_weight", 0, MAX_INTERMEDIATE_WEIGHT)
     validate_peft(config.peft, source, "peft.")
     _validate_tensor_list(fields, backbone.content["hidden_size"])
@@ -91,6 +92,8 @@ def _validate_backbone(fields: Fields) -> Fields:
     fields.text("model_type")
     fields.integer("hidden_size", 1, MAX_WIDTH)
     n_blocks = fields.integer("num_blocks", 1, MAX_BLOCKS)
+    if "prefix_width" in fields.content:
+        fields.integer("prefix_width", 1, MAX_WIDTH)
     fingerprint = fields.content.get("fingerprint")
     if fingerprint is not None:
         allowed = f"a list of {n_blocks} numbers"

@@ -12,10 +12,12 @@ class HyperFlowConfig(PreTrainedConfig):
     """Configuration of a `HyperFlowAdapter`.
 
     Args:
-        backbone: the model that the adapter was made for: `name_or_path`, `model_type`, `hidden_size`, `num_blocks`
+        backbone: the model that the adapter was made for: `name_or_path`, `model_type`, `hidden_size` (length of its
+            features), `num_blocks`, `prefix_width` (what enters the adapted blocks; `hidden_size` if missing)
             and `fingerprint` (see `compute_fingerprint`).
         last_blocks: how many of the last blocks are adapted. The blocks before are frozen and run once per image.
-        pooling: the feature of an image: "cls" (the CLS token) or "mean" (the mean over the tokens).
+        pooling: the feature of an image: "cls" (the CLS token), "mean" (the mean over the tokens) or "pooler" (the
+            backbone's own pooled features), see `read_features`.
         intermediate_weight: the weight of the intermediate features beside the final ones, see
             `SplitBackbone.concat_features`; 0 leaves them out.
         peft: the native PEFT config of the generated adapter, in the form of `config_to_dict`.

@@ -5,24 +5,24 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .backbones import find_blocks
+from .gate import find_blocks
+from .trunks import find_trunk
 
 
 def compute_fingerprint(backbone: nn.Module) -> list[float]:
-    """Mean absolute value of the one-dimensional parameters of each block, to 4 digits.
+    """Mean absolute value of the one-dimensional parameters of each block (of all, if it has none), to 4 digits.
 
     It tells most weights apart and is the same in any floating-point precision. The backbone carries no adapter.
 
     Raises:
-        IncompatibleBackboneError: the backbone has no transformer blocks.
+        IncompatibleBackboneError: the backbone cannot be adapted.
     """
-    blocks = find_blocks(backbone)
+    trunk = find_trunk(backbone)
     fingerprint = []
-    for i in range(len(blocks)):
-        values = []
-        for parameter in backbone.get_submodule(f"{blocks.path}.{i}").parameters():
-            if parameter.ndim == 1 and parameter.dtype.is_floating_point:
-                values.append(parameter.detach().float().abs().mean())
+    for path in find_blocks(trunk).paths:
+        parameters = [p for p in trunk.get_submodule(path).parameters() if p.dtype.is_floating_point]
+        vectors = [p for p in parameters if p.ndim == 1]
+        values = [p.detach().float().abs().mean() for p in vectors or parameters]
         mean = torch.stack(values).mean().item()
         fingerprint.append(float(f"{mean:.4g}"))
     return fingerprint

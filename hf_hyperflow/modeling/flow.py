@@ -11,14 +11,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .backbones import Hidden, IncompatibleBackboneError, SplitBackbone, find_blocks
+from .backbones import Hidden, SplitBackbone
 from .calibration import Calibration
 from .configuration import HyperFlowConfig
 from .drift import DriftNetwork
 from .finite import NotFiniteError
+from .gate import find_blocks
 from .injection import Injection
 from .lda import RegularisedLDA
-from .locks import get_lock
 from .parameter_space import ParameterSpace
 from .peft_configs import build_peft_config
 from .prototypes import Head, unit_means
@@ -26,6 +26,7 @@ from .rejection import RejectionCalibration
 from .solvers import Trajectory, integrate
 from .stopping import StoppingPoint, choose_stopping_point
 from .task_encoder import TaskEncoder, TaskTokens, pool_tokens
+from .trunks import IncompatibleBackboneError
 
 T = TypeVar("T", bound="Flow")
 
@@ -95,7 +96,7 @@ class Flow(PreTrainedModel):
         self.processor: BaseImageProcessor | None = None
         self.training_record: dict[str, Any] | None = None
         self.encoder: PreTrainedModel | None = None
-        encoder_width = width
+        encoder_width = config.backbone.get("prefix_width", width)
         if config.encoder is not None:
             encoder_config = AutoConfig.for_model(**config.encoder)
             self.encoder = AutoModel.from_config(encoder_config).eval().requires_grad_(False)
@@ -108,7 +109,9 @@ class Flow(PreTrainedModel):
         # Calibration usually ends near these scales, so training starts there.
         scale = 20.0 if config.lda else 10.0
         self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
-        feature_width = 2 * width if config.intermediate_weight else width
+        feature_width = width
+        if config.intermediate_weight:
+            feature_width += config.backbone.get("prefix_width", width)
         self.head: Head = RegularisedLDA(feature_width) if config.lda else unit_means
         self.post_init()
 
@@ -126,13 +129,13 @@ class Flow(PreTrainedModel):
         """The backbone in two halves: the frozen first blocks and the adapted last ones.
 
         Raises:
-            IncompatibleBackboneError: the backbone has another width or depth than the adapter was made for.
+            IncompatibleBackboneError: the backbone cannot be adapted, or it has another width or depth than the adapter
+                was made for.
         """
         expected = self.config.backbone
-        with get_lock(backbone):
-            blocks = find_blocks(backbone)
+        blocks = find_blocks(backbone)
         wrong = []
-        for key, value in (("hidden_size", backbone.config.hidden_size), ("num_blocks", len(blocks))):
+        for key, value in (("hidden_size", blocks.width), ("num_blocks", len(blocks))):
             if value != expected[key]:
                 wrong.append(f"{key} is {value}, expected {expected[key]}")
         if wrong:
@@ -223,11 +226,11 @@ class Flow(PreTrainedModel):
             states = self.encoder(reduced.to(self.device, self.encoder.dtype)).last_hidden_state
             return pool_tokens(states), hidden
         if reduced is not pixel_values:
-            states = split.forward_prefix(reduced).states
+            states = split.get_prefix_states(split.forward_prefix(reduced))
             return pool_tokens(states).to(self.device), hidden
         if hidden is None:
             hidden = split.forward_prefix(pixel_values)
-        return pool_tokens(hidden.states).to(self.device), hidden
+        return pool_tokens(split.get_prefix_states(hidden)).to(self.device), hidden
 
     def _reduce(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Bring images larger than those of training down to their size; leave others as they are."""

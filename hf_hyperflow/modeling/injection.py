@@ -12,8 +12,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .backbones import IncompatibleBackboneError
 from .locks import get_lock, ignored_warnings
+from .trunks import IncompatibleBackboneError
 
 if TYPE_CHECKING:
     from .parameter_space import ParameterSpace
@@ -90,6 +90,7 @@ class Injection:
         peft_config = copy.deepcopy(peft_config)
         # Configs loaded from disk say True, and PEFT would mark no parameter as the adapter's.
         peft_config.inference_mode = False
+        peft_targets = vars(peft_config).get("target_modules")
         try:
             self.peft_model = _build_peft_model(backbone, peft_config, seed)
         except BaseException as error:
@@ -100,6 +101,8 @@ class Injection:
             raise IncompatibleBackboneError(
                 f"PEFT cannot adapt this {type(backbone).__name__}: {error or type(error).__name__}"
             ) from error
+        # PEFT cuts long lists of targets down to the ends of their names, of which several modules share one.
+        vars(self.peft_model.peft_config[ADAPTER_NAME])["target_modules"] = copy.copy(peft_targets)
         for module in backbone.modules():
             module.training = modes.get(module, backbone.training)
 
@@ -214,7 +217,7 @@ def _target_paths(backbone: nn.Module, peft_config: PeftConfig) -> list[str]:
 def _build_peft_model(backbone: nn.Module, peft_config: PeftConfig, seed: int) -> PeftModel:
     """Build PEFT's model around the backbone. Its start is drawn from `seed`; the global generator is not touched."""
     gradient_checkpointing = ("`is_gradient_checkpointing`", FutureWarning)  # from PEFT to transformers
-    unsupported_layer = ("Unsupported layer type .*LayerNorm", Warning)  # PEFT does support it
+    unsupported_layer = ("Unsupported layer type", Warning)  # PEFT does support norms of all kinds
     with ignored_warnings(gradient_checkpointing, unsupported_layer), _SeededDraws(seed):
         return get_peft_model(backbone, peft_config, ADAPTER_NAME, low_cpu_mem_usage=False)
 

@@ -156,14 +156,16 @@ def task_card(name_or_path: str, model_type: str, space: ParameterSpace, class_n
 
 def describe_feature(pooling: str, start: int, intermediate_weight: float) -> str:
     """What the feature of an image is, in the words of transformers; see `SplitBackbone`."""
-    final, tokens = "the mean over all tokens", "all tokens"
+    final, tokens = "the mean over all tokens of the last hidden state", "all tokens"
     if pooling == "cls":
-        final, tokens = "the CLS token", "all tokens but the first"
+        final, tokens = "the CLS token of the last hidden state", "all tokens but the first"
+    elif pooling == "pooler":
+        final = "the `pooler_output`"
     if not intermediate_weight:
-        return f"{final} of the last hidden state"
+        return final
     return (
-        f"{final} of the last hidden state, followed by the mean over {tokens} of `hidden_states[{start}]`, brought "
-        f"to {intermediate_weight:g} of its length"
+        f"{final}, followed by the mean over {tokens} of `hidden_states[{start}]`, brought to {intermediate_weight:g} "
+        "of its length"
     )
 
 

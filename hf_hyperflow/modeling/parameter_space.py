@@ -15,9 +15,10 @@ from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from .backbones import IncompatibleBackboneError
+from .gate import find_blocks
 from .injection import Injection, get_injection
 from .locks import get_lock
+from .trunks import IncompatibleBackboneError, find_trunk
 
 
 class ParameterSpace:
@@ -28,7 +29,8 @@ class ParameterSpace:
 
     Args:
         peft_config: a native PEFT config whose `target_modules` are full dotted paths.
-        token_dim: length of a row, usually the backbone's hidden size.
+        token_dim: length of a row, usually the length of the backbone's features. Tensors of other widths, as in
+            the stages of a hierarchical model, take as many rows as they need.
         names: names of the moving tensors, as PEFT names them inside the backbone.
         shapes: their shapes.
         frozen: parts of the names of adapter tensors that stay at their seeded start ("lora_A", say).
@@ -91,6 +93,7 @@ class ParameterSpace:
         Raises:
             IncompatibleBackboneError: a target of the config is not in the backbone, or PEFT cannot adapt it.
         """
+        backbone = find_trunk(backbone)
         with get_lock(backbone):
             injection = Injection(backbone, peft_config, seed)
             try:
@@ -98,7 +101,7 @@ class ParameterSpace:
             finally:
                 injection.remove()
         if token_dim is None:
-            token_dim = backbone.config.hidden_size
+            token_dim = find_blocks(backbone).width
         shapes = [tuple(parameter.shape) for parameter in parameters.values()]
         return cls(peft_config, token_dim, list(parameters), shapes, frozen=frozen, seed=seed)
 

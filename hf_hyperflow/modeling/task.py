@@ -15,7 +15,7 @@ from peft import BeftConfig, LoraConfig
 from transformers import PreTrainedModel
 
 from .adapted_backbone import AdaptedBackbone
-from .backbones import IncompatibleBackboneError, SplitBackbone
+from .backbones import SplitBackbone
 from .checksums import CHECKSUMS, write_checksums
 from .images import PROCESSOR, ImageError, NamedImage, decode_all, is_one_image, process_images
 from .locks import get_lock
@@ -27,6 +27,7 @@ from .queries import iterate_queries, require_count
 from .rejection import NONE_OF_THESE
 from .saving import atomic_folder
 from .task_files import load_state, read_task, write_adapter, write_biases_as_lora, write_prototypes
+from .trunks import IncompatibleBackboneError, find_trunk
 from .views import require_views
 
 
@@ -298,7 +299,7 @@ class AdaptedTask(Pushable, AdaptedBackbone):
 
         Args:
             name_or_folder: a folder or a Hub id.
-            backbone: the model that the task was made with.
+            backbone: the model that the task was made with, or a wrapper of it, see `find_trunk`.
             hub: `revision` (a branch, tag or commit), `token`, `cache_dir`, `local_files_only`, `force_download`;
                 see `fetch`.
 
@@ -309,9 +310,10 @@ class AdaptedTask(Pushable, AdaptedBackbone):
                 was, bit for bit.
         """
         files = read_task(name_or_folder, **hub)
+        backbone = find_trunk(backbone)
         with get_lock(backbone):
             split = SplitBackbone(backbone, files.start, files.pooling, intermediate_weight=files.intermediate_weight)
-            expected = (2 if files.intermediate_weight else 1) * backbone.config.hidden_size
+            expected = split.feature_width
             if files.prototypes.shape[1] != expected:
                 raise IncompatibleBackboneError(
                     f"{name_or_folder} does not fit this {type(backbone).__name__}: its prototypes have width "

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .backbones import IncompatibleBackboneError, SplitBackbone, get_name
+from .backbones import SplitBackbone
 from .checksums import CHECKSUMS, check_files
 from .hub import fetch
 from .images import load_processor
@@ -30,6 +30,7 @@ from .rejection import Rejection
 from .saving import CheckpointError, reading
 from .task_validation import validate_task
 from .tensor_files import list_differences, read_tensors
+from .trunks import IncompatibleBackboneError, get_name
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

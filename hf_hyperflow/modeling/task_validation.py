@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .blocks import POOLINGS
 from .class_names import find_label_problem
 from .config_validation import MAX_BLOCKS, MAX_COEFFICIENT, MAX_INTERMEDIATE_WEIGHT
 from .json_fields import Fields
@@ -44,7 +45,7 @@ def validate_task(tensors: dict[str, torch.Tensor], description: dict[str, Any],
         )
     fields = Fields(source, description)
     fields.integer("start", 0, MAX_BLOCKS - 1)
-    fields.choice("pooling", ("cls", "mean"))
+    fields.choice("pooling", POOLINGS)
     fields.number("intermediate_weight", 0, MAX_INTERMEDIATE_WEIGHT)
     n_way = len(tensors["prototypes"])
     labels = description.get("labels")

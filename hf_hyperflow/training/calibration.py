@@ -22,10 +22,10 @@ from ..benchmark.methods.hyperflow import flow_features
 from ..data.domains import Domain, load_domain
 from ..data.episodes import Episode, cdfsl_episode, episode_generator, meta_dataset_episode
 from ..modeling.adapter import HyperFlowAdapter
-from ..modeling.backbones import eval_mode
 from ..modeling.calibration import Calibration, TaskMeasures, measure_task
 from ..modeling.prototypes import unit_means
 from ..modeling.rejection import RejectionCalibration, compute_log_odds
+from ..modeling.trunks import eval_mode
 from .checkpoints import save_adapter
 
 #: Ways and shots of the episodes; beside them are Meta-Dataset's, of variable ways and shots.

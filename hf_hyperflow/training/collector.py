@@ -33,8 +33,9 @@ from ..finetuning.shards import (
 )
 from ..finetuning.teacher import Recording, fine_tune_tasks
 from ..modeling.atomic_file import write_json
-from ..modeling.backbones import SplitBackbone, find_blocks
+from ..modeling.backbones import SplitBackbone
 from ..modeling.fingerprint import compute_fingerprint, fingerprints_match
+from ..modeling.gate import find_blocks
 from ..modeling.hub import push_folder
 from ..modeling.model_card import CARD, write_card
 from ..modeling.parameter_space import ParameterSpace

@@ -20,7 +20,8 @@ from ..data.augmentation import random_views
 from ..data.domains import Domain, join_domains, load_domain, normalise
 from ..data.episodes import cdfsl_episode
 from ..modeling.atomic_file import write_json
-from ..modeling.backbones import SplitBackbone, find_blocks
+from ..modeling.backbones import SplitBackbone
+from ..modeling.gate import find_blocks
 from ..modeling.prototypes import PrototypeClassifier
 from .checkpoints import exclusive_run, load_checkpoint, save_checkpoint
 from .cost_log import OfflineCost, describe_hardware, list_versions
@@ -73,7 +74,7 @@ class CosineClassifier(nn.Module):
         super().__init__()
         self.features = SplitBackbone(backbone, start=0)
         # Short, so that Adam turns them quickly: only their direction counts.
-        self.directions = nn.Parameter(0.02 * torch.randn(n_classes, backbone.config.hidden_size))
+        self.directions = nn.Parameter(0.02 * torch.randn(n_classes, self.features.width))
         self.temperature = temperature
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

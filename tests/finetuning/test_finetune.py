@@ -7,9 +7,10 @@ import torch
 
 from hf_hyperflow.data.domains import normalise, resize_images
 from hf_hyperflow.finetuning.finetune import FineTuningConfig, draw_batches, fine_tune
-from hf_hyperflow.modeling.backbones import IncompatibleBackboneError, SplitBackbone
+from hf_hyperflow.modeling.backbones import SplitBackbone
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.peft_configs import bias_config
+from hf_hyperflow.modeling.trunks import IncompatibleBackboneError
 from tests.helpers.tiny import Snapshot, pictures, same_bits
 
 LABELS = torch.arange(3).repeat_interleave(4)

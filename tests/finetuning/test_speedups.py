@@ -29,7 +29,7 @@ def test_the_last_mlp_runs_on_the_cls_token_where_nothing_reads_the_others(make,
 def test_other_blocks_run_as_they_are(change):
     backbone = tiny_vit()
     split = SplitBackbone(backbone, 2)
-    last = backbone.get_submodule(split.blocks.path)[-1]
+    last = backbone.get_submodule(split.blocks.paths[-1])
     if change == "no LayerNorm":
         last.layernorm_before, last.layernorm_after = nn.Identity(), nn.Identity()
     else:  # the CLS token is made of all of them

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load, save
 
 from hf_hyperflow import AdaptedTask, CheckpointError, HyperFlowAdapter, ImageError
-from hf_hyperflow.modeling.backbones import IncompatibleBackboneError
 from hf_hyperflow.modeling.checksums import sha256
 from hf_hyperflow.modeling.finite import NotFiniteError
+from hf_hyperflow.modeling.trunks import IncompatibleBackboneError
 from tests.helpers.tiny import Snapshot, pictures, tiny_adapter, tiny_dinov2
 
 #: Seconds that one load and one use may take on a busy machine, and bytes by which the process may grow.

@@ -75,7 +75,7 @@ def test_config_to_dict_survives_json(backbone, kind):
 
 
 def test_a_network_without_blocks():
-    with pytest.raises(IncompatibleBackboneError, match="has no list of transformer blocks"):
+    with pytest.raises(IncompatibleBackboneError, match="Sequential is not a model of transformers"):
         bias_config(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), 1)
 
 

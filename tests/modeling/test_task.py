@@ -500,7 +500,7 @@ def test_class_names_that_read_alike(adapter, backbone):
         (lambda: tiny_dinov2(num_hidden_layers=3), r"Dinov2Model has no modules encoder\.layer\.3"),
         (lambda: tiny_dinov2(num_hidden_layers=2), "starts at block 2, but Dinov2Model has 2 blocks"),
         (tiny_vit, r"ViTModel has no modules encoder\.layer"),
-        (tiny_resnet, "ResNetModel has no list of transformer blocks"),
+        (tiny_resnet, "starts at block 2, but ResNetModel has 2 blocks"),
     ],
     ids=["width", "depth", "few blocks", "another model", "no transformer"],
 )

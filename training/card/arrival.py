@@ -21,11 +21,12 @@ from hf_hyperflow.data.tasks import TrainingTask, task_images
 from hf_hyperflow.finetuning.interpolants import INTERPOLANTS
 from hf_hyperflow.finetuning.trajectories import Trajectories
 from hf_hyperflow.modeling.adapter import HyperFlowAdapter
-from hf_hyperflow.modeling.backbones import Hidden, SplitBackbone, eval_mode
+from hf_hyperflow.modeling.backbones import Hidden, SplitBackbone
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
 from hf_hyperflow.modeling.prototypes import PrototypeClassifier
 from hf_hyperflow.modeling.solvers import TABLEAUX, integrate
 from hf_hyperflow.modeling.task_encoder import TaskTokens, stack
+from hf_hyperflow.modeling.trunks import eval_mode
 
 #: Times at which the flow is measured: every eighth up to t = 1.5, with one step of RK4 between them.
 GRID = [i / 8 for i in range(13)]

@@ -40,8 +40,8 @@ from hf_hyperflow.benchmark.results import average_over_domains
 from hf_hyperflow.data.domains import load_domain
 from hf_hyperflow.data.episodes import Episode, cdfsl_episode, episode_generator
 from hf_hyperflow.modeling.atomic_file import write_json
-from hf_hyperflow.modeling.backbones import eval_mode
 from hf_hyperflow.modeling.saving import atomic_folder
+from hf_hyperflow.modeling.trunks import eval_mode
 
 from .records import Records, column
 

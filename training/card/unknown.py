@@ -39,8 +39,8 @@ from hf_hyperflow.benchmark.results import HYPERFLOW, REFERENCE, average_over_do
 from hf_hyperflow.data.domains import Domain, load_domain
 from hf_hyperflow.data.episodes import UNBALANCED_SHOTS, Episode, cdfsl_episode, unbalanced_episode
 from hf_hyperflow.modeling.atomic_file import atomic_file, write_json
-from hf_hyperflow.modeling.backbones import eval_mode
 from hf_hyperflow.modeling.saving import CheckpointError, atomic_folder
+from hf_hyperflow.modeling.trunks import eval_mode
 from hf_hyperflow.training.calibration import draw_others
 
 from .markdown import format_interval, format_table
