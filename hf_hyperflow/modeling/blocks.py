@@ -57,7 +57,7 @@ class Blocks:
         paths: dotted paths of the blocks, in the order in which they are run. Hierarchical and convolutional models
             have their stages for blocks.
         norms: dotted paths of the norms behind the last block.
-        names: names of all parameters of the backbone, in order.
+        names: names of all parameters of the backbone, without those of adapters.
         pooling: how the backbone's features are best pooled, see `read_features`.
         tails: what follows the last block for each pooling; those that no simple tail computes are left out.
         first_cut: the first block from which on each block is called with what the one before returned and with the
