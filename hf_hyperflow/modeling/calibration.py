@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from .finite import NotFiniteError
 from .lda import spread_between
 
-#: Spreads below this are taken for it: all images of the support set are nearly the same.
-MIN_SPREAD = 1e-4
+#: Spreads below this are taken for it. No domain that the released adapter was calibrated on has a smaller one: where
+#: images hardly differ, a scale made for it would make noise look certain.
+MIN_SPREAD = 0.1
 
 #: The scale of plain cosines where nothing has measured a better one (Meta-Baseline, Chen et al. 2021).
 COSINE_SCALE = 10.0

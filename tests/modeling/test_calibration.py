@@ -40,9 +40,11 @@ def test_scale(features):
     assert Calibration(math.log(7)).compute_scale(features, LABELS) == pytest.approx(7)
 
 
-def test_images_that_are_all_the_same_have_a_finite_scale():
-    same = torch.ones(7, 16)
-    assert 0 < Calibration(**COEFFICIENTS).compute_scale(same, LABELS) < math.inf
+def test_images_that_hardly_differ_do_not_make_certain_scores(features):
+    """The scale grows as the spread gets smaller, but not without end."""
+    calibration = Calibration(**COEFFICIENTS)
+    scales = [calibration.compute_scale(torch.ones(7, 16) + noise * features, LABELS) for noise in (1, 0.1, 0.01, 0)]
+    assert scales[0] < scales[1] == pytest.approx(scales[2]) == pytest.approx(scales[3])
 
 
 @pytest.mark.parametrize("constant", [1e4, -1e4, math.inf, math.nan])

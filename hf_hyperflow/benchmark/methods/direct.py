@@ -28,29 +28,7 @@ class DirectTransfer(Method):
 
     scale: float = COSINE_SCALE
 
-    grid_scales: ClassVar[tuple[float, ...]] = (
-        2,
-        3,
-        4,
-        5,
-        6,
-        7,
-        8,
-        9,
-        10,
-        11,
-        12,
-        14,
-        16,
-        18,
-        20,
-        24,
-        28,
-        34,
-        40,
-        56,
-        80,
-    )
+    grid_scales: ClassVar[tuple[float, ...]] = (3, 4, 5, 6, 7, 8, 10, 12, 14, 17, 20, 24, 28, 34, 40, 56, 80)
 
     name = "direct"
     label = "direct transfer"
