@@ -25,18 +25,22 @@ class Tail:
         norm: dotted path of the norm, or None.
         pools_first: whether the norm comes behind the pooling.
         is_channels_last: whether a feature map is `(n, height, width, channels)`.
+        keeps_map: whether the norm behind the pooling takes maps `(n, width, 1, 1)`, as timm's do.
     """
 
     pool: str
     norm: str | None
     pools_first: bool
     is_channels_last: bool
+    keeps_map: bool = False
 
     def run(self, trunk: nn.Module, states: torch.Tensor) -> torch.Tensor:
         """Features `(n, width)` from the hidden states behind the last block."""
         if self.norm is None:
             return self._pool(trunk, states)
         norm = trunk.get_submodule(self.norm)
+        if self.keeps_map:
+            return norm(self._pool(trunk, states)[:, :, None, None]).flatten(1)
         if self.pools_first:
             return norm(self._pool(trunk, states))
         return self._pool(trunk, norm(states))

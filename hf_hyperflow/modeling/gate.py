@@ -231,6 +231,7 @@ def _iterate_tails(trunk: nn.Module, trial: Trial, pooling: str, is_channels_las
         for norm in trial.norms:
             yield Tail(pool, norm, False, is_channels_last)
             yield Tail(pool, norm, True, is_channels_last)
+            yield Tail(pool, norm, True, is_channels_last, keeps_map=True)
 
 
 def _choose_pooling(trunk: nn.Module, output: ModelOutput, tails: dict[str, Tail]) -> str:

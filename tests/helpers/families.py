@@ -367,7 +367,7 @@ def list_families() -> list[Family]:
 
 def render_table() -> str:
     """The table of the README."""
-    cuts = {"any": "yes", "last": "with `last_blocks=1`", "none": "no", "": "in most"}
+    cuts = {"any": "yes", "last": "with `last_blocks=1`", "none": "no", "": "mostly"}
     lines = ["| family | works | frozen blocks run once | generated |", "|---|---|---|---|"]
     for family in list_families():
         works = f"needs {family.needs}" if family.needs else "yes"
