@@ -19,6 +19,7 @@ from ..modeling.locks import get_lock
 from ..modeling.stopping import StoppingPoint
 from ..modeling.support import SupportSet, read_support
 from ..modeling.task import AdaptedTask
+from ..modeling.trunks import find_trunk
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class SharedModels:
 
     def __init__(self, adapter: HyperFlowAdapter, backbone: PreTrainedModel):
         self.adapter = adapter.eval()
-        self.backbone = backbone.eval()
+        self.backbone = find_trunk(backbone).eval()
 
     def adapt(self, images: dict[str, list[PIL.Image.Image]]) -> tuple[Session, str]:
         """Adapt to a support set; returns the session and the path of its zip file.

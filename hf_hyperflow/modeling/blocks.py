@@ -25,18 +25,22 @@ class Tail:
         norm: dotted path of the norm, or None.
         pools_first: whether the norm comes behind the pooling.
         is_channels_last: whether a feature map is `(n, height, width, channels)`.
+        keeps_map: whether the norm behind the pooling takes maps `(n, width, 1, 1)`, as timm's do.
     """
 
     pool: str
     norm: str | None
     pools_first: bool
     is_channels_last: bool
+    keeps_map: bool = False
 
     def run(self, trunk: nn.Module, states: torch.Tensor) -> torch.Tensor:
         """Features `(n, width)` from the hidden states behind the last block."""
         if self.norm is None:
             return self._pool(trunk, states)
         norm = trunk.get_submodule(self.norm)
+        if self.keeps_map:
+            return norm(self._pool(trunk, states)[:, :, None, None]).flatten(1)
         if self.pools_first:
             return norm(self._pool(trunk, states))
         return self._pool(trunk, norm(states))
@@ -57,7 +61,7 @@ class Blocks:
         paths: dotted paths of the blocks, in the order in which they are run. Hierarchical and convolutional models
             have their stages for blocks.
         norms: dotted paths of the norms behind the last block.
-        names: names of all parameters of the backbone, in order.
+        names: names of all parameters of the backbone, without those of adapters.
         pooling: how the backbone's features are best pooled, see `read_features`.
         tails: what follows the last block for each pooling; those that no simple tail computes are left out.
         first_cut: the first block from which on each block is called with what the one before returned and with the

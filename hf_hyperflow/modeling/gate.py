@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from .blocks import Blocks, Tail, list_block_paths, read_features
 from .locks import get_lock
 from .trials import Trial, draw_images, find_image_size, rough_norms, run_trial
-from .trunks import FORWARD_ERRORS, IncompatibleBackboneError, eval_mode, find_trunk
+from .trunks import FORWARD_ERRORS, IncompatibleBackboneError, eval_mode, find_trunk, plain_modules
 
 #: Parts of a trunk that pool its states by weights of their own, as transformers calls them.
 _POOLERS = ("head", "pooler")
@@ -71,7 +71,7 @@ def _try_out(trunk: PreTrainedModel) -> tuple[Blocks, bool]:
     blocks = Blocks(
         paths=paths,
         norms=norms_behind,
-        names=tuple(name for name, _ in trunk.named_parameters()),
+        names=_list_parameters(trunk),
         pooling=pooling,
         tails=tails,
         first_cut=_find_first_cut(first, second),
@@ -81,6 +81,15 @@ def _try_out(trunk: PreTrainedModel) -> tuple[Blocks, bool]:
         image_size=image_size,
     )
     return blocks, bool(features.isfinite().all())
+
+
+def _list_parameters(trunk: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of a trunk without those of adapters in it."""
+    names = []
+    for path, module in plain_modules(trunk):
+        for name, _ in module.named_parameters(recurse=False):
+            names.append(f"{path}.{name}" if path else name)
+    return tuple(names)
 
 
 def _require_run_once(trunk: nn.Module, paths: tuple[str, ...], trial: Trial) -> None:
@@ -222,6 +231,7 @@ def _iterate_tails(trunk: nn.Module, trial: Trial, pooling: str, is_channels_las
         for norm in trial.norms:
             yield Tail(pool, norm, False, is_channels_last)
             yield Tail(pool, norm, True, is_channels_last)
+            yield Tail(pool, norm, True, is_channels_last, keeps_map=True)
 
 
 def _choose_pooling(trunk: nn.Module, output: ModelOutput, tails: dict[str, Tail]) -> str:

@@ -73,7 +73,7 @@ task = AdaptedTask.from_pretrained("<this repository or folder>", backbone)
 task(images)  # labels with scores
 ```
 {ask_for_backbone}
-Without `hf_hyperflow` it is a PEFT adapter like any other (BEFT needs PEFT 0.20 or newer):
+Without `hf_hyperflow` it is a PEFT adapter like any other (BEFT needs PEFT 0.20 or newer){trunk}:
 
 ```python
 from peft import PeftModel
@@ -150,6 +150,8 @@ def task_card(name_or_path: str, model_type: str, space: ParameterSpace, class_n
         labels=labels,
         feature=feature,
         paper=PAPER,
+        # AutoModel loads CLIP with its text model around the vision model that carries the adapter.
+        trunk=". Where `backbone` has a `vision_model`, give PEFT that" if "vision" in model_type else "",
     )
     return _add_metadata(text, name_or_path, "peft", [])
 

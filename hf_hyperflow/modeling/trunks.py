@@ -31,7 +31,8 @@ def find_trunk(backbone: nn.Module) -> PreTrainedModel:
     """The vision model that a backbone is or wraps, as `transformers.AutoModel` would load it.
 
     A model with a classification head wraps its `base_model`, and a model of images and text wraps a `vision_model`.
-    Adapters are put into the trunk and saved by the names of its modules, so that they fit every wrapper of it.
+    Adapters are put into the trunk and saved by the names of its modules, so that they fit every wrapper of it. Its
+    lock (`get_lock`) is that of the trunk. A trunk whose config has no name, as in CLIPModel, gets that of the wrapper.
 
     Raises:
         IncompatibleBackboneError: the backbone is not a model of transformers, it carries somebody else's adapter, or
@@ -50,6 +51,8 @@ def find_trunk(backbone: nn.Module) -> PreTrainedModel:
     trunk = backbone
     while (inner := _unwrap(trunk)) is not trunk:
         trunk = inner
+    if not trunk.config._name_or_path:
+        trunk.config._name_or_path = backbone.config._name_or_path
     name = type(trunk).__name__
     if not _takes_images(trunk):
         raise IncompatibleBackboneError(f"{name} takes {trunk.main_input_name}, not images. Use a vision model.")

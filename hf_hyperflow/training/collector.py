@@ -40,6 +40,7 @@ from ..modeling.hub import push_folder
 from ..modeling.model_card import CARD, write_card
 from ..modeling.parameter_space import ParameterSpace
 from ..modeling.saving import CheckpointError
+from ..modeling.trunks import find_trunk
 from .building import build_peft_config
 from .checkpoints import exclusive_run
 from .collection_config import CollectionConfig
@@ -107,7 +108,7 @@ class TrajectoryCollector:
         )
         self.domains_by_name = {domain.name: domain for domain in self.domains}
         backbone = AutoModel.from_pretrained(config.backbone).float().eval().requires_grad_(False)
-        backbone = backbone.to(self.accelerator.device)
+        backbone = find_trunk(backbone).to(self.accelerator.device)
         self.fingerprint = compute_fingerprint(backbone)
         peft_config = build_peft_config(config.parameters, backbone, config.last_blocks, norms=config.norms)
         self.space = ParameterSpace.from_backbone(backbone, peft_config)

@@ -23,6 +23,7 @@ from ..modeling.atomic_file import write_json
 from ..modeling.backbones import SplitBackbone
 from ..modeling.gate import find_blocks
 from ..modeling.prototypes import PrototypeClassifier
+from ..modeling.trunks import find_trunk
 from .checkpoints import exclusive_run, load_checkpoint, save_checkpoint
 from .cost_log import OfflineCost, describe_hardware, list_versions
 from .optimizer import build_optimizer
@@ -162,9 +163,9 @@ class BackbonePretrainer:
         if config.from_scratch:
             self.backbone = AutoModel.from_config(AutoConfig.from_pretrained(config.backbone)).float()
             return
-        self.backbone = AutoModel.from_pretrained(config.backbone).float()
+        self.backbone = find_trunk(AutoModel.from_pretrained(config.backbone)).float()
         blocks = find_blocks(self.backbone)
-        trainable = blocks.after(len(blocks) - config.trained_blocks)
+        trainable = blocks.after(max(0, len(blocks) - config.trained_blocks))
         for name, parameter in self.backbone.named_parameters():
             parameter.requires_grad_(name in trainable)
 

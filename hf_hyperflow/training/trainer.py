@@ -30,6 +30,7 @@ from ..modeling.backbones import SplitBackbone
 from ..modeling.hub import make_repo, push_folder
 from ..modeling.lda import RegularisedLDA
 from ..modeling.saving import CheckpointError
+from ..modeling.trunks import find_trunk
 from .batches import BatchSizes, StepBatches, load_recorded
 from .building import build_adapter
 from .checkpoints import exclusive_run, load_checkpoint, save_adapter, save_checkpoint
@@ -186,7 +187,7 @@ class DriftTrainer:
         """The backbone, an untrained adapter for it, and the trajectories that the adapter starts from."""
         config = self.config
         backbone = AutoModel.from_pretrained(config.backbone).float().eval().requires_grad_(False)
-        self.backbone = backbone.to(self.accelerator.device)
+        self.backbone = find_trunk(backbone).to(self.accelerator.device)
         image_size = self.training_domains[0].images.shape[-2:]
         self.adapter = build_adapter(config, self.backbone, self.processor, image_size)
         self.split = self.adapter.split(self.backbone)

@@ -169,7 +169,7 @@ FAMILIES = (
     Family(
         "SigLIP 2",
         (Member("siglip2", {"text_config": TEXT, "vision_config": {**NAFLEX, "num_patches": 16}}),),
-        needs="with Siglip2Model, the processor of SigLIP: images, not patches",
+        needs="the image processor of SigLIP, which makes images, not patches",
     ),
     Family("AIMv2", (Member("aimv2_vision_model", PLAIN),)),
     Family(
@@ -367,8 +367,8 @@ def list_families() -> list[Family]:
 
 def render_table() -> str:
     """The table of the README."""
-    cuts = {"any": "before any block", "last": "before the last stage or block", "none": "no", "": "mostly"}
-    lines = ["| family | works | run apart from the rest | generated |", "|---|---|---|---|"]
+    cuts = {"any": "yes", "last": "with `last_blocks=1`", "none": "no", "": "mostly"}
+    lines = ["| family | works | frozen blocks run once | generated |", "|---|---|---|---|"]
     for family in list_families():
         works = f"needs {family.needs}" if family.needs else "yes"
         lines.append(f"| {family.name} | {works} | {cuts[family.cut]} | {', '.join(family.spaces)} |")

@@ -38,9 +38,9 @@ class Target:
     """
 
     def __init__(self, backbone: PreTrainedModel, adapter: HyperFlowAdapter):
-        self.backbone = backbone
         self.adapter = adapter
         self.split = adapter.split(backbone)
+        self.backbone = self.split.backbone
         self._spaces: dict[Callable, ParameterSpace] = {}
 
     @property
