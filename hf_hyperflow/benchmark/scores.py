@@ -7,6 +7,7 @@ share of them that is right. The confidence of a prediction is its probability.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,8 +33,16 @@ class ScoreQuality:
 
 
 def measure_scores(log_probabilities: torch.Tensor, predicted: torch.Tensor, labels: torch.Tensor) -> ScoreQuality:
-    """The quality of log-probabilities `(n, n_way)` with predicted and true labels `(n,)`."""
-    log_probabilities, labels = log_probabilities.double().cpu(), labels.cpu()
+    """The quality of log-probabilities `(n, n_way)` with predicted and true labels `(n,)`.
+
+    Images whose log-probabilities are NaN, as fine-tuning gives where it diverges, count as undecided: all of their
+    classes are equally probable.
+    """
+    undecided = -math.log(log_probabilities.shape[1])
+    log_probabilities, labels = (
+        log_probabilities.double().cpu().nan_to_num(nan=undecided, neginf=-torch.inf),
+        labels.cpu(),
+    )
     chosen = log_probabilities.gather(1, labels.unsqueeze(1))
     confidences = log_probabilities.amax(dim=1).exp()
     is_right = (predicted.cpu() == labels).double()

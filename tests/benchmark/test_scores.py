@@ -72,6 +72,12 @@ def test_certain_and_wrong():
     assert quality.confidence_gaps == (*[0.0] * (N_BINS - 1), 0.5)
 
 
+def test_not_a_number_is_undecided():
+    quality = measure_scores(torch.full((3, 5), torch.nan), torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2]))
+    assert quality.log_loss == pytest.approx(np.log(5))
+    assert quality.confidence_gaps[1] == pytest.approx(1 / 5 - 1 / 3)
+
+
 def test_without_probabilities_there_is_an_accuracy_only():
     outcome = judge(Predictions(torch.tensor([0, 1])), torch.tensor([0, 0]))
     assert (outcome.accuracy, outcome.log_loss, outcome.confidence_gaps) == (50, None, None)

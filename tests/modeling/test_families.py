@@ -165,5 +165,5 @@ def test_every_vision_model_of_transformers_has_its_line():
 
 def test_the_table_of_the_readme():
     text = README.read_text(encoding="utf-8")
-    table = text.split("<!-- table: backbones -->\n")[1].split("\n<!-- end -->")[0]
+    table = text.split("<!-- backbones -->\n")[1].split("\n<!-- end -->")[0]
     assert table == render_table()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,6 @@ from .target import Images, Support
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-#: What gives all tasks the scale of plain cosines.
-PLAIN = Calibration(math.log(COSINE_SCALE))
 
 
 @dataclass(frozen=True)
@@ -134,6 +130,7 @@ class NearestPrototype(Classifier):
         support: the prototypes are made of it at once.
         head: makes prototypes of features.
         calibration: gives the scale of the logits, from the support set.
+        scale: their scale where there is no calibration.
 
     Attributes:
         prototypes: `(n_way, width)`.
@@ -145,13 +142,16 @@ class NearestPrototype(Classifier):
         compute_features: Callable[[Images], torch.Tensor],
         support: Support,
         head: Head = unit_means,
-        calibration: Calibration = PLAIN,
+        calibration: Calibration | None = None,
+        scale: float = COSINE_SCALE,
     ):
         self.compute_features = compute_features
         with torch.no_grad():
             features = compute_features(support.images)
             self.prototypes = head(features, support.labels)
-        self.scale = calibration.compute_scale(features, support.labels)
+        self.scale = scale
+        if calibration is not None:
+            self.scale = calibration.compute_scale(features, support.labels)
 
     def classify(self, queries: Images) -> Predictions:
         products = self._compute_products(queries)

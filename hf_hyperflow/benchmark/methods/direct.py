@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ...modeling.calibration import COSINE_SCALE, Calibration
-from ...modeling.prototypes import unit_means
+from ...modeling.calibration import COSINE_SCALE
 from .base import Method, NearestPrototype
 from .target import Images, Support
 
@@ -28,7 +26,7 @@ class DirectTransfer(Method):
 
     scale: float = COSINE_SCALE
 
-    grid_scales: ClassVar[tuple[float, ...]] = (3, 4, 5, 6, 7, 8, 10, 12, 14, 17, 20, 24, 28, 34, 40, 56, 80)
+    grid_scales: ClassVar[tuple[float, ...]] = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 18, 20, 24, 28, 40)
 
     name = "direct"
     label = "direct transfer"
@@ -41,7 +39,7 @@ class DirectTransfer(Method):
         return [[replace(self, scale=scale)] for scale in self.grid_scales]
 
     def fit(self, support: Support) -> NearestPrototype:
-        return NearestPrototype(get_final_features, support, unit_means, Calibration(math.log(self.scale)))
+        return NearestPrototype(get_final_features, support, scale=self.scale)
 
 
 def get_final_features(images: Images) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +12,7 @@ import torch
 
 from ...finetuning.finetune import FineTuningConfig, fine_tune
 from ...modeling.backbones import SplitBackbone
-from ...modeling.calibration import COSINE_SCALE, Calibration
-from ...modeling.prototypes import unit_means
+from ...modeling.calibration import COSINE_SCALE
 from ...modeling.views import combine_views
 from .adapted import AdaptedBackbone, Weights
 from .base import Classifier, Method, NearestPrototype
@@ -135,7 +133,7 @@ class TunedClassifier(NearestPrototype):
     """Plain cosines to the class means of a tuned backbone's features, with logits of a given scale."""
 
     def __init__(self, tuned: AdaptedBackbone, support: Support, scale: float):
-        super().__init__(tuned.features, support, unit_means, Calibration(math.log(scale)))
+        super().__init__(tuned.features, support, scale=scale)
         self.tuned = tuned
         self.support = support
 
