@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,12 +44,15 @@ class Rejection:
 class RejectionCalibration:
     """How the `Rejection` of a task follows from its support set. Its terms are those of a `Calibration`.
 
-    The coefficients are fitted by logistic regression on training domains, where half of the queries are of classes
-    that the task does not have.
+        log-odds = constant + ways log(n_way / 5) + shots log(n) + spread log(s) + odds log(p / (1 - p))
+                   + distance (1 - c) / s
+
+    The last term is the distance of the image from its best class, as a part of what images of different classes are
+    apart. The coefficients are fitted by logistic regression on training domains, where half of the queries are of
+    classes that the task does not have.
 
     Attributes:
-        constant, ways, shots, spread: they make the offset.
-        odds, cosine: see `Rejection`.
+        constant, ways, shots, spread, odds, distance: the coefficients.
     """
 
     constant: float
@@ -56,13 +60,14 @@ class RejectionCalibration:
     shots: float
     spread: float
     odds: float
-    cosine: float
+    distance: float
 
     def fit_task(self, features: torch.Tensor, labels: torch.Tensor) -> Rejection:
         """The rejection of a task with support features `(n, width)` and labels `(n,)`."""
         measured = measure_task(features, labels)
         offset = self.constant + self.ways * measured.ways + self.shots * measured.shots + self.spread * measured.spread
-        return Rejection(offset, self.odds, self.cosine)
+        nearness = -self.distance * math.exp(-measured.spread)
+        return Rejection(offset - nearness, self.odds, nearness)
 
 
 def compute_log_odds(logits: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ Accuracies stay as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -224,8 +225,8 @@ def fit_rejection(answers: Sequence[Answers], calibration: Calibration) -> Rejec
     for answer in answers:
         logits = calibration.scale_of(answer.measures) * answer.cosines
         terms = _to_row(answer.measures).repeat(len(logits), 1)
-        best = answer.cosines.max(dim=1).values
-        rows.append(torch.cat([terms, compute_log_odds(logits).unsqueeze(1), best.unsqueeze(1)], dim=1))
+        distances = (1 - answer.cosines.max(dim=1).values) * math.exp(-answer.measures.spread)
+        rows.append(torch.cat([terms, compute_log_odds(logits).unsqueeze(1), distances.unsqueeze(1)], dim=1))
         targets.append((answer.labels != UNKNOWN).float())
     terms, is_known = torch.cat(rows), torch.cat(targets)
     n_unknown = (1 - is_known).sum()

@@ -180,7 +180,7 @@ class Saved:
             image_size=[28, 28],
             views=2,
             calibration=calibration,
-            rejection={**calibration, "odds": 0.5, "cosine": 2.0},
+            rejection={**calibration, "odds": 0.5, "distance": -2.0},
         )
         released = Path(__file__).resolve().parents[2] / "model_cards" / "hyperflow-vit-s14-70" / "training.json"
         adapter.training_record = json.loads(released.read_text())

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from hf_hyperflow import AdaptedTask
 from hf_hyperflow.modeling.calibration import measure_task
-from hf_hyperflow.modeling.rejection import NONE_OF_THESE, Rejection, RejectionCalibration
+from hf_hyperflow.modeling.rejection import NONE_OF_THESE, Rejection, RejectionCalibration, compute_log_odds
 from tests.helpers.tiny import pictures
 
-CALIBRATION = {"constant": -1.0, "ways": 0.2, "shots": 0.1, "spread": 0.3, "odds": 0.5, "cosine": 2.0}
+CALIBRATION = {"constant": -1.0, "ways": 0.2, "shots": 0.1, "spread": 0.3, "odds": 0.5, "distance": -2.0}
 
 
 def test_probability_of_being_known():
@@ -24,13 +26,15 @@ def test_a_certain_score_is_finite():
     assert known.isfinite().all()
 
 
-def test_offset_of_a_task():
+def test_rejection_of_a_task():
     features, labels = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 1, 1, 2, 2])
     measures = measure_task(features, labels)
     rejection = RejectionCalibration(**CALIBRATION).fit_task(features, labels)
+    logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    distances = (1 - logits.max(1).values / 4) / math.exp(measures.spread)
     expected = -1 + 0.2 * measures.ways + 0.1 * measures.shots + 0.3 * measures.spread
-    assert rejection.offset == pytest.approx(expected)
-    assert (rejection.odds, rejection.cosine) == (0.5, 2.0)
+    expected = expected + 0.5 * compute_log_odds(logits) - 2 * distances
+    torch.testing.assert_close(rejection.compute_known(logits, 4.0), torch.sigmoid(expected))
 
 
 @pytest.fixture

@@ -77,17 +77,18 @@ def test_rejection_is_that_of_the_probabilities():
     generator = torch.Generator().manual_seed(0)
     answers = draw_answers(150, generator, lambda measures: 6.0)
     calibration = fit_calibration(answers, constant_only=True)
-    true = Rejection(-1.0, 0.6, 1.5)
     drawn = []
     for answer in answers:
         scale = calibration.scale_of(answer.measures)
+        nearness = 0.3 * math.exp(-answer.measures.spread)
+        true = Rejection(-1.0 - nearness, 0.6, nearness)
         known = true.compute_known(scale * answer.cosines, scale)
         is_known = torch.rand(len(known), generator=generator) < known
         labels = torch.where(is_known, answer.labels, UNKNOWN)
         drawn.append(Answers(answer.cosines, answer.cosines, labels, answer.measures))
     found = fit_rejection(drawn, calibration)
     assert found.odds == pytest.approx(0.6, abs=0.1)
-    assert found.cosine == pytest.approx(1.5, abs=0.3)
+    assert found.distance == pytest.approx(-0.3, abs=0.1)
     for name in ("ways", "shots", "spread"):
         assert abs(getattr(found, name)) < 0.1, name
 
