@@ -30,7 +30,20 @@ def benchmark(context: typer.Context) -> None:
     hide_progress_bars()
     with require_extra("benchmark", "the benchmark"):
         from ..benchmark.runner import main
-    main(context.args)
+    main(_add_released_pair(context.args))
+
+
+def _add_released_pair(arguments: list[str]) -> list[str]:
+    """The arguments of the benchmark, with the released adapter and backbone where no adapter is named."""
+    names = {argument.partition("=")[0] for argument in arguments}
+    if names & {"--adapter", "--help", "-h"}:
+        return arguments
+    from ..demo.released import ADAPTER, BACKBONE, find_released
+
+    arguments = [*arguments, "--adapter", str(find_released(ADAPTER))]
+    if "--backbone" not in names:
+        arguments += ["--backbone", str(find_released(BACKBONE))]
+    return arguments
 
 
 def demo(
