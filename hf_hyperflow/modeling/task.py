@@ -99,7 +99,7 @@ class AdaptedTask(Pushable, AdaptedBackbone):
     ) -> torch.Tensor:
         """The probabilities that images are of one of the classes at all: `()` of one image, `(n,)` of several.
 
-        Arguments and errors are those of `scores`.
+        The released adapter is calibrated for one view of support images and of others. Arguments and errors are those of `scores`.
 
         Raises:
             ValueError: see `scores`; or the task has no `rejection`.
