@@ -1,8 +1,8 @@
 """How good the scores of a classifier are as probabilities: log loss and expected calibration error.
 
-Both are of the queries of episodes. The log loss is that of scikit-learn, in nats. The expected calibration error is
-that of Guo et al. (2017), with ten bins of equal width: how far, on average, the confidence of predictions is from the
-share of them that is right. The confidence of a prediction is its probability.
+Both are of the queries of episodes. The log loss is that of scikit-learn without its clipping, in nats. The expected
+calibration error is that of Guo et al. (2017), with ten bins of equal width: how far, on average, the confidence of
+predictions is from the share of them that is right. The confidence of a prediction is its probability.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def measure_scores(log_probabilities: torch.Tensor, predicted: torch.Tensor, lab
     """
     undecided = -math.log(log_probabilities.shape[1])
     log_probabilities, labels = (
-        log_probabilities.double().cpu().nan_to_num(nan=undecided, neginf=-torch.inf),
+        log_probabilities.cpu().double().nan_to_num(nan=undecided, neginf=-torch.inf),
         labels.cpu(),
     )
     chosen = log_probabilities.gather(1, labels.unsqueeze(1))

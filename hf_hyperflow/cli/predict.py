@@ -76,6 +76,8 @@ def predict(
     from .loading import load_task
 
     adapted = load_task(task, backbone)
+    if reject:
+        adapted.require_rejection()  # before anything is printed
     reader = ImageReader(skip_bad)
     results = _classify(adapted, reader, reader.find(images), Answer(top_k, views, reject))
     if as_json:

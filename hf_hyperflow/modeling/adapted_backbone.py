@@ -119,8 +119,8 @@ class AdaptedBackbone:
             if self._support is None:
                 return
             images = self._support
-            labels, names = images.support.labels, images.support.names
             features = self._compute_support_features(images)
+            labels, names = images.support.labels.to(features.device), images.support.names
             bad = find_bad_row(features)
             if bad is not None:
                 self._raise_not_finite(_name_image(names, bad))
@@ -137,12 +137,15 @@ class AdaptedBackbone:
 
     def _compute_support_features(self, images: SupportImages) -> torch.Tensor:
         """Features `(n, width)` float32 of the support images, averaged over their views."""
+        parameter = next(self.backbone.parameters())
+        place = parameter.device, parameter.dtype  # the backbone may have been moved since
+        pixel_values = images.support.pixel_values.to(*place)
         features = []
         with self._adapted():
             for number in range(images.views):
                 hidden = images.hidden
-                if number > 0 or hidden is None:
-                    hidden = self._split.forward_prefix(make_view(images.support.pixel_values, number))
+                if number > 0 or hidden is None or (hidden.states.device, hidden.states.dtype) != place:
+                    hidden = self._split.forward_prefix(make_view(pixel_values, number))
                 features.append(self._split.forward_suffix(hidden).float())
         return combine_views(features)
 
@@ -173,12 +176,12 @@ class AdaptedBackbone:
                 f"{_name_image(names, bad)} has NaN or infinite pixel values, or values beyond {MAX_PIXEL_VALUE:,.0f}. "
                 "Replace it, or check the mean and standard deviation of the image processor."
             )
-        classifier = PrototypeClassifier(self.prototypes, self.scale)
         parameter = next(self.backbone.parameters())
         pixel_values = pixel_values.to(parameter.device, parameter.dtype)
+        prototypes = self.prototypes
         with self._adapted():
             features = average_views(self._split.forward_features, pixel_values, views)
-        logits = classifier(features)
+        logits = PrototypeClassifier(prototypes.to(features.device), self.scale)(features)
         bad = find_bad_row(features)
         if bad is None and not logits.isfinite().all():
             bad = 0

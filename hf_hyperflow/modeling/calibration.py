@@ -15,6 +15,9 @@ from .lda import spread_between
 #: images hardly differ, a scale made for it would make noise look certain.
 MIN_SPREAD = 0.1
 
+#: Scales beyond these make one class certain, or all classes equal.
+MIN_SCALE, MAX_SCALE = 1e-6, 1e6
+
 #: The scale of plain cosines where nothing has measured a better one (Meta-Baseline, Chen et al. 2021).
 COSINE_SCALE = 10.0
 
@@ -43,7 +46,7 @@ class Calibration:
         """The scale for support features `(n, width)` with labels `(n,)` of at least two classes.
 
         Raises:
-            NotFiniteError: it is zero or infinite.
+            NotFiniteError: it is not between `MIN_SCALE` and `MAX_SCALE`.
         """
         return self.scale_of(measure_task(features, labels))
 
@@ -55,8 +58,8 @@ class Calibration:
             scale = math.exp(log_scale)
         except OverflowError:
             scale = math.inf
-        if not 0 < scale < math.inf:
-            raise NotFiniteError(f"the adapter's calibration makes a scale of {scale:g}, not a finite one.")
+        if not MIN_SCALE <= scale <= MAX_SCALE:
+            raise NotFiniteError(f"the adapter's calibration makes a scale of {scale:g}, far beyond use.")
         return scale
 
 
@@ -72,7 +75,7 @@ class TaskMeasures:
 @torch.no_grad()
 def measure_task(features: torch.Tensor, labels: torch.Tensor) -> TaskMeasures:
     """Measure a support set of features `(n, width)` with labels `(n,)`."""
-    counts = torch.bincount(labels).double()
+    counts = torch.bincount(labels.cpu()).double()  # not every accelerator has double precision
     n_shot = 1 / (1 / counts).mean().item()
     spread = spread_between(F.normalize(features.float(), dim=-1), labels).item()
     return TaskMeasures(math.log(len(counts) / 5), math.log(n_shot), math.log(max(spread, MIN_SPREAD)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -246,14 +247,14 @@ class Flow(PreTrainedModel):
         """Integrate the velocity from z = 0 at t = 0 to `end_time`, for a batch of tasks.
 
         The states are `(batch, n_tokens, token_dim)`; `theta` turns them into weights. Differentiable. Without steps
-        (`n_steps=0`) the flow stays at t = 0.
+        (`n_steps=0`) the flow stays at t = 0, and no solver is needed.
 
         Raises:
             ValueError, ImportError: see `integrate`.
         """
         shape = (len(tokens.task), self.space.n_tokens, self.space.token_dim)
         start = torch.zeros(shape, dtype=tokens.task.dtype, device=self.device)
-        if n_steps == 0:
+        if isinstance(n_steps, Integral) and not isinstance(n_steps, bool) and n_steps == 0:
             return Trajectory([0.0], [start], nfe=0)
         return integrate(
             lambda z, t: self.velocity(z, t, tokens),

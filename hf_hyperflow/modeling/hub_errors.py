@@ -32,7 +32,8 @@ def _explain(error: Exception, verb: str, repo_id: str, revision: str | None, is
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     log_in = "log in with `hf auth login`, set HF_TOKEN or pass token="
     if isinstance(error, HFValidationError):
-        return f"there is no folder {repo_id}, and it is no Hub id: those look like 'owner/name'."
+        no_id = "it is no Hub id: those look like 'owner/name'."
+        return no_id if verb == "push" else f"there is no folder {repo_id}, and {no_id}"
     if isinstance(error, ValueError) and str(error).startswith("Invalid metadata"):  # of the client, before it commits
         _, _, problem = " ".join(str(error).split()).partition("- ")
         return f"{hub} refuses the metadata at the top of its {CARD}: {problem} Correct it and push again."
@@ -48,9 +49,12 @@ def _explain(error: Exception, verb: str, repo_id: str, revision: str | None, is
         action = "write to" if verb == "push" else "read"
         return f"your token may not {action} it. Take one with that permission."
     if status in (401, 404) or isinstance(error, RepositoryNotFoundError):
+        missing = f"no folder {repo_id} and no such repository"
+        if verb == "push":
+            missing = "no such repository"
         return (
-            f"there is no folder {repo_id} and no such repository at {hub}, or it is private and you are not allowed "
-            f"to see it. Check the name; if it is private, {log_in}."
+            f"there is {missing} at {hub}, or it is private and you are not allowed to see it. Check the name; if it "
+            f"is private, {log_in}."
         )
     if is_offline and isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
         switched_off = "the Hub is switched off (HF_HUB_OFFLINE=1 or local_files_only=True)"

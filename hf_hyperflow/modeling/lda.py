@@ -105,10 +105,12 @@ class RegularisedLDA(nn.Module):
 
     def get_ridge(self, spread: torch.Tensor) -> torch.Tensor:
         """What the prior's variances are raised by, for each spread of a support set."""
-        ratio = spread / self.spread.to(spread)
+        usual_spread, variances = (
+            buffer.to(spread.device).to(spread.dtype) for buffer in (self.spread, self.variances)
+        )
         # C_0 can be singular, so the ridge is at least a thousandth. Features may be huge, so it is kept finite: at the
         # upper end C_0 has long ceased to matter.
-        ridge = ratio.clamp_min(0).pow(self.power).clamp_min(1e-3) * self.variances.to(spread).mean()
+        ridge = (spread / usual_spread).clamp_min(0).pow(self.power).clamp_min(1e-3) * variances.mean()
         return ridge.clamp_max(1e30)
 
     @torch.no_grad()

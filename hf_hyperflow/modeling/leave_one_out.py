@@ -52,14 +52,14 @@ def leave_one_out_lda(features: torch.Tensor, labels: torch.Tensor, head: Regula
     last term is undone by the Sherman-Morrison formula. An image alone in its class has a row of NaN.
     """
     # The differences need double precision, which not every accelerator has.
-    rows, labels = features.double().cpu(), labels.cpu()
+    rows, labels = features.cpu().double(), labels.cpu()
     counts = torch.bincount(labels)
     count = counts[labels].double().unsqueeze(1)
     ridge = head.get_ridge(_leave_one_out_spreads(rows, labels)).unsqueeze(1)
     units = F.normalize(rows, dim=1)
-    rotation = head.directions.to(rows)
+    rotation = head.directions.cpu().to(rows)
     residuals = rows @ rotation - class_means(rows @ rotation, labels)[labels]
-    eigenvalues, eigenvectors = torch.linalg.eigh(residuals.T @ residuals + head.variances.to(rows).diag())
+    eigenvalues, eigenvectors = torch.linalg.eigh(residuals.T @ residuals + head.variances.cpu().to(rows).diag())
     # From here on all rows are in the coordinates of the eigenvectors, where S is diagonal.
     rotation = rotation @ eigenvectors
     units, residuals, means = units @ rotation, residuals @ eigenvectors, class_means(rows, labels) @ rotation

@@ -48,8 +48,8 @@ class RejectionCalibration:
                    + distance (1 - c) / s
 
     The last term is the distance of the image from its best class, as a part of what images of different classes are
-    apart. The coefficients are fitted by logistic regression on training domains, where half of the queries are of
-    classes that the task does not have.
+    apart. The coefficients are fitted by logistic regression on training domains, where queries of classes that the
+    task does not have count half.
 
     Attributes:
         constant, ways, shots, spread, odds, distance: the coefficients.

@@ -99,12 +99,13 @@ class AdaptedTask(Pushable, AdaptedBackbone):
     ) -> torch.Tensor:
         """The probabilities that images are of one of the classes at all: `()` of one image, `(n,)` of several.
 
-        The released adapter is calibrated for one view of support images and of others. Arguments and errors are those of `scores`.
+        The released adapter is calibrated for one view of support images and of others. Arguments and errors are those
+        of `scores`.
 
         Raises:
             ValueError: see `scores`; or the task has no `rejection`.
         """
-        self._require_rejection()
+        self.require_rejection()
         _, known = self._score(images, batch_size, views, skip_bad)
         return known[0] if is_one_image(images) else known
 
@@ -116,15 +117,15 @@ class AdaptedTask(Pushable, AdaptedBackbone):
         Args:
             images, batch_size, views: see `scores`.
             skip_bad: see `scores`. The place of an image that cannot be read has None.
-            reject: answer `NONE_OF_THESE` where it is less likely than not that an image is of one of the classes, see
-                `known_scores`.
+            reject: answer `NONE_OF_THESE`, which no class should be called, where it is less likely than not that an
+                image is of one of the classes, see `known_scores`.
 
         Raises:
             ImageError, NotFiniteError, RuntimeError, IncompatibleBackboneError: see `scores`.
             ValueError: see `scores`; or the task has no `rejection`, and `reject` asks for it.
         """
         if reject:
-            self._require_rejection()
+            self.require_rejection()
         labels: list[str | None] = []
         scores, known = self._score(images, batch_size, views, skip_bad)
         for row, probability in zip(scores, known.tolist(), strict=True):
@@ -136,7 +137,8 @@ class AdaptedTask(Pushable, AdaptedBackbone):
                 labels.append(self.class_names[int(row.argmax())])
         return labels[0] if is_one_image(images) else labels
 
-    def _require_rejection(self) -> None:
+    def require_rejection(self) -> None:
+        """Raise a ValueError if the task cannot tell images of none of its classes."""
         if self.rejection is None:
             raise ValueError(
                 "this task cannot tell images of none of its classes: its adapter was not calibrated for that, or it "
@@ -169,7 +171,7 @@ class AdaptedTask(Pushable, AdaptedBackbone):
             ValueError: see `predict`; or `top_k` is not an integer of at least 1.
         """
         if reject:
-            self._require_rejection()
+            self.require_rejection()
         n_best = len(self.class_names)
         if top_k is not None:
             require_count("top_k", top_k)
@@ -211,8 +213,9 @@ class AdaptedTask(Pushable, AdaptedBackbone):
             warnings.warn(f"files that are no images left out: {' '.join(left_out)}", stacklevel=3)
         rows = torch.cat(logits)
         known = torch.ones(len(rows))
-        if len(rows) and self.rejection is not None:
-            known = self.rejection.compute_known(rows, self.scale)
+        rejection = self.rejection
+        if len(rows) and rejection is not None:
+            known = rejection.compute_known(rows, self.scale)
         return rows.softmax(-1), known
 
     def _classify_batch(self, batch: list[NamedImage], views: int, skipped: list[str] | None) -> torch.Tensor:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from .blocks import POOLINGS
+from .calibration import MAX_SCALE, MIN_SCALE
 from .class_names import find_label_problem
-from .config_validation import MAX_BLOCKS, MAX_COEFFICIENT, MAX_INTERMEDIATE_WEIGHT
+from .config_validation import MAX_BLOCKS, MAX_INTERMEDIATE_WEIGHT
 from .json_fields import Fields
 from .saving import CheckpointError
 
-MAX_SCALE = 1e6
+#: Of a task's rejection: what the largest coefficients of an adapter can make of a support set.
+MAX_REJECTION = 1e5
 
 
 def validate_task(tensors: dict[str, torch.Tensor], description: dict[str, Any], source: str | Path) -> None:
@@ -36,12 +38,12 @@ def validate_task(tensors: dict[str, torch.Tensor], description: dict[str, Any],
             f"{source} holds {reprlib.repr(sorted(tensors))}; expected are floats, prototypes (n_way, width), a number "
             "scale and, if anything, three numbers rejection. Download or copy it again."
         )
-    if not 0 < tensors["scale"].item() <= MAX_SCALE:
+    if not MIN_SCALE <= tensors["scale"].item() <= MAX_SCALE:
         scale = tensors["scale"].item()
-        raise CheckpointError(f"{source}: scale is {scale:g}; allowed is a positive number up to {MAX_SCALE:g}.")
-    if not rejection.abs().max() <= MAX_COEFFICIENT:
+        raise CheckpointError(f"{source}: scale is {scale:g}; allowed is a number from {MIN_SCALE:g} to {MAX_SCALE:g}.")
+    if not rejection.abs().max() <= MAX_REJECTION:
         raise CheckpointError(
-            f"{source}: rejection is {rejection.tolist()}; allowed are numbers up to {MAX_COEFFICIENT:g} in size."
+            f"{source}: rejection is {rejection.tolist()}; allowed are numbers up to {MAX_REJECTION:g} in size."
         )
     fields = Fields(source, description)
     fields.integer("start", 0, MAX_BLOCKS - 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +16,16 @@ MAX_VIEWS = 4
 CROP = 0.8
 
 
-def require_views(views: int) -> int:
+def require_views(views: Any) -> int:
     """The number of views, if there are as many.
 
     Raises:
         ValueError: it is not a whole number from 1 to 4.
     """
-    if isinstance(views, bool) or not isinstance(views, int) or not 1 <= views <= MAX_VIEWS:
+    is_whole = isinstance(views, Integral) and not isinstance(views, bool)
+    if not is_whole or not 1 <= int(views) <= MAX_VIEWS:
         raise ValueError(f"views must be a whole number from 1 to {MAX_VIEWS}, not {views!r}.")
-    return views
+    return int(views)
 
 
 def make_view(pixel_values: torch.Tensor, number: int) -> torch.Tensor:

@@ -111,7 +111,7 @@ def calibrate(config: CalibrationConfig) -> CalibrationReport:
     for source in config.dataset:
         domain = load_domain(source, target.processor, max_per_class=MAX_PER_CLASS)
         episodes = list(draw_episodes(domain, config.n_episodes, config.seed))
-        features = DomainFeatures(target, domain)
+        features = DomainFeatures(target, domain, views=adapter.config.views)
         for episode in tqdm(episodes, desc=domain.name, disable=None, leave=False):
             answers.append(answer_queries(features, episode, config.seed))
     before = mean_loss(adapter.calibration, answers)
@@ -132,8 +132,8 @@ def calibrate(config: CalibrationConfig) -> CalibrationReport:
 
 
 def draw_episodes(domain: Domain, n_episodes: int, seed: int) -> Iterator[Episode]:
-    """Episodes of all shapes that the domain has the images for. One with all of its classes is left out, for no class
-    remains to ask for images of others.
+    """Episodes of all shapes that the domain has the images for. One with all of its classes has no images of
+    others.
     """
     shapes: list[Callable[[int], Episode]] = []
     for n_way, n_shot in SHAPES:

@@ -90,3 +90,11 @@ def test_a_task_without_rejection_says_so(adapter, backbone, pixels, tmp_path):
             each.known_scores(pixels)
         with pytest.raises(ValueError, match="cannot tell"):
             each(pixels, reject=True)
+
+
+def test_a_task_of_the_largest_coefficients_can_be_loaded_again(adapter, backbone, tmp_path):
+    adapter.config.rejection = dict.fromkeys(CALIBRATION, 1000.0) | {"distance": -1000.0}
+    adapter.config.calibration = {"constant": 13.0, "ways": 0.0, "shots": 0.0, "spread": 0.0}
+    task = adapter.adapt(backbone, pictures())
+    task.save_pretrained(tmp_path / "task")
+    assert AdaptedTask.from_pretrained(tmp_path / "task", backbone).scale == pytest.approx(task.scale)

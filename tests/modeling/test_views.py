@@ -89,3 +89,9 @@ def test_the_number_of_views_is_the_adapters_by_default(adapter, backbone):
     expected = adapter.adapt(backbone, pictures(), views=3).prototypes
     adapter.config.views = 3
     torch.testing.assert_close(adapter.adapt(backbone, pictures()).prototypes, expected, rtol=0, atol=0)
+
+
+def test_a_backbone_that_is_moved_before_the_classes_are_learned(adapter, backbone):
+    task, support = adapter.adapt(backbone, pictures(), views=2), pictures()
+    backbone.to(torch.bfloat16)
+    assert task.scores(support["red"]).isfinite().all()

@@ -171,4 +171,4 @@ class NearestPrototype(Classifier):
         return PrototypeClassifier(self.prototypes, COSINE_SCALE)(self.compute_features(queries))
 
     def _scale(self, products: torch.Tensor) -> torch.Tensor:
-        return products.double().cpu() * (self.scale / COSINE_SCALE)
+        return products.cpu().double() * (self.scale / COSINE_SCALE)
