@@ -34,7 +34,7 @@ def ground(tmp_path_factory):
     adapter.save_pretrained(folder / "plain")
     adapter.config.calibration = {"constant": 2.0, "ways": 0.5, "shots": 0.1, "spread": 0.0}
     terms = {"constant": -1.0, "ways": 0.5, "shots": 0.2, "spread": 0.1}
-    adapter.config.rejection = {**terms, "odds": 0.7, "cosine": 1.5}
+    adapter.config.rejection = {**terms, "odds": 0.7, "distance": -1.5}
     adapter.save_pretrained(folder / "adapter")
     return folder
 
