@@ -42,7 +42,7 @@ def hyperflow(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Adapt vision transformers to your classes from a handful of images, without gradients.
+    """Adapt vision models to your classes from a handful of images, without gradients.
 
     The exit code is 1 after an error, 2 after wrong usage and 130 after Ctrl-C.
     """

@@ -23,7 +23,7 @@ def adapt(
     backbone: Annotated[
         str | None,
         typer.Option(
-            help="Vision transformer that the adapter was trained for: folder or Hub id; by default the released one "
+            help="Vision model that the adapter was trained for: folder or Hub id; by default the released one "
             "or, with --adapter, the one that the adapter names."
         ),
     ] = None,
@@ -52,17 +52,12 @@ def adapt(
 ) -> None:
     """Adapt a backbone to a folder of images and save the task, a plain PEFT adapter.
 
-    Example: hyperflow adapt --support pets/ --output_dir my-task, where pets/cat/ and pets/dog/ hold a few pictures
-    each.
+    Example: hyperflow adapt --support pets/ --output_dir my-task, where pets/cat/ and pets/dog/ hold a few images.
     """
     if format not in (None, "lora"):
         raise typer.BadParameter(f"{format!r} is unknown: use 'lora', or leave it out.", param_hint="--format")
-    if no_flow and n_steps:
-        raise typer.BadParameter("without the flow there are no steps.", param_hint="--n_steps")
-    if no_flow:
-        n_steps = 0
-    if n_steps == 0 and (solver is not None or early_stopping):
-        raise typer.BadParameter("without the flow there is nothing to solve or to stop: leave it out.")
+    if no_flow or n_steps == 0:
+        n_steps = _require_no_flow(n_steps, solver, early_stopping)
     hide_progress_bars()
     from ..modeling.saving import exclusive
     from ..modeling.support import read_support
@@ -81,6 +76,19 @@ def adapt(
         seconds = time.perf_counter() - start
         task.save_pretrained(output, format=format)
     _print_adapted(task, images, seconds, output)
+
+
+def _require_no_flow(n_steps: int | None, solver: str | None, early_stopping: bool) -> int:
+    """The number of steps without the flow.
+
+    Raises:
+        BadParameter: options of the flow were given, too.
+    """
+    if n_steps:
+        raise typer.BadParameter("without the flow there are no steps.", param_hint="--n_steps")
+    if solver is not None or early_stopping:
+        raise typer.BadParameter("without the flow there is nothing to solve or to stop: leave it out.")
+    return 0
 
 
 def _require_folders(support: Path, output: Path) -> None:

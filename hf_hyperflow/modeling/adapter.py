@@ -29,6 +29,7 @@ from .parameter_space import ParameterSpace
 from .peft_configs import config_to_dict
 from .prototypes import unit_means
 from .saved_flow import SavedFlow
+from .stopping import StoppingPoint
 from .support import SupportSet, read_support
 from .task import AdaptedTask
 from .trunks import IncompatibleBackboneError, eval_mode, find_trunk, get_name
@@ -132,8 +133,8 @@ class HyperFlowAdapter(SavedFlow):
             early_stopping: stop the flow where the leave-one-out accuracy on the support set is best. Of equal points
                 the earliest is taken, t = 0 included. Some class needs two images or more. The adapted blocks are run
                 on the support set at every step.
-            views: from how many views of each support image its class is learned, 1 to 4: the image, two crops, and its
-                mirror image. The backbone is run once for each. None takes the config's.
+            views: from how many views of each support image its class is learned, 1 to 4, see `make_view`. The backbone
+                is run once for each. None takes the config's.
             skip_bad: leave out images that cannot be read.
 
         Returns:
@@ -143,8 +144,7 @@ class HyperFlowAdapter(SavedFlow):
             SupportSetError, ImageError, FileNotFoundError: see `read_support`.
             IncompatibleBackboneError: the backbone is not of the adapter's kind. It is left as it was.
             NotFiniteError: the backbone or the adapter has NaN or infinite weights, or the flow diverges.
-            ValueError: see `read_support`; the solver is not known, `n_steps` is not an integer of at least 0, or
-                there are not so many views.
+            ValueError: see `read_support`; or `n_steps`, the solver or the number of views is not allowed.
         """
         views = require_views(self.config.views if views is None else views)
         calibration = self.calibration
@@ -164,16 +164,8 @@ class HyperFlowAdapter(SavedFlow):
             if not torch.stack(path.thetas).isfinite().all():
                 self._raise_not_finite(split, images)
         # The task writes theta into the backbone whenever it is used, so that several tasks can share it.
-        return AdaptedTask(
-            split=split,
-            space=self.space,
-            theta=path.theta,
-            class_names=images.class_names,
-            processor=self.processor,
-            support=SupportImages(images, path.hidden, self.head, calibration, self.rejection, views),
-            nfe=path.nfe,
-            stopping_point=path.stopping_point,
-        )
+        kept = SupportImages(images, path.hidden, self.head, calibration, self.rejection, views)
+        return self._build_task(split, path.theta, kept, nfe=path.nfe, stopping_point=path.stopping_point)
 
     @torch.no_grad()
     def direct_transfer(
@@ -190,13 +182,27 @@ class HyperFlowAdapter(SavedFlow):
         images = self._read(support, backbone, skip_bad)
         with get_lock(backbone), self._injected(backbone) as injection:
             theta = injection.start
+        kept = SupportImages(images, None, unit_means, Calibration(math.log(COSINE_SCALE)), None, views)
+        return self._build_task(SplitBackbone(backbone, 0, self.config.pooling, blocks), theta, kept)
+
+    def _build_task(
+        self,
+        split: SplitBackbone,
+        theta: torch.Tensor,
+        support: SupportImages,
+        *,
+        nfe: int = 0,
+        stopping_point: StoppingPoint | None = None,
+    ) -> AdaptedTask:
         return AdaptedTask(
-            split=SplitBackbone(backbone, 0, self.config.pooling, blocks),
+            split=split,
             space=self.space,
             theta=theta,
-            class_names=images.class_names,
+            class_names=support.support.class_names,
             processor=self.processor,
-            support=SupportImages(images, None, unit_means, Calibration(math.log(COSINE_SCALE)), None, views),
+            support=support,
+            nfe=nfe,
+            stopping_point=stopping_point,
         )
 
     def _read(self, support: Any, backbone: nn.Module, skip_bad: bool) -> SupportSet:

@@ -159,9 +159,8 @@ def push_folder(
     """Push the files of an adapter or a task, or those of other patterns, to a repository as one commit or not at all.
 
     Other files of the folder stay where they are, and links are not followed. Where a config names a folder as the
-    model that something was made for, the Hub gets an empty name. The repository and the branch are made if need be.
-    Files that the Hub has already are not sent again. A card that somebody wrote on the Hub is kept (see
-    `is_generated`).
+    model that something was made for, the Hub gets an empty name. The repository and the branch are made if need be. A
+    card that somebody wrote on the Hub is kept (see `is_generated`).
 
     Args:
         folder: the folder to push.
@@ -182,11 +181,7 @@ def push_folder(
             repository holds what it held before, or all of the commit if it broke off with the Hub's last answer.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder} to push.")
-    files = list_files(folder, *patterns)
-    if not files:
-        raise CheckpointError(f"{folder} holds nothing to push: neither an adapter nor a task.")
+    files = _list_pushed(folder, patterns)
     contents = remove_paths(folder, files)
     n_bytes = sum((folder / file).stat().st_size for file in files)
     api = HfApi(token=token, library_name="hf_hyperflow", library_version=__version__)
@@ -211,6 +206,16 @@ def push_folder(
         return within_deadline(push, n_bytes_sent=n_bytes)
     except Exception as error:  # as in `fetch`
         raise to_checkpoint_error(error, "push", repo_id, revision, is_offline=constants.HF_HUB_OFFLINE) from error
+
+
+def _list_pushed(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """The files to push, relative to their folder; errors as in `push_folder`."""
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder} to push.")
+    files = list_files(folder, *patterns)
+    if not files:
+        raise CheckpointError(f"{folder} holds nothing to push: neither an adapter nor a task.")
+    return files
 
 
 def make_repo(repo_id: str, *, token: str | bool | None = None) -> str:
