@@ -6,9 +6,11 @@
         model_cards/hyperflow-vit-s14-70/results/REPORT.md
 
 Runs one stage after another, each shown as it could be typed: hyper-parameters of the baselines, the benchmark without
-and with fine-tuning by gradients, conditioning, costs, offline cost and ablations. An interrupted run goes on where it
-was when the same command is run again. The results are copied to `results/` beside the adapter. In each card the tables
-between `<!-- table: NAME -->` and `<!-- end -->` are written anew, and the adapter's own card gets its model-index.
+and with fine-tuning by gradients, the quality of scores, unbalanced support sets, images of none of the classes,
+conditioning, costs, offline cost and ablations. The adapter was calibrated before, by `training/calibrate.py`. An
+interrupted run goes on where it was when the same command is run again. The results are copied to `results/` beside the
+adapter. In each card the tables between `<!-- table: NAME -->` and `<!-- end -->` are written anew, and the adapter's
+own card gets its model-index.
 """
 
 from __future__ import annotations
@@ -38,13 +40,24 @@ FILES = {
     "offline_cost": "offline_cost.json",
     "hyperparameters": "hyperparameters.json",
     "ablations": "ablations.json",
+    "scores": "scores.json",
+    "unbalanced": "unbalanced.json",
+    "unknown": "unknown.json",
 }
 #: Every episode of the benchmark with fine-tuning, which takes longest.
 FINE_TUNING_EPISODES = "fine_tuning.parquet"
-#: Folders of the two benchmarks: one of many episodes, one of all methods on the same few.
-BENCHMARK, FINE_TUNING = "benchmark", "fine-tuning"
-#: Figures by the benchmark that draws them.
-FIGURES = {BENCHMARK: ("gain.png", "shots.png"), FINE_TUNING: ("accuracy_cost.png", "flow.png")}
+#: Folders of the benchmarks: one of many episodes, one of all methods on the same few, two of the quality of scores.
+BENCHMARK, FINE_TUNING, SCORES, UNBALANCED = "benchmark", "fine-tuning", "scores", "unbalanced"
+#: Folder of the measurement of "none of these".
+UNKNOWN = "unknown"
+#: Figures by the folder of the stage that draws them.
+FIGURES = {
+    BENCHMARK: ("gain.png", "shots.png"),
+    FINE_TUNING: ("accuracy_cost.png", "flow.png"),
+    UNKNOWN: ("unknown.png",),
+}
+#: Methods of the benchmarks of scores.
+SCORED_METHODS = "direct,no-flow,hyperflow"
 #: Methods and numbers of shots of the benchmark without gradients, then of the one with.
 FORWARD_METHODS, FORWARD_SHOTS = "direct,no-flow,logistic,hyperflow,easyfsl", (1, 5, 20)
 GRADIENT: tuple[tuple[str, tuple[int, ...]], ...] = (
@@ -90,6 +103,9 @@ class Build:
         for methods, shots in GRADIENT:
             few = self.n_gradient_episodes
             self.benchmark(FINE_TUNING, methods, shots, few, flow_episodes=few)
+        self.benchmark(SCORES, SCORED_METHODS, FORWARD_SHOTS, self.n_gradient_episodes, flow_episodes=0)
+        self.benchmark(UNBALANCED, SCORED_METHODS, None, self.n_gradient_episodes, flow_episodes=0)
+        self.measure_unknown()
         self.measure_conditioning("conditioning", self.arguments.unseen)
         self.measure_conditioning("conditioning_training", self.arguments.tuning)
         self.measure_costs()
@@ -106,12 +122,23 @@ class Build:
         options += ["--output_file", self.path("hyperparameters")]
         run("Hyper-parameters of the baselines, on training domains", "training.card.grid_search", *options)
 
-    def benchmark(self, folder: str, methods: str, shots: tuple[int, ...], n_episodes: int, flow_episodes: int) -> None:
+    def benchmark(
+        self, folder: str, methods: str, shots: tuple[int, ...] | None, n_episodes: int, flow_episodes: int
+    ) -> None:
+        """Run a benchmark; without numbers of shots it is that of unbalanced support sets."""
         options: list[object] = [*self.pair, "--dataset", *self.arguments.unseen, "--methods", methods]
-        options += ["--n_shot", *shots, "--n_episodes", n_episodes]
+        options += ["--n_episodes", n_episodes]
+        options += ["--protocol", "unbalanced"] if shots is None else ["--n_shot", *shots]
         options += ["--max_episodes_gradient", self.n_gradient_episodes, "--flow_episodes", flow_episodes]
         options += ["--hyperparameters", self.path("hyperparameters"), "--output_dir", self.output / folder]
         run(f"Benchmark: {methods}", "hf_hyperflow", "benchmark", *options)
+
+    def measure_unknown(self) -> None:
+        if (self.output / UNKNOWN / FILES["unknown"]).is_file():
+            return
+        options: list[object] = [*self.pair, "--unseen", *self.arguments.unseen]
+        options += ["--n_episodes", self.n_gradient_episodes, "--output_dir", self.output / UNKNOWN]
+        run("Images of none of the classes", "training.card.unknown", *options)
 
     def measure_conditioning(self, name: str, domains: list[str]) -> None:
         if self.path(name).is_file():
@@ -144,8 +171,14 @@ class Build:
         """Copy what the cards need to the folder `results`."""
         results.mkdir(exist_ok=True)
         sources = {FILES[name]: self.path(name) for name in FILES}
-        sources[FILES["results"]] = self.output / BENCHMARK / RESULTS
-        sources[FILES["fine_tuning"]] = self.output / FINE_TUNING / RESULTS
+        for name, folder in (
+            ("results", BENCHMARK),
+            ("fine_tuning", FINE_TUNING),
+            ("scores", SCORES),
+            ("unbalanced", UNBALANCED),
+        ):
+            sources[FILES[name]] = self.output / folder / RESULTS
+        sources[FILES["unknown"]] = self.output / UNKNOWN / FILES["unknown"]
         sources[FINE_TUNING_EPISODES] = self.output / FINE_TUNING / EPISODES
         sources[FILES["ablations"]] = self.output / "ablations" / FILES["ablations"]
         for folder, names in FIGURES.items():

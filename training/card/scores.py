@@ -18,7 +18,7 @@ from hf_hyperflow.benchmark.results import HYPERFLOW, REFERENCE
 
 from .break_even import read_json
 from .markdown import format_interval, format_table
-from .records import get
+from .records import get, list_values
 
 HEADINGS = [
     "episodes",
@@ -57,6 +57,28 @@ def build_scores_table(*sources: dict[str, Any]) -> str:
                 raise ValueError("a benchmark has no log losses: it was run by version 0.1. Run it again.")
             rows.append([describe_episodes(results["arguments"], n_shot), *_list_cells(direct, hyperflow)])
     return format_table(HEADINGS, rows)
+
+
+def build_scores_by_domain_table(results: dict[str, Any]) -> str:
+    """A row per domain; for each number of shots HyperFlow's log loss minus direct transfer's, and both errors.
+
+    Args:
+        results: content of results.json, with fixed numbers of shots.
+    """
+    shots_there = list_values(results["records"], "n_shot")
+    headings = ["domain"]
+    for n_shot in shots_there:
+        headings += [f"{n_shot}-shot: log loss, HyperFlow minus direct transfer", "calibration errors of the two"]
+    rows = []
+    for domain in list_values(results["records"], "domain"):
+        row = [domain]
+        for n_shot in shots_there:
+            direct = get(results["records"], domain=domain, n_shot=n_shot, method=REFERENCE)
+            hyperflow = get(results["records"], domain=domain, n_shot=n_shot, method=HYPERFLOW)
+            row.append(format_interval(hyperflow["log_loss_vs_direct"], hyperflow["log_loss_vs_direct_ci95"], "+.3f"))
+            row.append(f"{hyperflow['ece']:.3f}, {direct['ece']:.3f}")
+        rows.append(row)
+    return format_table(headings, rows)
 
 
 def _list_cells(direct: dict[str, Any], hyperflow: dict[str, Any]) -> list[str]:

@@ -20,6 +20,8 @@ from .break_even import format_offline_cost
 from .costs import BIAS, COST_LABELS, DIRECT, FULL, READY
 from .markdown import format_interval, format_table
 from .records import Records, column, find, get, list_values, select
+from .scores import build_scores_by_domain_table, build_scores_table
+from .unknown import build_unknown_table
 
 TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NO_FLOW = NoFlow.name
@@ -54,7 +56,7 @@ def build_summary_table(results: dict[str, Any]) -> str:
     return format_table(headings, rows)
 
 
-def build_domains_table(results: dict[str, Any], n_shot: int) -> str:
+def build_domains_table(results: dict[str, Any], n_shot: int | None) -> str:
     """A row per domain: direct transfer, HyperFlow, the gain, and which part of it is the flow's."""
     domains = list_values(results["records"], "domain")
     rows = []
@@ -312,6 +314,13 @@ def make_tables(contents: Mapping[str, Any]) -> dict[str, str]:
         tables["hyperparameters"] = build_hyperparameters_table(contents["hyperparameters"])
     if "ablations" in contents:
         tables["ablations"] = build_ablations_table(contents["ablations"])
+    if "unbalanced" in contents:
+        tables["unbalanced"] = build_domains_table(contents["unbalanced"], None)
+        if "scores" in contents:
+            tables["scores"] = build_scores_table(contents["scores"], contents["unbalanced"])
+            tables["scores-domains"] = build_scores_by_domain_table(contents["scores"])
+    if "unknown" in contents:
+        tables["unknown"] = build_unknown_table(contents["unknown"]["records"])
     return tables
 
 
