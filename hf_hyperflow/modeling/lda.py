@@ -35,8 +35,8 @@ class RegularisedLDA(nn.Module):
     mean squared distance of images of different classes, and spread_0 is that of the training tasks.
 
     The mean of few images is longer than the mean of many, because it has more noise in it: on average
-    |m|_C^2 = signal + noise / n for a class of n images, where noise is the mean squared Mahalanobis distance of an
-    image from its class. An image of the class has with that mean the expected cosine signal / |m|_C, up to a factor
+    |m|_C^2 = signal + noise / n for a class of n images. Signal is the squared length of the mean that more and more
+    images approach, and noise is the mean squared Mahalanobis distance of an image from it. An image of the class has with that mean the expected cosine signal / |m|_C, up to a factor
     that all classes share, and with other means it has about the same small cosine. So where classes have different
     numbers of images, large classes win undecided images. The threshold between two classes belongs in the middle
     between the two expectations, as in any linear discriminant analysis. To first order that is what dividing each
@@ -105,12 +105,11 @@ class RegularisedLDA(nn.Module):
 
     def get_ridge(self, spread: torch.Tensor) -> torch.Tensor:
         """What the prior's variances are raised by, for each spread of a support set."""
-        usual_spread, variances = (
-            buffer.to(spread.device).to(spread.dtype) for buffer in (self.spread, self.variances)
-        )
+        usual_spread = self.spread.to(spread.device).to(spread.dtype)
+        variance = self.variances.to(spread.device).to(spread.dtype).mean()
         # C_0 can be singular, so the ridge is at least a thousandth. Features may be huge, so it is kept finite: at the
         # upper end C_0 has long ceased to matter.
-        ridge = (spread / usual_spread).clamp_min(0).pow(self.power).clamp_min(1e-3) * variances.mean()
+        ridge = (spread / usual_spread).clamp_min(0).pow(self.power).clamp_min(1e-3) * variance
         return ridge.clamp_max(1e30)
 
     @torch.no_grad()
