@@ -34,14 +34,14 @@ class RegularisedLDA(nn.Module):
     along the very directions that C_0 plays down. So the ridge is (spread / spread_0)^power. The spread is half the
     mean squared distance of images of different classes, and spread_0 is that of the training tasks.
 
-    The mean of few images is longer than the mean of many, because it has more noise in it: on average
-    |m|_C^2 = signal + noise / n for a class of n images. Signal is the squared length of the mean that more and more
-    images approach, and noise is the mean squared Mahalanobis distance of an image from it. An image of the class has with that mean the expected cosine signal / |m|_C, up to a factor
-    that all classes share, and with other means it has about the same small cosine. So where classes have different
-    numbers of images, large classes win undecided images. The threshold between two classes belongs in the middle
-    between the two expectations, as in any linear discriminant analysis. To first order that is what dividing each
-    cosine by the square root of its expectation does, see `weigh_classes`. Classes of the same number of images are
-    compared as they are.
+    The mean of few images is longer than the mean of many, because it has more noise in it: on average |m|_C^2 =
+    signal + noise / n for a class of n images. Signal is the squared length of the mean that more and more images
+    approach, and noise is the mean squared Mahalanobis distance of an image from it. An image of the class has with
+    that mean the expected cosine signal / |m|_C, up to a factor that all classes share, and with other means it has
+    about the same small cosine. So where classes have different numbers of images, large classes win undecided
+    images. The threshold between two classes belongs in the middle between the two expectations, as in any linear
+    discriminant analysis. To first order that is what dividing each cosine by the square root of its expectation
+    does, see `weigh_classes`. Classes of the same number of images are compared as they are.
 
     Args:
         width: length of the features.
