@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ from ..modeling.atomic_file import write_json
 from ..modeling.model_card import is_hub_id
 from ..modeling.saving import atomic_folder, exclusive
 from .arguments import BenchmarkArguments
+from .bench.measure import TaskCost, measure_method
+from .bench.task import CostSetting
 from .cost import device_name
+from .cost_file import CostFile, CostKey
 from .domain_features import DomainFeatures
 from .episode_log import EPISODES, EpisodeLog, EpisodeResult
 from .evaluation import evaluate_method
@@ -41,7 +44,6 @@ from .log_settings import HYPERPARAMETERS, describe_settings, require_known
 from .methods import FLOW_POINTS, Method, Target, find_methods, list_labels
 from .records import Results
 from .results import HYPERFLOW, REFERENCE, TUNED_METHODS, EpisodeTable, build_cost_key, summarise
-from .task_cost import CostFile, CostKey, CostSetting, TaskCost, measure_task_cost
 
 RESULTS, COSTS = "results.json", "costs.json"
 
@@ -227,9 +229,9 @@ class Benchmark:
         setting = CostSetting(
             backbone=self.backbone_name,
             adapter=self.arguments.adapter,
-            device=device,
-            bf16=self.arguments.bf16,
             size=(height, width),
+            device=device,
+            is_autocast=self.arguments.bf16,
             views=self.arguments.views,
             query_views=self.arguments.query_views,
         )
@@ -239,7 +241,8 @@ class Benchmark:
             if key not in file.costs:
                 missing.append(key)
         for key in tqdm(missing, desc="costs", disable=None, leave=False):
-            file.add(key, measure_task_cost(self._find_method(key.method), setting, key.n_way, key.n_support))
+            with_images = replace(setting, n_way=key.n_way, n_images=key.n_support)
+            file.add(key, measure_method(with_images, self._find_method(key.method)))
         return file.costs
 
     def _list_cost_keys(self) -> list[CostKey]:

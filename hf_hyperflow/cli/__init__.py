@@ -16,7 +16,7 @@ import typer
 
 from ..modeling.version import __version__
 from .adapt import adapt
-from .doors import benchmark, demo, quickstart
+from .doors import bench, benchmark, demo, quickstart
 from .evaluate import evaluate
 from .predict import predict
 from .printing import print_line, say
@@ -57,10 +57,11 @@ app = typer.Typer(
 app.callback()(hyperflow)
 for command in (adapt, predict, evaluate, info, push, quickstart):
     app.command()(command)
-# The benchmark parses its own options: lists such as `--n_shot 1 5 20` are beyond typer.
-app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    benchmark
-)
+# These two parse their own options: lists such as `--n_shot 1 5 20` are beyond typer.
+for command in (benchmark, bench):
+    app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+        command
+    )
 app.command()(demo)
 
 
