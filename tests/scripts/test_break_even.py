@@ -109,9 +109,8 @@ def test_other_hardware_per_task_is_said():
 
 
 def test_other_image_sizes_share_the_offline_cost():
-    text = format_offline_cost(
-        compute_offline_cost(training(), {"records": cost()["records"] + with_records(size=[224, 224])["records"]})
-    )
+    both = {"records": cost()["records"] + with_records(size=[224, 224])["records"]}
+    text = format_offline_cost(compute_offline_cost(training(), both))
     assert text.count("after 40 tasks") == 2
     assert "the image size the adapter was trained at" in text
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 
 from hf_hyperflow.benchmark.bench.measure import measure_method
 from hf_hyperflow.benchmark.bench.task import CostSetting, CostTask
-from hf_hyperflow.benchmark.cost import count_flops
+from hf_hyperflow.benchmark.cost import ProcessKilledError, count_flops, run_in_fresh_process
 from hf_hyperflow.benchmark.methods import BiasTuning, DirectTransfer, FullFineTuning
 from tests.helpers.tiny import SIZE
 
@@ -29,6 +30,12 @@ def test_costs_of_methods(setting):
     assert 4.5 * 3 < full.flops_per_task / (10 * image) < 6 * 3 + 1.5
     assert full.seconds_per_task > direct.seconds_per_task > 0
     assert full.peak_memory_mb > direct.peak_memory_mb > 0
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_said():
+    with pytest.raises(ProcessKilledError, match="was killed, probably because memory ran out"):
+        run_in_fresh_process(os._exit, 1)
 
 
 @pytest.mark.parametrize("method", [BiasTuning(steps=6), FullFineTuning(steps=6)], ids=lambda method: method.name)

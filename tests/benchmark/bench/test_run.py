@@ -34,9 +34,8 @@ def test_bench(pair, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "bench.json").read_text()) == json.loads(json.dumps(content))
     records = {(r["work"], r["n_images"], r["n_steps"]): r for r in content["records"]}
     expected = {(work, 6, steps) for work in PIECES_OF_STEPS for steps in (1, 20)}
-    expected |= {
-        (work, 6, None) for work in (*PIECES, *[rival.name for rival in RIVALS]) if work not in PIECES_OF_STEPS
-    }
+    expected |= {(work, 6, None) for work in set(PIECES) - set(PIECES_OF_STEPS)}
+    expected |= {(rival.name, 6, None) for rival in RIVALS}
     expected |= {(work, n_images, None) for work in PREDICTION_LABELS for n_images in (1, 32)}
     assert set(records) == expected
     assert len(content["records"]) == len(expected)
