@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
 
 from .records import LABELS, PARTS, RIVALS, CostRecord, CostTable, Place, TaskRatios, format_size
 from .table import format_seconds
@@ -18,8 +19,12 @@ PAPER_TIME = 0.02
 #: Colours of the parts of getting ready, the last one for all that is not measured apart.
 PART_COLOURS = ("#b9c2cc", "#2f6fde", "#7fb2f0", "#5a6b7d", "#d98e32", "#e4e7eb")
 
-#: The same of one forward pass and of HyperFlow; other methods have the third.
-LIMIT_COLOUR, HYPERFLOW_COLOUR, RIVAL_COLOUR = "#9aa5b1", "#2f6fde", "#d98e32"
+#: The same of one forward pass, of HyperFlow, and of all other methods.
+METHOD_COLOURS = {FORWARD: "#9aa5b1", READY: "#2f6fde"}
+RIVAL_COLOUR = "#d98e32"
+
+#: Short words for these two.
+METHOD_LABELS = {FORWARD: "one forward pass", READY: "HyperFlow, ready"}
 
 #: What is compared in the rows of places.
 METHODS = (FORWARD, READY, *[rival.name for rival in RIVALS])
@@ -32,24 +37,54 @@ def draw_costs(table: CostTable) -> Figure:
 
     Of several numbers of solver steps the middle one is drawn, and so is the middle number of images by method.
     """
-    places = table.places()
-    figure = Figure(figsize=(15, 3.6 * (1 + len(places))), layout="constrained")
-    axes = figure.subplots(1 + len(places), 3, squeeze=False)
-    colours = {place: matplotlib.colormaps["tab10"](number) for number, place in enumerate(places)}
-    _draw_ready(axes[0, 0], table, colours)
-    _draw_adaptation(axes[0, 1], table, colours)
-    _draw_predictions(axes[0, 2], table, colours)
-    for place, row in zip(places, axes[1:], strict=True):
-        _draw_parts(row[0], table, place)
-        _draw_methods(row[1], table, place, "seconds", lambda record: record.seconds)
-        _draw_methods(row[2], table, place, "peak memory beyond the models, MB", lambda record: record.peak_memory_mb)
-    for axis in axes.flat:
+    places = [place for place in table.places() if table.steps(place)]
+    names, common = name_places(places)
+    figure = Figure(figsize=(15, 4.2 + 3.4 * len(places)), layout="constrained")
+    rows = figure.subfigures(1 + len(places), 1, squeeze=False, height_ratios=[4.2, *[3.4] * len(places)])[:, 0]
+    rows[0].suptitle(f"Getting ready and predicting: {common}", fontweight="bold")
+    _draw_ratios(rows[0], table, names)
+    for place, row in zip(places, rows[1:], strict=True):
+        row.suptitle(names[place], fontweight="bold")
+        axes = row.subplots(1, 3)
+        n_images = _choose_middle(table.images(place))
+        _draw_parts(axes[0], table, place)
+        _draw_methods(axes[1], table, place, lambda record: record.seconds, format_seconds)
+        axes[1].set(title=f"time, {n_images} images", xlabel="seconds")
+        _draw_methods(axes[2], table, place, lambda record: record.peak_memory_mb, "{:,.0f} MB")
+        axes[2].set(title=f"peak memory, {n_images} images", xlabel="MB beyond the models")
+    for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
+        axis.title.set_fontsize(11)
     return figure
 
 
+def name_places(places: Sequence[Place]) -> tuple[dict[Place, str], str]:
+    """What tells the places apart, by place, and what they have in common, in words. The backbone is always named."""
+    words = {place: (format_size(place.size), place.dtype, place.device) for place in places}
+    names = {place: place.backbone for place in places}
+    common = []
+    for column in zip(*words.values(), strict=True):
+        if len(set(column)) == 1:
+            common.append(column[0])
+            continue
+        for place, word in zip(places, column, strict=True):
+            names[place] += f", {word}"
+    return names, ", ".join(common)
+
+
+def _draw_ratios(figure: SubFigure, table: CostTable, names: dict[Place, str]) -> None:
+    """What everything is measured for, with a colour per place."""
+    axes = figure.subplots(1, 3)
+    colours = {place: matplotlib.colormaps["tab10"](number % 10) for number, place in enumerate(names)}
+    _draw_ready(axes[0], table, colours)
+    _draw_adaptation(axes[1], table, colours)
+    _draw_predictions(axes[2], table, colours)
+    handles = [Line2D([], [], color=colours[place], linewidth=4, label=name) for place, name in names.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+
+
 def _choose_middle(values: list[int]) -> int:
-    return values[len(values) // 2]
+    return values[(len(values) - 1) // 2]
 
 
 def _list_ratios(table: CostTable, place: Place) -> list[TaskRatios]:
@@ -62,11 +97,12 @@ def _draw_ready(axis: Axes, table: CostTable, colours: dict[Place, tuple]) -> No
     for place, colour in colours.items():
         ratios = _list_ratios(table, place)
         images = [row.n_images for row in ratios]
-        axis.plot(images, [row.ready for row in ratios], "o-", color=colour, label=_shorten(place))
+        axis.plot(images, [row.ready for row in ratios], "o-", color=colour)
         axis.plot(images, [row.next_ready for row in ratios], "o:", color=colour, markerfacecolor="white")
     axis.axhline(1, **GREY_LINE)
-    axis.plot([], [], "o:", color="grey", markerfacecolor="white", label="the next task on the backbone")
-    axis.set_title("ready to predict / one forward pass")
+    axis.plot([], [], "o-", color="grey", label="first task on a backbone")
+    axis.plot([], [], "o:", color="grey", markerfacecolor="white", label="next task")
+    axis.set_title("ready to predict / one forward pass over the images")
     axis.set_ylabel("times as long")
     axis.set_ylim(bottom=0)
     _scale_images(axis, table)
@@ -91,21 +127,23 @@ def _draw_adaptation(axis: Axes, table: CostTable, colours: dict[Place, tuple]) 
 
 
 def _draw_predictions(axis: Axes, table: CostTable, colours: dict[Place, tuple]) -> None:
-    """A line of dots per place and number of images at once."""
-    rows = table.prediction_ratios()
-    for height, row in enumerate(reversed(rows)):
+    """A line of dots per number of images at once and place."""
+    rows = [row for row in table.prediction_ratios() if row.place in colours]
+    rows.sort(key=lambda row: row.n_images)
+    rows.reverse()  # the first is at the top
+    for height, row in enumerate(rows):
         axis.plot(row.task, height, "o", color=colours[row.place])
         if row.merged is not None:
             axis.plot(row.merged, height, "o", color=colours[row.place], markerfacecolor="white")
-    names = [f"{_shorten(row.place)}, {row.n_images} at once" for row in reversed(rows)]
-    axis.set_yticks(range(len(rows)), names, fontsize=8)
-    axis.set_ylim(-0.7, len(rows) - 0.3)
+    axis.set_yticks(range(len(rows)), ["1 image" if row.n_images == 1 else f"{row.n_images} images" for row in rows])
+    axis.set_ylim(-0.7, len(rows) + 0.2)
     axis.axvline(1, **GREY_LINE)
     axis.plot([], [], "o", color="grey", label="task")
     axis.plot([], [], "o", color="grey", markerfacecolor="white", label="merged task")
     axis.set_title("prediction / the backbone alone")
     axis.set_xlabel("times as long")
-    axis.legend(fontsize=8, frameon=False)
+    axis.margins(x=0.2)
+    axis.legend(fontsize=8, frameon=False, loc="upper right", ncols=2)
 
 
 def _draw_parts(axis: Axes, table: CostTable, place: Place) -> None:
@@ -120,9 +158,9 @@ def _draw_parts(axis: Axes, table: CostTable, place: Place) -> None:
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     axis.axhline(1, **GREY_LINE)
     axis.margins(y=0.15)
-    axis.set_title(f"{_shorten(place)}: parts of getting ready, {n_steps} solver steps", fontsize=10)
+    axis.set_title(f"parts of getting ready, {n_steps} solver steps")
     axis.set_xlabel("support images")
-    axis.set_ylabel("in forward passes over the images")
+    axis.set_ylabel("forward passes")
     axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
 
 
@@ -141,29 +179,34 @@ def _find_parts(table: CostTable, place: Place, n_images: int, n_steps: int) -> 
 
 
 def _draw_methods(
-    axis: Axes, table: CostTable, place: Place, unit: str, measure: Callable[[CostRecord], float | None]
+    axis: Axes,
+    table: CostTable,
+    place: Place,
+    measure: Callable[[CostRecord], float | None],
+    style: str | Callable[[float], str],
 ) -> None:
-    """A bar per method, from the top, on a logarithmic scale."""
+    """A bar per method, from the top, on a logarithmic scale.
+
+    Args:
+        measure: takes a record and gives the length of its bar.
+        style: how the length is written beside it.
+    """
     n_images, n_steps = _choose_middle(table.images(place)), _choose_middle(table.steps(place))
     names, values, colours = [], [], []
     for work in METHODS:
         record = table.find(place, work, n_images, n_steps)
         value = None if record is None else measure(record)
         if value:
-            names.append("HyperFlow, ready" if work == READY else LABELS[work])
+            names.append(METHOD_LABELS.get(work, LABELS[work]))
             values.append(value)
-            colours.append({FORWARD: LIMIT_COLOUR, READY: HYPERFLOW_COLOUR}.get(work, RIVAL_COLOUR))
+            colours.append(METHOD_COLOURS.get(work, RIVAL_COLOUR))
     bars = axis.barh(names, values, color=colours)
-    axis.bar_label(bars, fmt=format_seconds if unit == "seconds" else "{:,.0f}", padding=3, fontsize=8)
+    axis.bar_label(bars, fmt=style, padding=3, fontsize=8)
     axis.invert_yaxis()
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
     axis.margins(x=0.25)
-    axis.set_title(f"{_shorten(place)}: {n_images} images", fontsize=10)
-    axis.set_xlabel(unit)
-
-
-def _shorten(place: Place) -> str:
-    return f"{place.backbone}, {format_size(place.size)}, {place.dtype}, {place.device}"
 
 
 def _to_percent(ratios: list[float | None]) -> list[float | None]:

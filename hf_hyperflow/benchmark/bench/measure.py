@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +14,8 @@ from ...modeling.trunks import IncompatibleBackboneError
 from ..cost import Cost, Work, count_flops, measure_cost, measure_in_turn, run_in_fresh_process
 from ..methods import Classifier, FineTuning, Method, Support
 from .task import CostSetting, CostTask, Piece, draw_images
+
+K = TypeVar("K", bound=Hashable)
 
 #: So many gradient steps of fine-tuning are timed. All steps are alike.
 TIMED_STEPS = 3
@@ -95,7 +98,7 @@ def _measure_pieces(setting: CostSetting, pieces: Sequence[Piece], n_threads: in
     return _measure_works(works, setting.device, has_memory=is_cuda)
 
 
-def _measure_works(works: dict, device: str, *, has_memory: bool) -> dict:
+def _measure_works(works: Mapping[K, Work], device: str, *, has_memory: bool) -> dict[K, Measured]:
     costs = measure_in_turn(works, device)
     measured = {}
     for key, work in works.items():
@@ -137,7 +140,7 @@ def _measure_fine_tuning(task: CostTask, method: FineTuning, device: str) -> Cos
     """
     _, first = measure_cost(lambda: task.prepare(method, _first_steps(method, 2)), device)
     _, one = measure_cost(lambda: task.prepare(method, _first_steps(method, 1)), device)
-    n_timed = min(TIMED_STEPS, method.steps - 1)
+    n_timed = max(1, min(TIMED_STEPS, method.steps - 1))
     _, several = measure_cost(lambda: task.prepare(method, _first_steps(method, 1 + n_timed)), device)
     seconds_per_step = (several.seconds - one.seconds) / n_timed
     return Cost(one.seconds + (method.steps - 1) * seconds_per_step, first.peak_memory_mb)

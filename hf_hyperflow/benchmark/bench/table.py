@@ -13,7 +13,7 @@ from .task import FORWARD, PIECES_OF_STEPS, READY
 NOTHING = "-"
 
 #: A terminal may be narrower, a file is not.
-MIN_WIDTH = 140
+MIN_WIDTH = 200
 
 
 def print_costs(table: CostTable) -> None:
@@ -96,7 +96,9 @@ def _format_record(record: CostRecord | None) -> list[str]:
 
 def format_seconds(seconds: float) -> str:
     """A duration in seconds or milliseconds, to three digits."""
-    return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:,.3g} s"
+    if seconds >= 100:
+        return f"{seconds:,.0f} s"
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{1000 * seconds:.3g} ms"
 
 
 def _format_flops(flops: float) -> str:

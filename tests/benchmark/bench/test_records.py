@@ -66,5 +66,5 @@ def test_json_begins_with_the_ratios():
 
 def test_words():
     assert (format_size((70, 70)), format_size((70, 90))) == ("70 px", "70 x 90 px")
-    words = {0.00123: "1.23 ms", 0.9996: "1 s", 65.29: "65.3 s", 742: "742 s"}
+    words = {0.00123: "1.23 ms", 0.9996: "1 s", 65.29: "65.3 s", 2011: "2,011 s"}
     assert {seconds: format_seconds(seconds) for seconds in words} == words

@@ -83,7 +83,7 @@ def task(pair) -> CostTask:
 
 
 def test_the_pieces_do_the_work_of_a_task(task):
-    """Operations of the parts are those of getting ready. A next task does as much as the first, and injects nothing."""
+    """Operations of the parts are those of getting ready. A next task does as much as the first."""
     flops = {}
     for name in PIECES:
         work = task.build(Piece(name, 3))
