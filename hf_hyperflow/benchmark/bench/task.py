@@ -86,8 +86,8 @@ class CostTask:
         disable_progress_bar()
         device = setting.device
         self.setting = setting
-        backbone = AutoModel.from_pretrained(setting.backbone).to(device, DTYPES[setting.dtype]).eval()
-        adapter = HyperFlowAdapter.from_pretrained(setting.adapter).to(device).eval()
+        backbone = AutoModel.from_pretrained(setting.backbone).eval().to(device, DTYPES[setting.dtype])
+        adapter = HyperFlowAdapter.from_pretrained(setting.adapter).eval().to(device)
         self.target = Target(backbone, adapter)
         self.images = draw_images(setting.n_images, setting.size).to(device)
         self.labels = (torch.arange(setting.n_images) % setting.n_way).to(device)
