@@ -58,9 +58,9 @@ app.callback()(hyperflow)
 for command in (adapt, predict, evaluate, info, push, quickstart):
     app.command()(command)
 # These two parse their own options: lists such as `--n_shot 1 5 20` are beyond typer.
-for command in (benchmark, bench):
+for own_parser in (benchmark, bench):
     app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-        command
+        own_parser
     )
 app.command()(demo)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
@@ -29,7 +31,7 @@ METHOD_LABELS = {FORWARD: "one forward pass", READY: "HyperFlow, ready"}
 #: What is compared in the rows of places.
 METHODS = (FORWARD, READY, *[rival.name for rival in RIVALS])
 
-GREY_LINE = {"color": "grey", "linewidth": 0.8, "linestyle": "--", "zorder": 0}
+GREY_LINE: dict[str, Any] = {"color": "grey", "linewidth": 0.8, "linestyle": "--", "zorder": 0}
 
 
 def draw_costs(table: CostTable) -> Figure:
@@ -97,8 +99,8 @@ def _draw_ready(axis: Axes, table: CostTable, colours: dict[Place, tuple]) -> No
     for place, colour in colours.items():
         ratios = _list_ratios(table, place)
         images = [row.n_images for row in ratios]
-        axis.plot(images, [row.ready for row in ratios], "o-", color=colour)
-        axis.plot(images, [row.next_ready for row in ratios], "o:", color=colour, markerfacecolor="white")
+        axis.plot(images, _to_array([row.ready for row in ratios]), "o-", color=colour)
+        axis.plot(images, _to_array([row.next_ready for row in ratios]), "o:", color=colour, markerfacecolor="white")
     axis.axhline(1, **GREY_LINE)
     axis.plot([], [], "o-", color="grey", label="first task on a backbone")
     axis.plot([], [], "o:", color="grey", markerfacecolor="white", label="next task")
@@ -113,8 +115,8 @@ def _draw_adaptation(axis: Axes, table: CostTable, colours: dict[Place, tuple]) 
     for place, colour in colours.items():
         ratios = _list_ratios(table, place)
         images = [row.n_images for row in ratios]
-        axis.plot(images, _to_percent([row.adapt_time for row in ratios]), "o-", color=colour)
-        axis.plot(images, _to_percent([row.adapt_memory for row in ratios]), "s:", color=colour)
+        axis.plot(images, 100 * _to_array([row.adapt_time for row in ratios]), "o-", color=colour)
+        axis.plot(images, 100 * _to_array([row.adapt_memory for row in ratios]), "s:", color=colour)
     axis.plot([], [], "o-", color="grey", label="time")
     axis.plot([], [], "s:", color="grey", label="peak memory")
     axis.axhline(PAPER_TIME, **GREY_LINE, label=f"the paper's time, {PAPER_TIME} %")
@@ -209,8 +211,9 @@ def _draw_methods(
     axis.margins(x=0.25)
 
 
-def _to_percent(ratios: list[float | None]) -> list[float | None]:
-    return [None if ratio is None else 100 * ratio for ratio in ratios]
+def _to_array(ratios: list[float | None]) -> np.ndarray:
+    """The ratios as floats, NaN where there is none: a line has a gap there."""
+    return np.array(ratios, dtype=float)
 
 
 def _scale_images(axis: Axes, table: CostTable) -> None:
