@@ -12,7 +12,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
 from .records import LABELS, PARTS, RIVALS, CostRecord, CostTable, Place, TaskRatios, format_size
-from .table import format_seconds
+from .table import format_seconds, format_steps
 from .task import FORWARD, READY
 
 #: The time in % of full fine-tuning that the HyperFlow paper reports for the adaptation alone (arXiv 2504.15323).
@@ -138,7 +138,7 @@ def _draw_predictions(axis: Axes, table: CostTable, colours: dict[Place, tuple])
         if row.merged is not None:
             axis.plot(row.merged, height, "o", color=colours[row.place], markerfacecolor="white")
     axis.set_yticks(range(len(rows)), ["1 image" if row.n_images == 1 else f"{row.n_images} images" for row in rows])
-    axis.set_ylim(-0.7, len(rows) + 0.2)
+    axis.set_ylim(-0.7, 1.1 * len(rows) + 0.2)  # with room for the legend
     axis.axvline(1, **GREY_LINE)
     axis.plot([], [], "o", color="grey", label="task")
     axis.plot([], [], "o", color="grey", markerfacecolor="white", label="merged task")
@@ -159,8 +159,8 @@ def _draw_parts(axis: Axes, table: CostTable, place: Place) -> None:
         axis.bar([str(n) for n in images], heights, bottom=bottoms, color=colour, label=label, width=0.6)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     axis.axhline(1, **GREY_LINE)
-    axis.margins(y=0.15)
-    axis.set_title(f"parts of getting ready, {n_steps} solver steps")
+    axis.set_ylim(0, 1.15 * max(1.0, *bottoms))
+    axis.set_title(f"parts of getting ready, {format_steps(n_steps)}")
     axis.set_xlabel("support images")
     axis.set_ylabel("forward passes")
     axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)

@@ -70,7 +70,7 @@ def build_cost_table(table: CostTable, place: Place) -> Table:
             costs.add_column(heading, justify="right")
     for work, label in LABELS.items():
         for n_steps in table.steps(place) if work in PIECES_OF_STEPS else [None]:
-            cells = [label if n_steps is None else f"{label}, {n_steps} steps"]
+            cells = [label if n_steps is None else f"{label}, {format_steps(n_steps)}"]
             for n_images in table.images(place):
                 cells += _format_record(table.find(place, work, n_images, n_steps))
             costs.add_row(*cells, style="bold" if work in (FORWARD, READY) else "dim" if work in PARTS else "")
@@ -99,6 +99,10 @@ def format_seconds(seconds: float) -> str:
     if seconds >= 100:
         return f"{seconds:,.0f} s"
     return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{1000 * seconds:.3g} ms"
+
+
+def format_steps(n_steps: int) -> str:
+    return "1 step" if n_steps == 1 else f"{n_steps} steps"
 
 
 def _format_flops(flops: float) -> str:
