@@ -94,8 +94,8 @@ def test_the_pieces_do_the_work_of_a_task(task):
     assert flops[ADAPT] == flops[ENCODE] + flops[INTEGRATE]
     assert flops[READY] == flops[ADAPT] + flops[PROTOTYPES] + flops[WRITE]
     assert (flops[NEXT_ADAPT], flops[NEXT_READY]) == (flops[ADAPT], flops[READY])
-    # Conditioning runs half of the blocks, and the prototypes go on from there.
-    assert flops[PROTOTYPES] < flops[FORWARD] < flops[ENCODE] + flops[PROTOTYPES] < 1.1 * flops[FORWARD]
+    # Conditioning runs half of the blocks, and the prototypes go on from there. The last may run on the CLS token alone.
+    assert 0.7 * flops[FORWARD] < flops[ENCODE] + flops[PROTOTYPES] < 1.1 * flops[FORWARD]
 
 
 def test_a_first_task_begins_without_an_adapter_and_a_next_one_with_it(task):
