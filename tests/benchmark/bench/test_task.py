@@ -94,7 +94,7 @@ def test_the_pieces_do_the_work_of_a_task(task):
     assert flops[ADAPT] == flops[ENCODE] + flops[INTEGRATE]
     assert flops[READY] == flops[ADAPT] + flops[PROTOTYPES] + flops[WRITE]
     assert (flops[NEXT_ADAPT], flops[NEXT_READY]) == (flops[ADAPT], flops[READY])
-    # Conditioning runs half of the blocks, and the prototypes go on from there. The last may run on the CLS token alone.
+    # Conditioning runs half of the blocks, and the prototypes go on from there. The last may run the CLS token alone.
     assert 0.7 * flops[FORWARD] < flops[ENCODE] + flops[PROTOTYPES] < 1.1 * flops[FORWARD]
 
 
