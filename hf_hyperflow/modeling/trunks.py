@@ -113,17 +113,18 @@ def is_norm(module: nn.Module) -> bool:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within, the model is in evaluation mode. Afterwards every module is in the mode that it was in.
+    """Within, the model is in evaluation mode. Afterwards the modules that were in training mode are in it again.
 
     If other threads use the model, the caller holds its lock.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    if training:  # to set modes takes longer than to look at them
+        model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 def run_trunk(trunk: nn.Module, pixel_values: torch.Tensor) -> ModelOutput:
