@@ -21,6 +21,7 @@ from .evaluate import evaluate
 from .predict import predict
 from .printing import print_line, say
 from .saved import info, push
+from .scale import scale
 
 __all__ = ["app", "main"]
 
@@ -62,6 +63,7 @@ app.command(add_help_option=False, context_settings={"allow_extra_args": True, "
     benchmark
 )
 app.command()(demo)
+app.command()(scale)
 
 
 def main() -> None:

@@ -21,13 +21,16 @@ from .calibration import COSINE_SCALE, Calibration
 from .configuration import HyperFlowConfig
 from .fingerprint import compute_fingerprint, fingerprints_match
 from .finite import NotFiniteError, find_bad_image, find_bad_row, require_finite_weights
+from .flow import WeightPath
 from .gate import find_blocks
 from .images import ImageError
 from .injection import Injection, unload
 from .locks import get_lock
+from .many import follow_group, naming, read_groups, unloaded_after_error
 from .parameter_space import ParameterSpace
 from .peft_configs import config_to_dict
 from .prototypes import unit_means
+from .queries import require_count
 from .saved_flow import SavedFlow
 from .stopping import StoppingPoint
 from .support import SupportSet, read_support
@@ -161,8 +164,66 @@ class HyperFlowAdapter(SavedFlow):
                 solver=solver,
                 early_stopping=early_stopping,
             )
-            if not torch.stack(path.thetas).isfinite().all():
-                self._raise_not_finite(split, images)
+            return self._finish(split, path, images, calibration, views)
+
+    @torch.no_grad()
+    def adapt_many(
+        self,
+        backbone: PreTrainedModel,
+        supports: Any,
+        *,
+        n_steps: int | None = None,
+        solver: str | None = None,
+        early_stopping: bool = False,
+        views: int | None = None,
+        skip_bad: bool = False,
+        batch_size: int = 64,
+    ) -> list[AdaptedTask]:
+        """Adapt a backbone to many support sets. The tasks are those of `adapt`, one by one, up to rounding.
+
+        Images go through the frozen blocks in common batches, and support sets through the drift network. Prototypes
+        are computed at once, so that no images are kept. Threads may do what they may beside `adapt`; the lock of the
+        backbone is taken for one batch at a time.
+
+        Args:
+            backbone, n_steps, solver, early_stopping, views, skip_bad: see `adapt`.
+            supports: support sets in any of the forms of `adapt`, of any numbers of classes and images: an iterable,
+                which is read batch by batch, or a mapping of names to them.
+            batch_size: support sets are put together until they have so many images. A larger one is run whole.
+
+        Returns:
+            One task for each support set, in their order.
+
+        Raises:
+            SupportSetError: `supports` is a single support set.
+            ValueError: `batch_size` is not an integer of at least 1.
+            And what `adapt` raises. An error about a support set begins with its key or its position. The backbone is
+                left as it was.
+        """
+        require_count("batch_size", batch_size)
+        views = require_views(self.config.views if views is None else views)
+        split, calibration = self.split(backbone), self.calibration
+        backbone = split.backbone
+        tasks: list[AdaptedTask] = []
+        with unloaded_after_error(self.space, backbone):
+            for group in read_groups(supports, backbone, self.processor, batch_size, skip_bad):
+                with get_lock(backbone), self._injected(backbone) as injection, eval_mode(backbone):
+                    paths = follow_group(
+                        self, split, injection, group, n_steps=n_steps, solver=solver, early_stopping=early_stopping
+                    )
+                    for support, path in zip(group, paths, strict=True):
+                        with naming(support.name):
+                            task = self._finish(split, path, support.images, calibration, views)
+                            _ = task.prototypes
+                        tasks.append(task)
+        return tasks
+
+    def _finish(
+        self, split: SplitBackbone, path: WeightPath, images: SupportSet, calibration: Calibration, views: int
+    ) -> AdaptedTask:
+        """The task at the end of a flow. The backbone carries the adapter, and the caller holds its lock."""
+        if not torch.stack(path.thetas).isfinite().all():
+            self._raise_not_finite(split, images)
         # The task writes theta into the backbone whenever it is used, so that several tasks can share it.
         kept = SupportImages(images, path.hidden, self.head, calibration, self.rejection, views)
         return self._build_task(split, path.theta, kept, nfe=path.nfe, stopping_point=path.stopping_point)
