@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.gate import find_blocks
 from ..modeling.task import AdaptedTask
+from ..modeling.trunks import find_trunk
 from ..serving.mixed_batch import score_mixed
 from ..serving.task_store import TaskStore
 
@@ -114,6 +115,7 @@ def measure_many_tasks(
     """
     if min(n_tasks, default=0) < 1 or n_way < 2 or n_shot < 1:
         raise ValueError("give at least one task, two classes and one image of each.")
+    backbone = find_trunk(backbone)
     size = tuple(adapter.config.image_size or find_blocks(backbone).image_size)
     device = next(backbone.parameters()).device
     labels = torch.arange(n_way).repeat_interleave(n_shot)
@@ -127,6 +129,7 @@ def measure_many_tasks(
     records = []
     for number in n_tasks:
         records.append(_measure(adapter, backbone, number, draw, _Clock(device), (n_way, n_shot)))
+    adapter.space.inject(backbone).remove()
     return records
 
 

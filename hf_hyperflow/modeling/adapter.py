@@ -16,9 +16,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .adapted_backbone import SupportImages
 from .backbones import SplitBackbone
-from .blocks import Blocks
 from .calibration import COSINE_SCALE, Calibration
-from .configuration import HyperFlowConfig
+from .configuration import HyperFlowConfig, require_known_fields
 from .fingerprint import compute_fingerprint, fingerprints_match
 from .finite import NotFiniteError, find_bad_image, find_bad_row, require_finite_weights
 from .flow import WeightPath
@@ -27,6 +26,7 @@ from .images import ImageError
 from .injection import Injection, unload
 from .locks import get_lock
 from .many import follow_group, naming, read_groups, unloaded_after_error
+from .new_adapter import require_in_last_blocks, require_running
 from .parameter_space import ParameterSpace
 from .peft_configs import config_to_dict
 from .prototypes import unit_means
@@ -35,7 +35,7 @@ from .saved_flow import SavedFlow
 from .stopping import StoppingPoint
 from .support import SupportSet, read_support
 from .task import AdaptedTask
-from .trunks import IncompatibleBackboneError, eval_mode, find_trunk, get_name
+from .trunks import eval_mode, find_trunk, get_name
 from .views import require_views
 
 
@@ -72,15 +72,17 @@ class HyperFlowAdapter(SavedFlow):
 
         Raises:
             IncompatibleBackboneError: the backbone cannot be adapted, or it has no such targets.
+            TypeError: there is no such field.
         """
+        require_known_fields(config)
         backbone = find_trunk(backbone)
         with get_lock(backbone):
             space = ParameterSpace.from_backbone(backbone, peft_config, frozen=frozen_tensors)
             blocks = find_blocks(backbone)
-            _require_in_last_blocks(space, blocks, last_blocks)
+            require_in_last_blocks(space, blocks, last_blocks)
             split = SplitBackbone(backbone, len(blocks) - last_blocks, config.pop("pooling", None), blocks)
             split.check()
-            _require_running(split, space)
+            require_running(split, space)
             fingerprint = compute_fingerprint(backbone)
         encoder_config = None if encoder is None else encoder.config.to_dict()
         model = cls(
@@ -151,6 +153,7 @@ class HyperFlowAdapter(SavedFlow):
         """
         views = require_views(self.config.views if views is None else views)
         calibration = self.calibration
+        self._warn_if_untrained(n_steps)
         split = self.split(backbone)
         backbone = split.backbone
         images = self._read(support, backbone, skip_bad)
@@ -201,6 +204,7 @@ class HyperFlowAdapter(SavedFlow):
                 left as it was.
         """
         require_count("batch_size", batch_size)
+        self._warn_if_untrained(n_steps)
         views = require_views(self.config.views if views is None else views)
         split, calibration = self.split(backbone), self.calibration
         backbone = split.backbone
@@ -278,6 +282,14 @@ class HyperFlowAdapter(SavedFlow):
             )
         return images.to(parameter.device, parameter.dtype)
 
+    def _warn_if_untrained(self, n_steps: int | None) -> None:
+        if n_steps != 0 and not self.drift.token_out.weight.any():
+            warnings.warn(
+                "this adapter was not trained: its flow leaves the backbone as it is, and the head alone classifies. "
+                "Train it, or say n_steps=0.",
+                stacklevel=4,  # whoever called `adapt`: a frame of torch and ours lie between
+            )
+
     def _raise_not_finite(self, split: SplitBackbone, images: SupportSet) -> NoReturn:
         """Say why the generated weights are not finite: an image, the backbone's weights or the adapter's, or the flow.
 
@@ -326,25 +338,3 @@ class HyperFlowAdapter(SavedFlow):
                 f"({self.config.backbone['name_or_path']}): expect no gain.",
                 stacklevel=6,  # whoever called `adapt`: four frames of contextlib, torch and ours lie between
             )
-
-
-def _require_running(split: SplitBackbone, space: ParameterSpace) -> None:
-    """Raise an error if the backbone does not run with the adapter in it, because it reads attributes of a layer."""
-    injection = space.inject(split.backbone)
-    try:
-        split.check()
-    except IncompatibleBackboneError as error:
-        raise IncompatibleBackboneError(
-            f"{type(split.backbone).__name__} does not run with such an adapter in its layers "
-            f"({error.__cause__ or error}). Use another kind, such as layernorm_config."
-        ) from error
-    finally:
-        injection.remove()
-
-
-def _require_in_last_blocks(space: ParameterSpace, blocks: Blocks, last_blocks: int) -> None:
-    """Raise an error if a tensor of the space lies before the last blocks."""
-    modules = tuple(name.rsplit(".", 1)[0] for name in blocks.after(len(blocks) - last_blocks))
-    for name in space.names:
-        if not name.startswith(modules):
-            raise IncompatibleBackboneError(f"{name} is not in the last {last_blocks} blocks: raise last_blocks.")
