@@ -11,7 +11,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..modeling.backbones import Hidden
-from ..modeling.finite import find_bad_row
+from ..modeling.finite import find_bad_image, find_bad_row
 from ..modeling.images import NamedImage, decode, is_one_image, process_images
 from ..modeling.locks import get_lock
 from ..modeling.prototypes import PrototypeClassifier
@@ -78,9 +78,10 @@ def _classify_batch(tasks: list[AdaptedTask], queries: list[NamedImage]) -> list
     for row, task in enumerate(tasks):
         own = features[row].unsqueeze(0)
         result = PrototypeClassifier(prototypes[row].to(own.device), task.scale)(own)
-        if find_bad_row(own) is not None or not result.isfinite().all():
-            # Alone, the task says what is wrong, or shows that nothing is.
-            result = task._compute_logits(pixel_values[row].unsqueeze(0), [queries[row].name])
+        image = pixel_values[row].unsqueeze(0)
+        is_bad = find_bad_image(image) is not None or find_bad_row(own) is not None
+        if is_bad or not result.isfinite().all():
+            result = task._compute_logits(image, [queries[row].name])  # alone, the task says what is wrong
         logits.append(result[0])
     return logits
 

@@ -72,9 +72,9 @@ def test_an_adapter_in_bfloat16(backbone, support, pixels, tmp_path, arguments):
 def test_a_backbone_with_an_adapter_of_somebody_else(adapter, support):
     backbone = tiny_dinov2()
     model = get_peft_model(backbone, LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(IncompatibleBackboneError, match="is a PeftModel, which carries an adapter already. Pass what"):
+    with pytest.raises(IncompatibleBackboneError, match=r"is a PeftModel, which carries an adapter already. Pass what"):
         adapter.adapt(model, support)
-    with pytest.raises(IncompatibleBackboneError, match="already carries a PEFT adapter. Unload or merge it first"):
+    with pytest.raises(IncompatibleBackboneError, match=r"already carries a PEFT adapter. Unload or merge it first"):
         adapter.adapt(backbone, support)
     adapter.adapt(model.unload(), support)
 
@@ -103,7 +103,7 @@ def test_an_adapter_that_was_not_trained(backbone, support):
 def test_a_compiled_backbone(adapter, support, pixels):
     backbone = tiny_dinov2()
     compiled = torch.compile(backbone, backend="eager")
-    with pytest.raises(IncompatibleBackboneError, match="this backbone is compiled.*: adapt first, then compile"):
+    with pytest.raises(IncompatibleBackboneError, match=r"this backbone is compiled.*: adapt first, then compile"):
         adapter.adapt(compiled, support)
     task = adapter.adapt(backbone, support)
     expected = task.logits(pixels)
