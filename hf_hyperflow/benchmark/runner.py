@@ -25,7 +25,7 @@ from transformers import AutoModel
 
 from ..arguments import make_parser
 from ..data.domains import Domain, load_domain
-from ..data.episodes import UNBALANCED_SHOTS, Episode, cdfsl_episode, meta_dataset_episode, unbalanced_episode
+from ..data.episodes import UNBALANCED_SHOTS, Episode, draw_episode
 from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.atomic_file import write_json
 from ..modeling.model_card import is_hub_id
@@ -136,7 +136,7 @@ class Benchmark:
         """Whether a domain has the images of an episode. Tells the user what is left out or reduced."""
         arguments = self.arguments
         try:
-            episode = draw_episode(arguments, domain, n_shot, 0)
+            episode = _draw_episode(arguments, domain, n_shot, 0)
         except ValueError as error:
             size = "an episode" if n_shot is None else f"{n_shot} shots"
             self.accelerator.print(f"{domain.name} has too few images for {size}: left out ({error})")
@@ -166,7 +166,7 @@ class Benchmark:
         self, method: Method, features: DomainFeatures, n_shot: int | None, index: int
     ) -> list[EpisodeResult]:
         """The rows of one episode."""
-        episode = draw_episode(self.arguments, features.domain, n_shot, index)
+        episode = _draw_episode(self.arguments, features.domain, n_shot, index)
         with torch.autocast(self.target.device.type, torch.bfloat16, enabled=self.arguments.bf16):
             outcomes = evaluate_method(method, features, episode)
         rows = []
@@ -282,21 +282,16 @@ def list_shots(arguments: BenchmarkArguments) -> Sequence[int | None]:
     return [None]
 
 
-def draw_episode(arguments: BenchmarkArguments, domain: Domain, n_shot: int | None, index: int) -> Episode:
-    """Episode `index` of a domain.
-
-    Args:
-        n_shot: None in protocols where shots vary.
-
-    Raises:
-        ValueError: the domain has too few images.
-    """
-    if arguments.protocol == "meta-dataset":
-        return meta_dataset_episode(domain, index, seed=arguments.seed)
-    if n_shot is None:
-        return unbalanced_episode(domain, index, n_query=arguments.n_query, seed=arguments.seed)
-    return cdfsl_episode(
-        domain, index, n_way=arguments.n_way, n_shot=n_shot, n_query=arguments.n_query, seed=arguments.seed
+def _draw_episode(arguments: BenchmarkArguments, domain: Domain, n_shot: int | None, index: int) -> Episode:
+    """Episode `index` of a domain, see `draw_episode`; `n_shot` is None in protocols where shots vary."""
+    return draw_episode(
+        arguments.protocol,
+        domain,
+        index,
+        n_way=arguments.n_way,
+        n_shot=n_shot or 1,
+        n_query=arguments.n_query,
+        seed=arguments.seed,
     )
 
 

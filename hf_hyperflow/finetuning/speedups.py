@@ -26,14 +26,17 @@ def cls_only_last_mlp(split: SplitBackbone, sample: Hidden) -> Iterator[bool]:
     Yields:
         Whether the MLP runs on the CLS token alone; if not, nothing has changed.
     """
-    if not _leaves_features(split, sample):
-        yield False
-        return
-    handle = _register(split)
+    handle = run_last_mlp_on_cls(split, sample)
     try:
-        yield True
+        yield handle is not None
     finally:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
+
+
+def run_last_mlp_on_cls(split: SplitBackbone, sample: Hidden) -> torch.utils.hooks.RemovableHandle | None:
+    """The same until the handle is removed; None if nothing has changed, see `cls_only_last_mlp`."""
+    return _register(split) if _leaves_features(split, sample) else None
 
 
 def _register(split: SplitBackbone) -> torch.utils.hooks.RemovableHandle:
