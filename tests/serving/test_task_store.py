@@ -11,6 +11,7 @@ import torch
 
 from hf_hyperflow import AdaptedTask, CheckpointError, TaskStore
 from hf_hyperflow.modeling.injection import get_injection
+from hf_hyperflow.modeling.peft_configs import lora_config
 from hf_hyperflow.modeling.saving import DRAFT
 from tests.helpers.files import flip_bit
 from tests.helpers.tiny import Snapshot, pictures, same_bits, tiny_adapter, tiny_dinov2
@@ -104,13 +105,13 @@ def test_a_task_that_is_given_out_can_be_reset_and_merged(store, tasks, pixels):
     assert store.predict("alice", pixels) == expected
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "-x", ".x", "x" * 101, "a\n", "é", "a b", "C:x"])
-def test_names_are_folders_of_the_store_and_nothing_else(store, tasks, name):
+def test_names_are_folders_of_the_store_and_nothing_else(store, tasks):
     before = sorted(store.folder.parent.rglob("*"))
-    assert name not in store
-    for use in (lambda: store[name], lambda: store.add(name, tasks["alice"]), lambda: store.remove(name)):
-        with pytest.raises(ValueError, match="cannot be the name of a task: use up to 100 letters"):
-            use()
+    for name in ("", ".", "..", "../x", "a/b", "-x", ".x", "x" * 101, "a\n", "é", "a b", "C:x"):
+        assert name not in store
+        for use in (store.__getitem__, lambda name: store.add(name, tasks["alice"]), store.remove):
+            with pytest.raises(ValueError, match="cannot be the name of a task: use up to 100 letters"):
+                use(name)
     assert sorted(store.folder.parent.rglob("*")) == before
 
 
@@ -177,10 +178,8 @@ def test_threads_share_a_store(store, tasks, backbone, pixels):
     assert list(small) == NAMES
 
 
-def test_a_store_takes_a_wrapper_and_many_tasks_of_lora(tmp_path, pixels):
-    """Tasks of an adapter with frozen factors share one injection when they are loaded."""
-    from hf_hyperflow.modeling.peft_configs import lora_config
-
+def test_tasks_of_an_adapter_with_frozen_factors(tmp_path, pixels):
+    """When they are loaded, they share one injection."""
     backbone = tiny_dinov2()
     adapter = tiny_adapter(backbone, lora_config(backbone, 2), frozen_tensors=("lora_A",))
     store = TaskStore(tmp_path, backbone)
