@@ -71,7 +71,7 @@ class TaskEncoder(nn.Module):
         means = class_means(features, labels)
         spreads = class_means((features - means[labels]).abs(), labels)
         log_shots = torch.bincount(labels).to(features).log().unsqueeze(1)
-        dtype = self.class_token[0].weight.dtype  # of an adapter in half precision; the means are taken in float32
+        dtype = next(self.parameters()).dtype  # of an adapter in half precision; the means are taken in float32
         classes = self.class_token(torch.cat([means, spreads, log_shots], dim=1).to(dtype))
         centre = means.mean(dim=0)
         between = (means - centre).abs().mean(dim=0)
