@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
 
+
+@pytest.mark.slow
 def test_scale(hyperflow, saved, tmp_path):
     pair = ["--adapter", saved / "adapter", "--backbone", saved / "backbone"]
     done = hyperflow("scale", *pair, "--n_tasks", "1", "--n_tasks", "2", "--json", "--figure", "cost.png")

@@ -56,7 +56,11 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+#: The others run with the slow tests.
+FAST = ("biases and norms, LDA", "lora, early stopping")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in FAST else pytest.mark.slow) for k in ADAPTERS])
 def test_the_tasks_are_those_of_adapt_up_to_rounding(supports, pixels, kind):
     config, arguments, options = ADAPTERS[kind]
     backbone = tiny_dinov2()
@@ -196,6 +200,7 @@ def test_left_out_images_are_named_with_their_support_set(adapter, backbone):
     assert task.class_names == ["red", "green"]
 
 
+@pytest.mark.slow
 def test_threads_predict_meanwhile(adapter, backbone):
     """Each gets, bit for bit, what it gets alone."""
     supports = [draw_tensors([0, 1, 1], seed=seed) for seed in range(6)]

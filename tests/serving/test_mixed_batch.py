@@ -54,7 +54,15 @@ def assert_as_one_by_one(tasks: list[AdaptedTask], images: torch.Tensor, **optio
     assert predict_mixed(tasks, images, **options) == labels
 
 
-@pytest.mark.parametrize(("make", "kind"), [(tiny_vit, "biases and norms"), *((tiny_dinov2, kind) for kind in CONFIGS)])
+KINDS = [
+    pytest.param(tiny_dinov2, "biases and norms"),
+    pytest.param(tiny_dinov2, "lora"),
+    pytest.param(tiny_dinov2, "layernorms", marks=pytest.mark.slow),
+    pytest.param(tiny_vit, "biases", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("make", "kind"), KINDS)
 def test_any_adapter_as_one_by_one(make, kind, images, tmp_path):
     backbone = make().train()
     before = Snapshot(backbone)
@@ -148,7 +156,8 @@ def test_a_task_that_was_reset_or_is_merged(tasks, images):
     assert get_injection(backbone) is None
 
 
-def test_threads_predict_and_reset_meanwhile(tasks, images):
+@pytest.mark.slow
+def test_threads_predict_meanwhile(tasks, images):
     chosen = [tasks[number] for number in ORDER if number]
     expected = score_mixed(chosen, images[: len(chosen)])
     alone = tasks[0].scores(images)

@@ -149,6 +149,7 @@ def test_a_store_of_too_little_memory(backbone, tmp_path):
         TaskStore(tmp_path, backbone, max_bytes=-1)
 
 
+@pytest.mark.slow
 def test_threads_share_a_store(store, tasks, backbone, pixels):
     """They predict, alone and mixed, while tasks are evicted, replaced by themselves and removed."""
     small = TaskStore(store.folder, backbone, max_bytes=tasks["carol"].theta.nbytes)
