@@ -21,6 +21,7 @@ from .evaluate import evaluate
 from .predict import predict
 from .printing import print_line, say
 from .saved import info, push
+from .scale import scale
 
 __all__ = ["app", "main"]
 
@@ -63,6 +64,7 @@ for own_parser in (benchmark, bench):
         own_parser
     )
 app.command()(demo)
+app.command()(scale)
 
 
 def main() -> None:

@@ -194,7 +194,27 @@ class Flow(PreTrainedModel):
         """
         tokens, hidden = self.encode(split, pixel_values, labels, hidden)
         trajectory = self.flow(tokens, n_steps=n_steps, solver=solver, end_time=end_time)
-        times, thetas = trajectory.times, [self.theta(z[0], injection.start) for z in trajectory.states]
+        states = [state[0] for state in trajectory.states]
+        return self.to_path(split, injection, trajectory, states, pixel_values, labels, hidden, early_stopping)
+
+    def to_path(
+        self,
+        split: SplitBackbone,
+        injection: Injection,
+        trajectory: Trajectory,
+        states: list[torch.Tensor],
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor,
+        hidden: Hidden | None,
+        early_stopping: bool,
+    ) -> WeightPath:
+        """The weights along a trajectory, for one of its support sets, and where the flow is stopped.
+
+        Args:
+            states: the states of that support set, `(n_tokens, token_dim)` at each time.
+            injection, pixel_values, labels, hidden, early_stopping: see `follow`.
+        """
+        times, thetas = trajectory.times, [self.theta(state, injection.start) for state in states]
         stopping_point = StoppingPoint(times[-1])
         # Weights that are not finite are an error of the caller's, which no stopping point mends.
         if early_stopping and torch.stack(thetas).isfinite().all():

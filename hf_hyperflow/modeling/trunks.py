@@ -43,6 +43,10 @@ def find_trunk(backbone: nn.Module) -> PreTrainedModel:
             "this backbone is a PeftModel, which carries an adapter already. Pass what `merge_and_unload()` or "
             "`unload()` of it returns."
         )
+    if _is_compiled(backbone):
+        raise IncompatibleBackboneError(
+            "this backbone is compiled, and adapting it changes its modules: adapt first, then compile."
+        )
     if not isinstance(backbone, PreTrainedModel):
         raise IncompatibleBackboneError(
             f"{type(backbone).__name__} is not a model of transformers. Use a vision model that AutoModel loads; "
@@ -65,6 +69,13 @@ def find_trunk(backbone: nn.Module) -> PreTrainedModel:
     if channels != 3:
         raise IncompatibleBackboneError(f"{name} takes {channels} channels. Use a model of RGB images.")
     return trunk
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether a model is what `torch.compile` returns, or was compiled in place by its method `compile`."""
+    if not isinstance(model, nn.Module):
+        return False
+    return model._compiled_call_impl is not None or "_orig_mod" in dict(model.named_children())
 
 
 def _unwrap(model: PreTrainedModel) -> PreTrainedModel:
