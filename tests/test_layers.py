@@ -17,6 +17,7 @@ BELOW = {
     "modeling": (),
     "extras": (),
     "arguments": (),
+    "export": ("modeling",),
     "data": ("modeling",),
     "finetuning": ("modeling", "data"),
     "benchmark": ("modeling", "data", "finetuning", "extras", "arguments"),
@@ -25,7 +26,7 @@ BELOW = {
     "download": ("modeling",),
     "pipeline": ("modeling", "download"),
     "demo": ("modeling", "data", "finetuning", "benchmark", "extras"),
-    "cli": ("modeling", "benchmark", "demo", "info", "download", "extras"),
+    "cli": ("modeling", "export", "benchmark", "demo", "info", "download", "extras"),
     "__main__": ("cli", "extras"),
     "": ("modeling", "pipeline"),
 }

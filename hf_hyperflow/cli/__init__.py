@@ -18,6 +18,7 @@ from ..modeling.version import __version__
 from .adapt import adapt
 from .doors import benchmark, demo, quickstart
 from .evaluate import evaluate
+from .export import export
 from .predict import predict
 from .printing import print_line, say
 from .saved import info, push
@@ -55,7 +56,7 @@ app = typer.Typer(
     context_settings={"max_content_width": 120, "token_normalize_func": _use_underscores},
 )
 app.callback()(hyperflow)
-for command in (adapt, predict, evaluate, info, push, quickstart):
+for command in (adapt, predict, evaluate, info, push, export, quickstart):
     app.command()(command)
 # The benchmark parses its own options: lists such as `--n_shot 1 5 20` are beyond typer.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
