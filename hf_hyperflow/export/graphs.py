@@ -73,6 +73,8 @@ class AdaptGraph(_Graph):
         self.register_buffer("start", injection.start.clone())
         self.n_steps = n_steps
         self.solver = solver
+        self.calibration = adapter.calibration  # read here, because it reads a weight as a number
+        self.rejection = adapter.rejection
 
     def forward(self, pixel_values: torch.Tensor, one_hot: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Theta `(n_tokens, token_dim)`, prototypes `(n_way, width)`, the scale `()` and maybe the rejection `(3,)`.
@@ -109,9 +111,9 @@ class AdaptGraph(_Graph):
         ways = (torch.ones_like(counts).sum() / 5).log()
         shots = -(1 / counts).mean().log()
         spread = spread_by_class(F.normalize(features, dim=-1), one_hot).clamp_min(MIN_SPREAD).log()
-        fit = self.adapter.calibration
+        fit = self.calibration
         numbers = [(fit.constant + fit.ways * ways + fit.shots * shots + fit.spread * spread).exp()]
-        known = self.adapter.rejection
+        known = self.rejection
         if known is not None:
             offset = known.constant + known.ways * ways + known.shots * shots + known.spread * spread
             nearness = -known.distance * (-spread).exp()

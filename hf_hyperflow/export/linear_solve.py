@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
-from onnxscript import DOUBLE, FLOAT, script
-from onnxscript import opset18 as op
+from onnxscript import DOUBLE, FLOAT, opset18, script
+
+op: Any = opset18
+
+if TYPE_CHECKING:
+    Matrix = DoubleMatrix = Any
+else:  # onnxscript reads these
+    Matrix, DoubleMatrix = FLOAT[...], DOUBLE[...]
 
 _FLOAT, _DOUBLE = 1, 11
 
 
 @script(default_opset=op)
-def invert(matrix: FLOAT) -> DOUBLE:
+def invert(matrix: Matrix) -> DoubleMatrix:
     """The inverse of a symmetric positive definite matrix `(n, n)`, by Gauss-Jordan elimination in place.
 
     Such matrices need no pivoting. Each of the n steps changes the matrix A to A - (a - e) (b + e) / p, where a and b
@@ -33,7 +41,7 @@ def invert(matrix: FLOAT) -> DOUBLE:
     return inverse * scales
 
 
-def solve(matrix: FLOAT, right: FLOAT, left: bool = True) -> FLOAT:
+def solve(matrix: Matrix, right: Matrix, left: bool = True) -> Matrix:
     """`torch.linalg.solve` for a symmetric positive definite matrix `(n, n)` and a right side `(n, m)`, in float32."""
     return op.Cast(op.MatMul(invert(matrix), op.Cast(right, to=_DOUBLE)), to=_FLOAT)
 

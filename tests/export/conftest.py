@@ -9,6 +9,7 @@ import pytest
 
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.modeling.peft_configs import bias_config, lora_config
+from tests.cli.running import Command
 from tests.helpers.tiny import tiny_adapter, tiny_dinov2
 
 
@@ -50,12 +51,31 @@ def make_lora_adapter(backbone: object) -> HyperFlowAdapter:
     )
 
 
-@pytest.fixture(scope="session", params=[make_bias_adapter, make_lora_adapter], ids=["bias", "lora"])
-def exported(request, tmp_path_factory):
+def export_in_python(adapter: HyperFlowAdapter, backbone: object, folder: Path) -> None:
     from hf_hyperflow.export.exporting import export_onnx
 
-    folder = tmp_path_factory.mktemp("exported")
-    backbone = tiny_dinov2(num_hidden_layers=2)
-    adapter = request.param(backbone)
     export_onnx(adapter, backbone, folder)
+
+
+def export_in_the_shell(adapter: HyperFlowAdapter, backbone: object, folder: Path) -> None:
+    adapter.save_pretrained(folder.parent / "adapter")
+    backbone.save_pretrained(folder.parent / "backbone")
+    pair = ["--adapter", folder.parent / "adapter", "--backbone", folder.parent / "backbone"]
+    ended = Command(folder.parent, "export", *pair, "--output_dir", folder, seconds=300).end()
+    assert ended.code == 0, ended.err
+    assert ended.err == ""
+    assert f"python {folder}/hyperflow_onnx.py adapt" in ended.out
+
+
+@pytest.fixture(
+    scope="session",
+    params=[(make_bias_adapter, export_in_python), (make_lora_adapter, export_in_the_shell)],
+    ids=["bias", "lora"],
+)
+def exported(request, tmp_path_factory):
+    make_adapter, export = request.param
+    folder = tmp_path_factory.mktemp("exported") / "onnx"
+    backbone = tiny_dinov2(num_hidden_layers=2)
+    adapter = make_adapter(backbone)
+    export(adapter, backbone, folder)
     return Exported(folder, adapter, backbone)

@@ -50,6 +50,8 @@ def test_one_export_serves_all_sizes(exported):
 
 @pytest.mark.slow
 def test_the_files_of_an_export(exported):
+    files = {path.name for path in exported.folder.iterdir()}
+    assert files == {"adapt.onnx", "predict.onnx", "weights.bin", "hyperflow.json", "hyperflow_onnx.py"}
     weights = (exported.folder / "weights.bin").stat().st_size
     n_parameters = sum(p.numel() for model in (exported.adapter, exported.backbone) for p in model.parameters())
     assert weights < 1.3 * 4 * n_parameters, "both graphs share their weights"
