@@ -18,6 +18,7 @@ BELOW = {
     "extras": (),
     "arguments": (),
     "serving": ("modeling",),
+    "export": ("modeling",),
     "data": ("modeling",),
     "finetuning": ("modeling", "data"),
     "benchmark": ("modeling", "serving", "data", "finetuning", "extras", "arguments"),
@@ -26,7 +27,7 @@ BELOW = {
     "download": ("modeling",),
     "pipeline": ("modeling", "download"),
     "demo": ("modeling", "data", "finetuning", "benchmark", "extras"),
-    "cli": ("modeling", "benchmark", "demo", "info", "download", "extras"),
+    "cli": ("modeling", "export", "benchmark", "demo", "info", "download", "extras"),
     "__main__": ("cli", "extras"),
     "": ("modeling", "serving", "pipeline"),
 }
