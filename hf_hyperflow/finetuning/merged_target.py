@@ -94,6 +94,7 @@ def _find_place(backbone: nn.Module, name: str) -> _Place:
     path, _, is_bias = name.partition(".beft_bias.")
     if is_bias:
         linear = _unwrap(backbone, path)
+        assert isinstance(linear, nn.Linear), "BEFT adapts linear layers"
         if linear.bias is None:
             linear.bias = nn.Parameter(linear.weight.new_zeros(len(linear.weight)), requires_grad=False)
         return _Place(f"{path}.bias", linear.bias)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 
@@ -29,3 +30,10 @@ def plain_attention(backbone: nn.Module) -> Iterator[None]:
     finally:
         if implementation == "sdpa":
             backbone.set_attn_implementation(implementation)
+
+
+def unfused_attention(device: torch.device) -> AbstractContextManager[None]:
+    """The same for modules that call torch's attention themselves, as the drift network does."""
+    if device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()

@@ -12,6 +12,7 @@ from ..data.domains import Domain, normalise
 from ..data.tasks import task_images
 from ..finetuning.interpolants import INTERPOLANTS
 from ..finetuning.merged_target import MergedTarget
+from ..finetuning.speedups import unfused_attention
 from ..finetuning.trajectories import Trajectories
 from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.backbones import Hidden, SplitBackbone
@@ -83,7 +84,8 @@ class EpisodicLoss(nn.Module):
         """Logits `(n_query, n_way)` of the query images of each episode; the flow of all is integrated as one batch."""
         hiddens = self.forward_prefix(episodes)
         tokens = [self._encode(episode, hidden) for episode, hidden in zip(episodes, hiddens, strict=True)]
-        end = self.adapter.flow(stack(tokens)).end
+        with unfused_attention(self.start.device):
+            end = self.adapter.flow(stack(tokens)).end
         logits = []
         for z, hidden, episode in zip(end, hiddens, episodes, strict=True):
             features = self.target.compute_features(self.adapter.theta(z, self.start), hidden)
@@ -173,7 +175,9 @@ class VelocityMatchingLoss(nn.Module):
             z, velocity = self.interpolate(points, self.times.to(rows.t.device), rows.t)
         z = z * ~rows.masked.view(-1, 1, 1)
         mask = self.adapter.space.mask.to(z.device)
-        error = (self.adapter.velocity(z, rows.t, tokens).float() - velocity) * mask
+        with unfused_attention(z.device):
+            predicted = self.adapter.velocity(z, rows.t, tokens)
+        error = (predicted.float() - velocity) * mask
         return error.square().sum() / (len(rows) * mask.sum())
 
 

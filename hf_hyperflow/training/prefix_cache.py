@@ -58,19 +58,18 @@ class PrefixCache:
         Args:
             keys: of the `n` images; None for an image that is not seen again.
         """
-        if not self.max_bytes:
+        unnamed = [row for row, key in enumerate(keys) if key is None]
+        if not self.max_bytes or len(unnamed) == len(keys):
             return self.target.forward_prefix(pixel_values)
         if self._sample is None:
             self._sample = self.target.forward_prefix(pixel_values[:1])
         shape = self._sample.states.shape[1:]
         states = self._sample.states.new_empty(len(keys), *shape)
-        unnamed = [row for row, key in enumerate(keys) if key is None]
         if unnamed:
             states[unnamed] = self.target.forward_prefix(pixel_values[unnamed]).states
         named = [(row, key) for row, key in enumerate(keys) if key is not None]
-        if named:
-            found = self._look_up(pixel_values, dict(named))
-            states[[row for row, _ in named]] = torch.stack(found).to(states)
+        found = self._look_up(pixel_values, dict(named))
+        states[[row for row, _ in named]] = torch.stack(found).to(states)
         return Hidden(states, self._sample.args, self._sample.kwargs)
 
     def _look_up(self, pixel_values: torch.Tensor, keys: dict[int, ImageKey]) -> list[torch.Tensor]:
@@ -87,6 +86,6 @@ class PrefixCache:
         return [computed[key] if key in computed else self._states[key] for key in keys.values()]
 
     def _fill_up(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """On a CPU, images and black ones up to a whole number of batches."""
-        n_black = -len(pixel_values) % self.target.images_at_once if pixel_values.device.type == "cpu" else 0
-        return F.pad(pixel_values, (0, 0, 0, 0, 0, 0, 0, n_black))
+        """On a CPU, images and blank ones up to a whole number of batches."""
+        n_blank = -len(pixel_values) % self.target.images_at_once if pixel_values.device.type == "cpu" else 0
+        return F.pad(pixel_values, (0, 0, 0, 0, 0, 0, 0, n_blank))
