@@ -15,6 +15,7 @@ PACKAGES = {
     "train": ("torch", "tqdm", "accelerate", "yaml", "tensorboard", "sklearn", "matplotlib", "pyarrow"),
     "demo": ("typer", "rich", "tqdm", "gradio", "sklearn", "matplotlib"),
     "ode": ("torchdiffeq",),
+    "onnx": ("torch", "onnxscript", "onnx_ir", "onnxruntime"),
     "weights": ("hf_hyperflow_weights",),
 }
 

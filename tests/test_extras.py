@@ -22,7 +22,12 @@ OPTIONAL = (
 )
 
 #: Names that packages are imported under, where they are not those of the distribution.
-MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml", "hf-hyperflow-weights": "hf_hyperflow_weights"}
+MODULES = {
+    "scikit-learn": "sklearn",
+    "pyyaml": "yaml",
+    "onnx-ir": "onnx_ir",
+    "hf-hyperflow-weights": "hf_hyperflow_weights",
+}
 
 ADAPT = """
 import sys

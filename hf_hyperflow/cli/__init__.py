@@ -18,9 +18,11 @@ from ..modeling.version import __version__
 from .adapt import adapt
 from .doors import bench, benchmark, demo, quickstart
 from .evaluate import evaluate
+from .export import export
 from .predict import predict
 from .printing import print_line, say
 from .saved import info, push
+from .scale import scale
 
 __all__ = ["app", "main"]
 
@@ -55,7 +57,7 @@ app = typer.Typer(
     context_settings={"max_content_width": 120, "token_normalize_func": _use_underscores},
 )
 app.callback()(hyperflow)
-for command in (adapt, predict, evaluate, info, push, quickstart):
+for command in (adapt, predict, evaluate, info, push, export, quickstart):
     app.command()(command)
 # These two parse their own options: lists such as `--n_shot 1 5 20` are beyond typer.
 for own_parser in (benchmark, bench):
@@ -63,6 +65,7 @@ for own_parser in (benchmark, bench):
         own_parser
     )
 app.command()(demo)
+app.command()(scale)
 
 
 def main() -> None:

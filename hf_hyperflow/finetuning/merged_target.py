@@ -11,9 +11,8 @@ from torch.func import functional_call
 
 from ..modeling.backbones import Hidden, SplitBackbone
 from ..modeling.parameter_space import ParameterSpace
-from ..modeling.trials import draw_images
 from ..modeling.trunks import plain_modules
-from .speedups import plain_attention, run_last_mlp_on_cls
+from .speedups import plain_attention
 
 #: How many images the first blocks run at once. On a CPU more are slower, because they leave its caches.
 _AT_ONCE_ON_CPU = 32
@@ -41,8 +40,7 @@ class MergedTarget:
 
     PEFT adds a bias in a pass of its own over the hidden states, and autocast casts every frozen matrix whenever it is
     used. Here a generated bias is added to that of the backbone, and a generated norm takes the place of the
-    backbone's. Other tensors, as those of LoRA, go through PEFT's layers. Frozen matrices are cast once. The MLP of
-    the last block runs on the CLS token alone where that leaves the features as they are.
+    backbone's. Other tensors, as those of LoRA, go through PEFT's layers. Frozen matrices are cast once.
 
     The features are those of the backbone with the adapter in it, up to rounding. The backbone itself may carry other
     adapters meanwhile.
@@ -66,9 +64,6 @@ class MergedTarget:
         self.split = copy.deepcopy(split).eval().requires_grad_(False)
         backbone = self.split.backbone
         self._places = [_find_place(backbone, name) for name in space.names]
-        with torch.no_grad():
-            images = draw_images(backbone, self.split.blocks.image_size)[:1]
-            run_last_mlp_on_cls(self.split, self.split.forward_prefix(images))
         if dtype is not None:
             _cast_matrices(backbone, dtype)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .prototypes import class_means, no_autocast
+from .prototypes import class_means, means_by_class, no_autocast
 
 #: Of the mean squared length of class means, at least this part is taken for signal.
 MIN_SIGNAL = 0.05
@@ -65,21 +65,28 @@ class RegularisedLDA(nn.Module):
         self.register_buffer("variances", torch.full((width,), 1e6))
         self.register_buffer("spread", torch.ones(()))
 
-    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, features: torch.Tensor, labels: torch.Tensor, one_hot: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Prototypes `(n_way, width)` from features `(n, width)` and labels `(n,)` of at least two classes.
 
         The product of a prototype with an image of length 1 is their Mahalanobis cosine, if the Mahalanobis length of
         the image is the mean one of the support images. Differentiable in the features. The order of the images does
-        not matter.
+        not matter. A graph that is traced for any number of classes needs the labels as one-hot rows `(n, n_way)`, too.
         """
+        is_traced = one_hot is not None
+        if one_hot is None:
+            one_hot = F.one_hot(labels)
         with no_autocast(features):
-            whitening = self._get_whitening(features, labels)
+            whitening = self._get_whitening(features, one_hot)
             whitened = features @ whitening
-            means = class_means(whitened, labels)
+            means = means_by_class(whitened, one_hot)
             residuals = whitened - means[labels]
             # In these coordinates C is I + R^T R. By Woodbury's identity its inverse is I - R^T (I + R R^T)^-1 R,
             # which takes as many equations as there are images.
-            gram = torch.eye(len(residuals), device=residuals.device, dtype=residuals.dtype) + residuals @ residuals.T
+            gram = (
+                torch.eye(residuals.shape[0], device=residuals.device, dtype=residuals.dtype) + residuals @ residuals.T
+            )
             solved = torch.linalg.solve(gram, residuals)
 
             def apply_inverse(rows: torch.Tensor) -> torch.Tensor:
@@ -90,17 +97,17 @@ class RegularisedLDA(nn.Module):
             directions = apply_inverse(means)
             lengths = _mahalanobis_lengths(means, directions)
             prototypes = directions @ whitening.T / (lengths * image_length)
-            counts = torch.bincount(labels)
-            if counts.min() < counts.max():
+            counts = one_hot.sum(dim=0)
+            if is_traced or counts.min() < counts.max():
                 leverages = (residuals * apply_inverse(residuals)).sum(dim=1)
                 noise = measure_noise(leverages, counts[labels])
                 signal = measure_signal(lengths.squeeze(1).square(), noise, counts)
                 prototypes = prototypes * weigh_classes(counts, signal, noise).unsqueeze(1)
             return prototypes
 
-    def _get_whitening(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _get_whitening(self, features: torch.Tensor, one_hot: torch.Tensor) -> torch.Tensor:
         """The map `(width, width)` to coordinates in which the prior's covariance, ridge included, is the identity."""
-        ridge = self.get_ridge(spread_between(features, labels))
+        ridge = self.get_ridge(spread_by_class(features, one_hot))
         return self.directions.to(features) * (self.variances.to(features) + ridge).rsqrt()
 
     def get_ridge(self, spread: torch.Tensor) -> torch.Tensor:
@@ -193,9 +200,14 @@ def spread_between(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
     There are two classes or more. The estimate is unbiased: if classes are drawn at random, its expectation depends on
     neither the number of classes nor that of images.
     """
+    return spread_by_class(features, F.one_hot(labels))
+
+
+def spread_by_class(features: torch.Tensor, one_hot: torch.Tensor) -> torch.Tensor:
+    """`spread_between` of labels as one-hot rows `(n, n_way)`."""
     with no_autocast(features):
-        means = class_means(features, labels)
+        means = means_by_class(features, one_hot)
         products = means @ means.T
-        n_way = len(means)
+        n_way = means.shape[0]
         between = (products.sum() - products.diagonal().sum()) / (n_way * (n_way - 1))
-        return class_means(features.square().sum(dim=1, keepdim=True), labels).mean() - between
+        return means_by_class(features.square().sum(dim=1, keepdim=True), one_hot).mean() - between

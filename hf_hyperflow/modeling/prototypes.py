@@ -58,7 +58,12 @@ class PrototypeClassifier:
 
 def class_means(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Means `(n_way, width)` of the features `(n, width)` of each label in 0..n_way-1, in whatever order they come."""
-    one_hot = F.one_hot(labels).to(features.dtype)
+    return means_by_class(features, F.one_hot(labels))
+
+
+def means_by_class(features: torch.Tensor, one_hot: torch.Tensor) -> torch.Tensor:
+    """`class_means` of labels as one-hot rows `(n, n_way)`. A traced graph knows how many classes these have."""
+    one_hot = one_hot.to(features.dtype)
     with no_autocast(features):
         return (one_hot.T @ features) / one_hot.sum(dim=0).unsqueeze(1)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .prototypes import class_means
+from .prototypes import means_by_class
 
 
 class TaskTokens(NamedTuple):
@@ -65,16 +65,22 @@ class TaskEncoder(nn.Module):
         self.class_token = nn.Sequential(nn.Linear(2 * feature_dim + 1, width), nn.GELU(), nn.Linear(width, width))
         self.task_token = nn.Sequential(nn.Linear(3 * feature_dim + 2, width), nn.GELU(), nn.Linear(width, width))
 
-    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> TaskTokens:
-        """Tokens of one task (batch 1) from features `(n, feature_dim)` and labels `(n,)` in 0..n_way-1."""
+    def forward(self, features: torch.Tensor, labels: torch.Tensor, one_hot: torch.Tensor | None = None) -> TaskTokens:
+        """Tokens of one task (batch 1) from features `(n, feature_dim)` and labels `(n,)` in 0..n_way-1.
+
+        A graph that is traced for any number of classes needs the labels as one-hot rows `(n, n_way)`, too.
+        """
+        one_hot = F.one_hot(labels) if one_hot is None else one_hot
         features = self.norm(features.float())
-        means = class_means(features, labels)
-        spreads = class_means((features - means[labels]).abs(), labels)
-        log_shots = torch.bincount(labels).to(features).log().unsqueeze(1)
-        classes = self.class_token(torch.cat([means, spreads, log_shots], dim=1))
+        means = means_by_class(features, one_hot)
+        spreads = means_by_class((features - means[labels]).abs(), one_hot)
+        log_shots = one_hot.sum(dim=0).to(features).log().unsqueeze(1)
+        dtype = next(self.parameters()).dtype  # of an adapter in half precision; the means are taken in float32
+        classes = self.class_token(torch.cat([means, spreads, log_shots], dim=1).to(dtype))
         centre = means.mean(dim=0)
         between = (means - centre).abs().mean(dim=0)
-        log_way = torch.full((1,), len(means), device=features.device).to(features).log()
-        task = self.task_token(torch.cat([centre, between, spreads.mean(dim=0), log_shots.mean(dim=0), log_way]))
-        present = torch.ones(1, len(means), dtype=torch.bool, device=features.device)
+        log_way = torch.ones_like(log_shots).sum(dim=0).log()
+        whole = torch.cat([centre, between, spreads.mean(dim=0), log_shots.mean(dim=0), log_way])
+        task = self.task_token(whole.to(dtype))
+        present = torch.ones(1, means.shape[0], dtype=torch.bool, device=features.device)
         return TaskTokens(classes.unsqueeze(0), present, task.unsqueeze(0))

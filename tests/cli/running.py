@@ -27,7 +27,8 @@ class Command:
         ["hf_hyperflow.cli", "hf_hyperflow.info", "transformers.models.dinov2.modeling_dinov2", "pydantic"]
     )
 
-    def __init__(self, folder: Path, *arguments: str | Path, missing: str | None = None):
+    def __init__(self, folder: Path, *arguments: str | Path, missing: str | None = None, seconds: float = 60):
+        self.seconds = seconds
         self.output = folder / f"output-{len(list(folder.glob('output-*')))}"
         self.output.mkdir()
         arguments = ["hyperflow", *map(str, arguments)]
@@ -35,7 +36,7 @@ class Command:
         self.process.start()
 
     def end(self) -> Outcome:
-        self.process.join(60)
+        self.process.join(self.seconds)
         out, err = [(self.output / name).read_bytes().decode(errors="replace") for name in ("out", "err")]
         return Outcome(self.process.exitcode, out, err)
 

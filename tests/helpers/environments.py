@@ -20,10 +20,17 @@ class Environment:
 
     Args:
         missing: top-level modules and distributions, as they are called in `site-packages`.
+        only: all others of these are missing, too; None stands for none.
         has_package: whether `hf_hyperflow` is there nevertheless, as it is in this repository.
     """
 
-    def __init__(self, folder: Path, missing: Collection[str] = (), has_package: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        missing: Collection[str] = (),
+        has_package: bool = False,
+        only: Collection[str] | None = None,
+    ):
         venv.create(folder / "venv", with_pip=False, symlinks=True)
         self.python = folder / "venv" / "bin" / "python"
         packages = folder / "packages"
@@ -32,7 +39,8 @@ class Environment:
             for entry in source.iterdir():
                 name = re.split("[-.]", entry.name)[0]
                 is_own = "hf_hyperflow" in entry.name or entry.suffix == ".pth"  # installed, or editable
-                if name not in missing and not is_own:
+                is_wanted = name not in missing and (only is None or name in only)
+                if is_wanted and not is_own:
                     (packages / entry.name).symlink_to(entry)
         if has_package:
             (packages / "hf_hyperflow").symlink_to(ROOT / "hf_hyperflow")
@@ -51,6 +59,10 @@ class Environment:
     def run(self, code: str, *arguments: str | Path) -> subprocess.CompletedProcess:
         """Run a script, given as text."""
         return self._run("-c", code, *arguments)
+
+    def run_file(self, path: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
+        """Run `python path`."""
+        return self._run(path, *arguments)
 
     def run_module(self, module: str, *arguments: str | Path) -> subprocess.CompletedProcess:
         """Run `python -m module`."""

@@ -1,0 +1,1 @@
+"""Adapters and their backbones as ONNX, for places without PyTorch."""

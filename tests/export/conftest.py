@@ -1,0 +1,81 @@
+"""Exports of tiny adapters, each made once: tracing takes seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from hf_hyperflow import HyperFlowAdapter
+from hf_hyperflow.modeling.peft_configs import bias_config, lora_config
+from tests.cli.running import Command
+from tests.helpers.tiny import tiny_adapter, tiny_dinov2
+
+
+@dataclass
+class Exported:
+    """A folder of an export, and what it was made of."""
+
+    folder: Path
+    adapter: HyperFlowAdapter
+    backbone: object
+
+
+def make_bias_adapter(backbone: object) -> HyperFlowAdapter:
+    """Like the released one: biases, LDA, intermediate features, calibrated scores and rejection; and two views."""
+    return tiny_adapter(
+        backbone,
+        bias_config(backbone, 1),
+        last_blocks=1,
+        drift_depth=1,
+        n_steps=2,
+        lda=True,
+        intermediate_weight=0.5,
+        views=2,
+        calibration={"constant": 1.6, "ways": 0.4, "shots": 0.6, "spread": -1.5},
+        rejection={"constant": 2.8, "ways": -0.1, "shots": -0.5, "spread": 1.0, "odds": 0.2, "distance": -5.0},
+    )
+
+
+def make_lora_adapter(backbone: object) -> HyperFlowAdapter:
+    """LoRA with cosines and another solver; support images are larger than those that condition the flow."""
+    return tiny_adapter(
+        backbone,
+        lora_config(backbone, 1),
+        last_blocks=1,
+        drift_depth=1,
+        n_steps=1,
+        solver="heun",
+        image_size=[14, 14],
+    )
+
+
+def export_in_python(adapter: HyperFlowAdapter, backbone: object, folder: Path) -> None:
+    from hf_hyperflow.export.exporting import export_onnx
+
+    export_onnx(adapter, backbone, folder)
+
+
+def export_in_the_shell(adapter: HyperFlowAdapter, backbone: object, folder: Path) -> None:
+    adapter.save_pretrained(folder.parent / "adapter")
+    backbone.save_pretrained(folder.parent / "backbone")
+    pair = ["--adapter", folder.parent / "adapter", "--backbone", folder.parent / "backbone"]
+    ended = Command(folder.parent, "export", *pair, "--output_dir", folder, seconds=300).end()
+    assert ended.code == 0, ended.err
+    assert ended.err == ""
+    assert f"python {folder}/hyperflow_onnx.py adapt" in ended.out
+
+
+@pytest.fixture(
+    scope="session",
+    params=[(make_bias_adapter, export_in_python), (make_lora_adapter, export_in_the_shell)],
+    ids=["bias", "lora"],
+)
+def exported(request, tmp_path_factory):
+    make_adapter, export = request.param
+    folder = tmp_path_factory.mktemp("exported") / "onnx"
+    backbone = tiny_dinov2(num_hidden_layers=2)
+    adapter = make_adapter(backbone)
+    export(adapter, backbone, folder)
+    return Exported(folder, adapter, backbone)
