@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from ...arguments import make_parser
 from ...modeling.atomic_file import write_json
@@ -56,6 +57,7 @@ def run(arguments: BenchArguments, find_released: FindReleased) -> dict[str, Any
         IncompatibleBackboneError: the backbone is not that of the adapter, or cannot see images of this size.
         ValueError: the adapter does not say what is needed of its backbone.
     """
+    disable_progress_bar()  # those of transformers; the bench has its own
     output = Path(arguments.output_dir)
     with exclusive(output), TemporaryDirectory() as scratch:
         subjects: dict[Subject, None] = {}  # "released" and "released@70" are the same
