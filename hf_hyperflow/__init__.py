@@ -11,6 +11,8 @@ from .modeling.task import AdaptedTask
 from .modeling.trunks import IncompatibleBackboneError
 from .modeling.version import __version__
 from .pipeline import FewShotImageClassificationPipeline
+from .serving.mixed_batch import predict_mixed, score_mixed
+from .serving.task_store import TaskStore
 
 __all__ = [
     "AdaptedTask",
@@ -21,7 +23,10 @@ __all__ = [
     "ImageError",
     "IncompatibleBackboneError",
     "SupportSetError",
+    "TaskStore",
     "__version__",
+    "predict_mixed",
+    "score_mixed",
 ]
 
 # Where this package is installed, AutoModel loads an adapter by itself; elsewhere with trust_remote_code=True, for

@@ -17,10 +17,11 @@ BELOW = {
     "modeling": (),
     "extras": (),
     "arguments": (),
+    "serving": ("modeling",),
     "export": ("modeling",),
     "data": ("modeling",),
     "finetuning": ("modeling", "data"),
-    "benchmark": ("modeling", "data", "finetuning", "extras", "arguments"),
+    "benchmark": ("modeling", "serving", "data", "finetuning", "extras", "arguments"),
     "training": ("modeling", "data", "finetuning", "benchmark", "extras", "arguments"),
     "info": ("modeling",),
     "download": ("modeling",),
@@ -28,7 +29,7 @@ BELOW = {
     "demo": ("modeling", "data", "finetuning", "benchmark", "extras"),
     "cli": ("modeling", "export", "benchmark", "demo", "info", "download", "extras"),
     "__main__": ("cli", "extras"),
-    "": ("modeling", "pipeline"),
+    "": ("modeling", "serving", "pipeline"),
 }
 
 

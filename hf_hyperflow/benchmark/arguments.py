@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..data.episodes import PROTOCOLS
 from ..modeling.views import MAX_VIEWS
 from .methods import METHODS, find_methods
-
-PROTOCOLS = ("cdfsl", "meta-dataset", "unbalanced")
 
 
 @dataclass

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import platform
 import resource
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +20,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+#: How often a piece of work is run for its median time, and how long that may take: a slow one is run less often.
+MAX_ROUNDS = 10
+ROUNDS_SECONDS = 20.0
+
+#: What measurements need. The server that fresh processes are forked from imports it once.
+PRELOADED = ["hf_hyperflow.benchmark.bench.measure", "sklearn.linear_model"]
 
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
@@ -50,6 +61,23 @@ class Cost:
     peak_memory_mb: float
 
 
+class ProcessKilledError(RuntimeError):
+    """A process ended before it had measured anything: mostly the system killed it, because memory ran out."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece of work to measure.
+
+    Attributes:
+        run: does it.
+        prepare: is called before every run. What it takes does not count.
+    """
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
 def device_name(device: str) -> str:
     """The device "cpu" or "cuda" in words, with the number of threads of a CPU."""
     if device == "cuda":
@@ -58,9 +86,28 @@ def device_name(device: str) -> str:
 
 
 def run_in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
-    """Call a module-level function in a new Python process, whose memory nothing else has touched."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    """Call a module-level function in a new Python process, whose memory no other work has touched.
+
+    Raises:
+        ProcessKilledError: the process was killed.
+    """
+    with ProcessPoolExecutor(max_workers=1, mp_context=_get_process_context()) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise ProcessKilledError("the process that measured was killed, probably because memory ran out") from error
+
+
+def _get_process_context() -> BaseContext:
+    """How processes are started: forked from a server that has imported the libraries and done nothing else.
+
+    Importing them takes seconds. Where there is no such server, as on Windows, every process does it.
+    """
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def measure_cost(function: Callable[[], T], device: torch.device | str = "cpu") -> tuple[T, Cost]:
@@ -83,6 +130,29 @@ def measure_cost(function: Callable[[], T], device: torch.device | str = "cpu") 
     seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() if is_cuda else _read_peak()
     return result, Cost(seconds, max(0, peak - before) / 2**20)
+
+
+def measure_in_turn(works: Mapping[K, Work], device: torch.device | str = "cpu") -> dict[K, Cost]:
+    """Run several pieces of work in turn, round after round, so that a busy moment of the machine meets all alike.
+
+    Returns:
+        for each of them the median time over the rounds after the first, and the peak memory of its first run. On a
+        CPU, that is its own only if there is no other work, see `measure_cost`.
+    """
+    first: dict[K, Cost] = {}
+    seconds: dict[K, list[float]] = {}
+    started = time.perf_counter()
+    for key, work in works.items():
+        work.prepare()
+        _, first[key] = measure_cost(work.run, device)
+        seconds[key] = []
+    n_rounds = int(ROUNDS_SECONDS / (time.perf_counter() - started))
+    for _ in range(max(1, min(n_rounds, MAX_ROUNDS))):
+        for key, work in works.items():
+            work.prepare()
+            _, cost = measure_cost(work.run, device)
+            seconds[key].append(cost.seconds)
+    return {key: Cost(statistics.median(seconds[key]), first[key].peak_memory_mb) for key in works}
 
 
 def flop_counter() -> FlopCounterMode:

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from .bench.measure import TaskCost
+from .cost_file import CostKey
 from .episode_log import EpisodeResult
 from .evaluation import mean_ci95
 from .methods import FLOW_POINTS, METHODS, HyperFlow, list_labels
@@ -23,7 +25,6 @@ from .records import (
     Results,
 )
 from .scores import compute_ece
-from .task_cost import CostKey, TaskCost
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,16 @@ from transformers import AutoModel
 
 from ..arguments import make_parser
 from ..data.domains import Domain, load_domain
-from ..data.episodes import UNBALANCED_SHOTS, Episode, cdfsl_episode, meta_dataset_episode, unbalanced_episode
+from ..data.episodes import UNBALANCED_SHOTS, Episode, draw_episode
 from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.atomic_file import write_json
 from ..modeling.model_card import is_hub_id
 from ..modeling.saving import atomic_folder, exclusive
 from .arguments import BenchmarkArguments
+from .bench.measure import TaskCost, measure_method
+from .bench.task import CostSetting
 from .cost import device_name
+from .cost_file import CostFile, CostKey
 from .domain_features import DomainFeatures
 from .episode_log import EPISODES, EpisodeLog, EpisodeResult
 from .evaluation import evaluate_method
@@ -41,7 +44,6 @@ from .log_settings import HYPERPARAMETERS, describe_settings, require_known
 from .methods import FLOW_POINTS, Method, Target, find_methods, list_labels
 from .records import Results
 from .results import HYPERFLOW, REFERENCE, TUNED_METHODS, EpisodeTable, build_cost_key, summarise
-from .task_cost import CostFile, CostKey, CostSetting, TaskCost, measure_task_cost
 
 RESULTS, COSTS = "results.json", "costs.json"
 
@@ -136,7 +138,7 @@ class Benchmark:
         """Whether a domain has the images of an episode. Tells the user what is left out or reduced."""
         arguments = self.arguments
         try:
-            episode = draw_episode(arguments, domain, n_shot, 0)
+            episode = _draw_episode(arguments, domain, n_shot, 0)
         except ValueError as error:
             size = "an episode" if n_shot is None else f"{n_shot} shots"
             self.accelerator.print(f"{domain.name} has too few images for {size}: left out ({error})")
@@ -166,7 +168,7 @@ class Benchmark:
         self, method: Method, features: DomainFeatures, n_shot: int | None, index: int
     ) -> list[EpisodeResult]:
         """The rows of one episode."""
-        episode = draw_episode(self.arguments, features.domain, n_shot, index)
+        episode = _draw_episode(self.arguments, features.domain, n_shot, index)
         with torch.autocast(self.target.device.type, torch.bfloat16, enabled=self.arguments.bf16):
             outcomes = evaluate_method(method, features, episode)
         rows = []
@@ -227,9 +229,9 @@ class Benchmark:
         setting = CostSetting(
             backbone=self.backbone_name,
             adapter=self.arguments.adapter,
-            device=device,
-            bf16=self.arguments.bf16,
             size=(height, width),
+            device=device,
+            is_autocast=self.arguments.bf16,
             views=self.arguments.views,
             query_views=self.arguments.query_views,
         )
@@ -239,7 +241,8 @@ class Benchmark:
             if key not in file.costs:
                 missing.append(key)
         for key in tqdm(missing, desc="costs", disable=None, leave=False):
-            file.add(key, measure_task_cost(self._find_method(key.method), setting, key.n_way, key.n_support))
+            with_images = replace(setting, n_way=key.n_way, n_images=key.n_support)
+            file.add(key, measure_method(with_images, self._find_method(key.method)))
         return file.costs
 
     def _list_cost_keys(self) -> list[CostKey]:
@@ -282,21 +285,16 @@ def list_shots(arguments: BenchmarkArguments) -> Sequence[int | None]:
     return [None]
 
 
-def draw_episode(arguments: BenchmarkArguments, domain: Domain, n_shot: int | None, index: int) -> Episode:
-    """Episode `index` of a domain.
-
-    Args:
-        n_shot: None in protocols where shots vary.
-
-    Raises:
-        ValueError: the domain has too few images.
-    """
-    if arguments.protocol == "meta-dataset":
-        return meta_dataset_episode(domain, index, seed=arguments.seed)
-    if n_shot is None:
-        return unbalanced_episode(domain, index, n_query=arguments.n_query, seed=arguments.seed)
-    return cdfsl_episode(
-        domain, index, n_way=arguments.n_way, n_shot=n_shot, n_query=arguments.n_query, seed=arguments.seed
+def _draw_episode(arguments: BenchmarkArguments, domain: Domain, n_shot: int | None, index: int) -> Episode:
+    """Episode `index` of a domain, see `draw_episode`; `n_shot` is None in protocols where shots vary."""
+    return draw_episode(
+        arguments.protocol,
+        domain,
+        index,
+        n_way=arguments.n_way,
+        n_shot=n_shot or 1,
+        n_query=arguments.n_query,
+        seed=arguments.seed,
     )
 
 

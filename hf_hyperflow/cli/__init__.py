@@ -16,12 +16,13 @@ import typer
 
 from ..modeling.version import __version__
 from .adapt import adapt
-from .doors import benchmark, demo, quickstart
+from .doors import bench, benchmark, demo, quickstart
 from .evaluate import evaluate
 from .export import export
 from .predict import predict
 from .printing import print_line, say
 from .saved import info, push
+from .scale import scale
 
 __all__ = ["app", "main"]
 
@@ -58,11 +59,13 @@ app = typer.Typer(
 app.callback()(hyperflow)
 for command in (adapt, predict, evaluate, info, push, export, quickstart):
     app.command()(command)
-# The benchmark parses its own options: lists such as `--n_shot 1 5 20` are beyond typer.
-app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    benchmark
-)
+# These two parse their own options: lists such as `--n_shot 1 5 20` are beyond typer.
+for own_parser in (benchmark, bench):
+    app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+        own_parser
+    )
 app.command()(demo)
+app.command()(scale)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`hyperflow quickstart`, `benchmark` and `demo`: the doors to what lives in other rooms."""
+"""`hyperflow quickstart`, `benchmark`, `bench` and `demo`: the doors to what lives in other rooms."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ def benchmark(context: typer.Context) -> None:
     with require_extra("benchmark", "the benchmark"):
         from ..benchmark.runner import main
     main(_add_released_pair(context.args))
+
+
+def bench(context: typer.Context) -> None:
+    """Measure time, memory and operations of getting ready and of predicting, beside one look at the images."""
+    hide_progress_bars()
+    with require_extra("benchmark", "the bench"):
+        from ..benchmark.bench.run import main
+    from ..demo.released import ADAPTER, BACKBONE, find_released
+
+    main(context.args, lambda: (find_released(BACKBONE), find_released(ADAPTER)))
 
 
 def _add_released_pair(arguments: list[str]) -> list[str]:

@@ -48,7 +48,7 @@ class Domain:
 
     def indices_by_class(self) -> list[torch.Tensor]:
         """The image indices of each class, ascending; empty classes are included."""
-        return [torch.nonzero(self.labels == c).flatten() for c in range(len(self.class_names))]
+        return list(self.labels.argsort(stable=True).split(self.class_sizes().tolist()))
 
     def select_classes(self, classes: list[int], name: str | None = None) -> Domain:
         """The images of some classes; `classes[i]` becomes class `i` of the new domain."""

@@ -16,6 +16,8 @@ import torch
 
 from .domains import Domain
 
+PROTOCOLS = ("cdfsl", "meta-dataset", "unbalanced")
+
 #: Support images of the classes of an unbalanced episode.
 UNBALANCED_SHOTS = (8, 4, 2, 1, 1)
 
@@ -103,6 +105,27 @@ def unbalanced_episode(
     classes = generator.permutation(_usable_classes(domain, max(shots) + n_query))[: len(shots)]
     dealt = generator.permutation(shots[: len(classes)]).tolist()
     return _draw_images(domain, index, classes, dealt, n_query, generator)
+
+
+def draw_episode(
+    protocol: str, domain: Domain, index: int, *, n_way: int = 5, n_shot: int = 5, n_query: int = 15, seed: int = 0
+) -> Episode:
+    """Episode `index` of a domain, of one of the `PROTOCOLS`.
+
+    Args:
+        n_way, n_shot: classes and support images of a class, where the protocol leaves them open (cdfsl).
+        n_query: query images of a class, likewise (cdfsl, unbalanced).
+
+    Raises:
+        ValueError: the domain has too few images, or the protocol is not known.
+    """
+    if protocol == "cdfsl":
+        return cdfsl_episode(domain, index, n_way=n_way, n_shot=n_shot, n_query=n_query, seed=seed)
+    if protocol == "meta-dataset":
+        return meta_dataset_episode(domain, index, seed=seed)
+    if protocol == "unbalanced":
+        return unbalanced_episode(domain, index, n_query=n_query, seed=seed)
+    raise ValueError(f"unknown protocol {protocol!r}: use one of {', '.join(PROTOCOLS)}.")
 
 
 def _draw_shots(sizes: np.ndarray, n_query: int, generator: np.random.Generator) -> list[int]:

@@ -15,7 +15,7 @@ from ..data.augmentation import random_views
 from ..data.domains import normalise
 from ..modeling.backbones import Hidden, SplitBackbone
 from ..modeling.prototypes import PrototypeClassifier
-from .speedups import cls_only_last_mlp, plain_attention
+from .speedups import plain_attention
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ def fine_tune(
         processor: the image processor, for its mean and standard deviation.
         run_steps: stop after so many of the config's steps, to measure what a step costs. The frozen blocks are run as
             for all steps.
-        after_step: called after each step with its number, which starts at 1. Only the features of the backbone can be
-            relied on then, not the other tokens (see `cls_only_last_mlp`).
+        after_step: called after each step with its number, which starts at 1.
 
     Returns:
         The loss of every step.
@@ -79,7 +78,7 @@ def fine_tune(
         source = _ViewPool(split, images, processor, config, batches)
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
     losses = []
-    with _trainable(parameters), plain_attention(split.backbone), cls_only_last_mlp(split, source.sample):
+    with _trainable(parameters), plain_attention(split.backbone):
         for step, batch in enumerate(batches[:run_steps], start=1):
             clean, augmented = source.features(batch)
             classifier = PrototypeClassifier.from_support(clean, labels[batch.clean], config.scale)
@@ -159,8 +158,6 @@ class _FreshViews:
         self.images = images
         self.processor = processor
         self.generator = _view_generator(config)
-        with torch.no_grad():
-            self.sample = split.forward_prefix(normalise(images[:1], processor))
 
     def features(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the clean images and of the views, `(n, width)` float32 each."""

@@ -1,4 +1,4 @@
-"""Ways to spare work in training that leave the results as they are."""
+"""A way to spare work in training that leaves the results as they are."""
 
 from __future__ import annotations
 
@@ -8,64 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-
-from ..modeling.backbones import Hidden, SplitBackbone
-from ..modeling.trunks import plain_modules
-
-
-@contextmanager
-def cls_only_last_mlp(split: SplitBackbone, sample: Hidden) -> Iterator[bool]:
-    """Within, the MLP of the last block runs on the CLS token alone, where that leaves the features as they are.
-
-    It does where a LayerNorm starts the MLP, a residual connection ends it and the CLS token is the feature, as in
-    Dinov2 and ViT. The other tokens of the last block come out wrong then, but nothing reads them.
-
-    Args:
-        sample: what `split.forward_prefix` gives for one or a few images, to try it on.
-
-    Yields:
-        Whether the MLP runs on the CLS token alone; if not, nothing has changed.
-    """
-    if not _leaves_features(split, sample):
-        yield False
-        return
-    handle = _register(split)
-    try:
-        yield True
-    finally:
-        handle.remove()
-
-
-def _register(split: SplitBackbone) -> torch.utils.hooks.RemovableHandle:
-    """Cut the input of the last LayerNorm of the last block; IndexError if the block has none."""
-    block = split.backbone.get_submodule(split.blocks.paths[-1])
-    norms = [path for path, module in plain_modules(block) if isinstance(module, nn.LayerNorm)]
-    return block.get_submodule(norms[-1]).register_forward_pre_hook(_keep_cls_token)
-
-
-def _keep_cls_token(_: nn.Module, args: tuple) -> tuple:
-    return (args[0][:, :1], *args[1:])
-
-
-@torch.no_grad()
-def _leaves_features(split: SplitBackbone, sample: Hidden) -> bool:
-    """Whether the features of `sample` are the same if the last MLP runs on the CLS token alone."""
-    if split.pooling != "cls":
-        return False
-    expected = split.forward_suffix(sample).float()
-    handle = None
-    try:
-        handle = _register(split)
-        features = split.forward_suffix(sample).float()
-    except (RuntimeError, TypeError, ValueError, IndexError):  # a block that is built otherwise
-        return False
-    finally:
-        if handle is not None:
-            handle.remove()
-    if features.shape != expected.shape:
-        return False
-    # A block that mixes tokens behind its MLP differs by far more than rounding in half precision does.
-    return bool((features - expected).abs().max() <= 0.02 * expected.abs().max())
 
 
 @contextmanager

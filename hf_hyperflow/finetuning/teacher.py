@@ -11,20 +11,16 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.augmentation import random_views
 from ..data.domains import normalise
-from ..modeling.backbones import Hidden, SplitBackbone
+from ..modeling.backbones import Hidden
 from ..modeling.parameter_space import ParameterSpace
 from ..modeling.prototypes import no_autocast
-from ..modeling.trunks import eval_mode
-from .speedups import cls_only_last_mlp
-
-#: How many images the frozen first blocks run at once.
-_IMAGES_AT_ONCE = 256
+from .merged_target import MergedTarget
 
 
 @dataclass(frozen=True)
@@ -117,8 +113,7 @@ class RandomDraws:
 
 
 def fine_tune_tasks(
-    space: ParameterSpace,
-    split: SplitBackbone,
+    target: MergedTarget,
     images: torch.Tensor,
     support_labels: torch.Tensor,
     query_labels: torch.Tensor,
@@ -126,25 +121,22 @@ def fine_tune_tasks(
     teacher: Teacher,
     generators: list[torch.Generator],
 ) -> Recording:
-    """Fine-tune `space` on `n` tasks of one shape at once; a task's result does not depend on the others'.
+    """Fine-tune a target on `n` tasks of one shape at once; a task's result does not depend on the others'.
 
-    The backbone keeps the space's adapter, with its weights at their start. This may run under autocast; cosines are
-    computed in float32 anyway.
+    This may run under autocast; cosines are computed in float32 anyway.
 
     Args:
-        split: the backbone, split where all that `space` moves lies in the second half.
+        target: of a backbone that is split where all that theta moves lies in the second half. It is left as it is.
         images: `(n, n_support + n_query, 3, height, width)` in 0..255 on the backbone's device, support first.
         support_labels, query_labels: `(n, n_support)` and `(n, n_query)`, 0..n_way-1.
         processor: the image processor, for its mean and standard deviation.
         generators: a CPU generator for each task.
     """
-    start = space.inject(split.backbone).start
-    draws = _draw_for_tasks(space, images[:, : support_labels.shape[1]], teacher, generators)
+    draws = _draw_for_tasks(target.space, images[:, : support_labels.shape[1]], teacher, generators)
     # On a CPU, vmap runs fused attention one task after the other; plain matrix products it runs for all at once.
-    with eval_mode(split.backbone), sdpa_kernel(SDPBackend.MATH):
-        group = _TaskGroup(space, split, images, support_labels, query_labels, processor, teacher.scale, draws)
-        with cls_only_last_mlp(split, group.sample):
-            return _record(group, start, teacher)
+    with sdpa_kernel(SDPBackend.MATH):
+        group = _TaskGroup(target, images, support_labels, query_labels, processor, teacher.scale, draws)
+        return _record(group, target.start, teacher)
 
 
 def _draw_for_tasks(
@@ -212,8 +204,7 @@ class _TaskGroup:
 
     def __init__(
         self,
-        space: ParameterSpace,
-        split: SplitBackbone,
+        target: MergedTarget,
         images: torch.Tensor,
         support_labels: torch.Tensor,
         query_labels: torch.Tensor,
@@ -221,21 +212,15 @@ class _TaskGroup:
         scale: float,
         draws: RandomDraws,
     ):
-        self.space = space
-        self.split = split
+        self.target = target
         self.support_labels = support_labels
         self.query_labels = query_labels
         self.scale = scale
         self.draws = draws
         n_support = support_labels.shape[1]
-        states, self.call = _forward_prefix(split, images, processor)
+        states, self.call = _forward_prefix(target, images, processor)
         self.support, self.query = states[:, :n_support], states[:, n_support:]
-        self.views, _ = _forward_prefix(split, draws.views, processor)
-
-    @property
-    def sample(self) -> Hidden:
-        """One image behind the first blocks."""
-        return Hidden(self.support[0, :1], self.call.args, self.call.kwargs)
+        self.views, _ = _forward_prefix(target, draws.views, processor)
 
     def classify_support(self, theta: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The teacher's forward pass: augmented support images against the prototypes of the clean ones.
@@ -268,25 +253,19 @@ class _TaskGroup:
 
     def _run_task(self, theta: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """The target's second half on the images of one task, with the adapter's weights `theta`."""
-        tensors = {f"backbone.{name}": tensor for name, tensor in self.space.to_tensors(theta).items()}
-        return functional_call(self.split, tensors, (Hidden(states, self.call.args, self.call.kwargs),))
+        return self.target.compute_features(theta, Hidden(states, self.call.args, self.call.kwargs))
 
 
-@torch.no_grad()
 def _forward_prefix(
-    split: SplitBackbone, images: torch.Tensor, processor: BaseImageProcessor
+    target: MergedTarget, images: torch.Tensor, processor: BaseImageProcessor
 ) -> tuple[torch.Tensor, Hidden]:
     """Run the first blocks on images `(..., 3, height, width)` in 0..255.
 
     Returns:
         Hidden states `(..., tokens, width)`, and a `Hidden` that tells what else a block is called with.
     """
-    dtype = next(split.backbone.parameters()).dtype
-    chunks = []
-    for chunk in images.flatten(0, -4).split(_IMAGES_AT_ONCE):
-        chunks.append(split.forward_prefix(normalise(chunk, processor).to(dtype)))
-    states = torch.cat([chunk.states for chunk in chunks])
-    return states.view(*images.shape[:-3], *states.shape[1:]), chunks[0]
+    hidden = target.forward_prefix(normalise(images.flatten(0, -4), processor))
+    return hidden.states.view(*images.shape[:-3], *hidden.states.shape[1:]), hidden
 
 
 def _compute_prototypes(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -88,6 +88,16 @@ class AdaptedBackbone:
         self._is_reset = False
 
     @property
+    def split(self) -> SplitBackbone:
+        """The backbone as the task runs it.
+
+        Raises:
+            RuntimeError: the task was reset, or is merged.
+        """
+        self._require_alive()
+        return self._split
+
+    @property
     def prototypes(self) -> torch.Tensor:
         """Prototypes `(n_way, width)`, to be multiplied with features of length 1. Computed when first needed.
 

@@ -16,23 +16,26 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .adapted_backbone import SupportImages
 from .backbones import SplitBackbone
-from .blocks import Blocks
 from .calibration import COSINE_SCALE, Calibration
-from .configuration import HyperFlowConfig
+from .configuration import HyperFlowConfig, require_known_fields
 from .fingerprint import compute_fingerprint, fingerprints_match
 from .finite import NotFiniteError, find_bad_image, find_bad_row, require_finite_weights
+from .flow import WeightPath
 from .gate import find_blocks
 from .images import ImageError
 from .injection import Injection, unload
 from .locks import get_lock
+from .many import follow_group, naming, read_groups, unloaded_after_error
+from .new_adapter import require_in_last_blocks, require_running
 from .parameter_space import ParameterSpace
 from .peft_configs import config_to_dict
 from .prototypes import unit_means
+from .queries import require_count
 from .saved_flow import SavedFlow
 from .stopping import StoppingPoint
 from .support import SupportSet, read_support
 from .task import AdaptedTask
-from .trunks import IncompatibleBackboneError, eval_mode, find_trunk, get_name
+from .trunks import eval_mode, find_trunk, get_name
 from .views import require_views
 
 
@@ -69,15 +72,17 @@ class HyperFlowAdapter(SavedFlow):
 
         Raises:
             IncompatibleBackboneError: the backbone cannot be adapted, or it has no such targets.
+            TypeError: there is no such field.
         """
+        require_known_fields(config)
         backbone = find_trunk(backbone)
         with get_lock(backbone):
             space = ParameterSpace.from_backbone(backbone, peft_config, frozen=frozen_tensors)
             blocks = find_blocks(backbone)
-            _require_in_last_blocks(space, blocks, last_blocks)
+            require_in_last_blocks(space, blocks, last_blocks)
             split = SplitBackbone(backbone, len(blocks) - last_blocks, config.pop("pooling", None), blocks)
             split.check()
-            _require_running(split, space)
+            require_running(split, space)
             fingerprint = compute_fingerprint(backbone)
         encoder_config = None if encoder is None else encoder.config.to_dict()
         model = cls(
@@ -148,6 +153,7 @@ class HyperFlowAdapter(SavedFlow):
         """
         views = require_views(self.config.views if views is None else views)
         calibration = self.calibration
+        self._warn_if_untrained(n_steps)
         split = self.split(backbone)
         backbone = split.backbone
         images = self._read(support, backbone, skip_bad)
@@ -161,8 +167,67 @@ class HyperFlowAdapter(SavedFlow):
                 solver=solver,
                 early_stopping=early_stopping,
             )
-            if not torch.stack(path.thetas).isfinite().all():
-                self._raise_not_finite(split, images)
+            return self._finish(split, path, images, calibration, views)
+
+    @torch.no_grad()
+    def adapt_many(
+        self,
+        backbone: PreTrainedModel,
+        supports: Any,
+        *,
+        n_steps: int | None = None,
+        solver: str | None = None,
+        early_stopping: bool = False,
+        views: int | None = None,
+        skip_bad: bool = False,
+        batch_size: int = 64,
+    ) -> list[AdaptedTask]:
+        """Adapt a backbone to many support sets. The tasks are those of `adapt`, one by one, up to rounding.
+
+        Images go through the frozen blocks in common batches, and support sets through the drift network. Prototypes
+        are computed at once, so that no images are kept. Threads may do what they may beside `adapt`; the lock of the
+        backbone is taken for one batch at a time.
+
+        Args:
+            backbone, n_steps, solver, early_stopping, views, skip_bad: see `adapt`.
+            supports: support sets in any of the forms of `adapt`, of any numbers of classes and images: an iterable,
+                which is read batch by batch, or a mapping of names to them.
+            batch_size: support sets are put together until they have so many images. A larger one is run whole.
+
+        Returns:
+            One task for each support set, in their order.
+
+        Raises:
+            SupportSetError: `supports` is a single support set.
+            ValueError: `batch_size` is not an integer of at least 1.
+            And what `adapt` raises. An error about a support set begins with its key or its position. The backbone is
+                left as it was.
+        """
+        require_count("batch_size", batch_size)
+        self._warn_if_untrained(n_steps)
+        views = require_views(self.config.views if views is None else views)
+        split, calibration = self.split(backbone), self.calibration
+        backbone = split.backbone
+        tasks: list[AdaptedTask] = []
+        with unloaded_after_error(self.space, backbone):
+            for group in read_groups(supports, backbone, self.processor, batch_size, skip_bad):
+                with get_lock(backbone), self._injected(backbone) as injection, eval_mode(backbone):
+                    paths = follow_group(
+                        self, split, injection, group, n_steps=n_steps, solver=solver, early_stopping=early_stopping
+                    )
+                    for support, path in zip(group, paths, strict=True):
+                        with naming(support.name):
+                            task = self._finish(split, path, support.images, calibration, views)
+                            _ = task.prototypes
+                        tasks.append(task)
+        return tasks
+
+    def _finish(
+        self, split: SplitBackbone, path: WeightPath, images: SupportSet, calibration: Calibration, views: int
+    ) -> AdaptedTask:
+        """The task at the end of a flow. The backbone carries the adapter, and the caller holds its lock."""
+        if not torch.stack(path.thetas).isfinite().all():
+            self._raise_not_finite(split, images)
         # The task writes theta into the backbone whenever it is used, so that several tasks can share it.
         kept = SupportImages(images, path.hidden, self.head, calibration, self.rejection, views)
         return self._build_task(split, path.theta, kept, nfe=path.nfe, stopping_point=path.stopping_point)
@@ -217,6 +282,14 @@ class HyperFlowAdapter(SavedFlow):
             )
         return images.to(parameter.device, parameter.dtype)
 
+    def _warn_if_untrained(self, n_steps: int | None) -> None:
+        if n_steps != 0 and not self.drift.token_out.weight.any():
+            warnings.warn(
+                "this adapter was not trained: its flow leaves the backbone as it is, and the head alone classifies. "
+                "Train it, or say n_steps=0.",
+                stacklevel=4,  # whoever called `adapt`: a frame of torch and ours lie between
+            )
+
     def _raise_not_finite(self, split: SplitBackbone, images: SupportSet) -> NoReturn:
         """Say why the generated weights are not finite: an image, the backbone's weights or the adapter's, or the flow.
 
@@ -265,25 +338,3 @@ class HyperFlowAdapter(SavedFlow):
                 f"({self.config.backbone['name_or_path']}): expect no gain.",
                 stacklevel=6,  # whoever called `adapt`: four frames of contextlib, torch and ours lie between
             )
-
-
-def _require_running(split: SplitBackbone, space: ParameterSpace) -> None:
-    """Raise an error if the backbone does not run with the adapter in it, because it reads attributes of a layer."""
-    injection = space.inject(split.backbone)
-    try:
-        split.check()
-    except IncompatibleBackboneError as error:
-        raise IncompatibleBackboneError(
-            f"{type(split.backbone).__name__} does not run with such an adapter in its layers "
-            f"({error.__cause__ or error}). Use another kind, such as layernorm_config."
-        ) from error
-    finally:
-        injection.remove()
-
-
-def _require_in_last_blocks(space: ParameterSpace, blocks: Blocks, last_blocks: int) -> None:
-    """Raise an error if a tensor of the space lies before the last blocks."""
-    modules = tuple(name.rsplit(".", 1)[0] for name in blocks.after(len(blocks) - last_blocks))
-    for name in space.names:
-        if not name.startswith(modules):
-            raise IncompatibleBackboneError(f"{name} is not in the last {last_blocks} blocks: raise last_blocks.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .blocks import Blocks, read_features
+from .cls_token import cls_token_from
 from .gate import find_blocks, is_close
 from .locks import get_lock
 from .trials import draw_images, first_tensor, split_arguments
@@ -48,6 +50,9 @@ class SplitBackbone(nn.Module):
 
     Some backbones do more between their blocks or behind them than call them in turn. These are not cut: the first
     half does nothing, and the second is the whole.
+
+    Where the CLS token is the feature, the MLP of the last block runs on this token alone, if that leaves the feature
+    as it is up to rounding. A model of twelve blocks then takes 5 % fewer operations.
 
     Args:
         backbone: a vision model of transformers, or a wrapper of one, see `find_trunk`.
@@ -126,7 +131,8 @@ class SplitBackbone(nn.Module):
         """
         if self.intermediate_weight:
             return self.forward_suffix(self.forward_prefix(pixel_values))
-        output = run_trunk(self.backbone, pixel_values)
+        with self._last_mlp_on_cls():
+            output = run_trunk(self.backbone, pixel_values)
         return read_features(output, self.pooling, is_channels_last=self.blocks.are_maps_last[-1])
 
     def forward_prefix(self, pixel_values: torch.Tensor) -> Hidden:
@@ -176,11 +182,18 @@ class SplitBackbone(nn.Module):
             final = read_features(output, self.pooling, is_channels_last=self.blocks.are_maps_last[-1])
         else:
             states = hidden.states
-            for path in self.blocks.paths[self.start :]:
-                block = self.backbone.get_submodule(path)
-                states = first_tensor(block(states, *hidden.args, **hidden.kwargs))
+            with self._last_mlp_on_cls():
+                for path in self.blocks.paths[self.start :]:
+                    block = self.backbone.get_submodule(path)
+                    states = first_tensor(block(states, *hidden.args, **hidden.kwargs))
             final = self.blocks.tails[self.pooling].run(self.backbone, states)
         return self.concat_features(final, hidden)
+
+    def _last_mlp_on_cls(self) -> AbstractContextManager[None]:
+        """Within, the last MLP runs on the CLS token alone where nothing reads the other tokens."""
+        last = self.backbone.get_submodule(self.blocks.paths[-1])
+        is_read = self.pooling != "cls" or bool(last._forward_hooks)  # whoever put a hook there sees all tokens
+        return cls_token_from(self.backbone, None if is_read else self.blocks.cls_norm)
 
     def forward(self, hidden: Hidden) -> torch.Tensor:
         """`forward_suffix`, under the name that `torch.func.functional_call` calls."""

@@ -70,6 +70,8 @@ class Blocks:
         width: length of the features.
         are_maps_last: of each block, and of the output, whether it takes maps `(n, height, width, channels)`.
         image_size: height and width of the images that it was tried on.
+        cls_norm: dotted path of the norm of the last block from which on it may run on the CLS token alone where that
+            is the feature; None if it may not.
     """
 
     paths: tuple[str, ...]
@@ -82,6 +84,7 @@ class Blocks:
     width: int
     are_maps_last: tuple[bool, ...]
     image_size: tuple[int, int]
+    cls_norm: str | None
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import field, fields
 from typing import Any
 
@@ -71,3 +73,17 @@ def get_own_fields() -> list[str]:
     """Names of the fields that a `HyperFlowConfig` has beside those of any config of transformers."""
     general = {item.name for item in fields(PreTrainedConfig)}
     return [item.name for item in fields(HyperFlowConfig) if item.name not in general]
+
+
+def require_known_fields(names: Iterable[str]) -> None:
+    """Check that names are of fields of a `HyperFlowConfig`, since transformers takes any.
+
+    Raises:
+        TypeError: one is not.
+    """
+    known = get_own_fields()
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}."
+            raise TypeError(f"a HyperFlowConfig has no field {name!r}: {remedy}")

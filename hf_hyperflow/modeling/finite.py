@@ -21,8 +21,9 @@ def find_bad_image(pixel_values: torch.Tensor) -> int | None:
     """
     if pixel_values.numel() == 0:
         return None
-    lowest, highest = torch.aminmax(pixel_values.flatten(1), dim=1)  # NaN if one of the values is
-    is_good = (lowest >= -MAX_PIXEL_VALUE) & (highest <= MAX_PIXEL_VALUE)
+    flat = pixel_values.flatten(1)
+    # The extremes are NaN if one of the values is. On a CPU `aminmax` of rows takes four times as long.
+    is_good = (flat.amin(dim=1) >= -MAX_PIXEL_VALUE) & (flat.amax(dim=1) <= MAX_PIXEL_VALUE)
     return _find_false(is_good)
 
 

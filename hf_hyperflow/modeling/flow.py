@@ -24,7 +24,7 @@ from .parameter_space import ParameterSpace
 from .peft_configs import build_peft_config
 from .prototypes import Head, unit_means
 from .rejection import RejectionCalibration
-from .solvers import Trajectory, integrate
+from .solvers import Trajectory, integrate, list_stage_times
 from .stopping import StoppingPoint, choose_stopping_point
 from .task_encoder import TaskEncoder, TaskTokens, pool_tokens
 from .trunks import IncompatibleBackboneError
@@ -194,7 +194,27 @@ class Flow(PreTrainedModel):
         """
         tokens, hidden = self.encode(split, pixel_values, labels, hidden)
         trajectory = self.flow(tokens, n_steps=n_steps, solver=solver, end_time=end_time)
-        times, thetas = trajectory.times, [self.theta(z[0], injection.start) for z in trajectory.states]
+        states = [state[0] for state in trajectory.states]
+        return self.to_path(split, injection, trajectory, states, pixel_values, labels, hidden, early_stopping)
+
+    def to_path(
+        self,
+        split: SplitBackbone,
+        injection: Injection,
+        trajectory: Trajectory,
+        states: list[torch.Tensor],
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor,
+        hidden: Hidden | None,
+        early_stopping: bool,
+    ) -> WeightPath:
+        """The weights along a trajectory, for one of its support sets, and where the flow is stopped.
+
+        Args:
+            states: the states of that support set, `(n_tokens, token_dim)` at each time.
+            injection, pixel_values, labels, hidden, early_stopping: see `follow`.
+        """
+        times, thetas = trajectory.times, [self.theta(state, injection.start) for state in states]
         stopping_point = StoppingPoint(times[-1])
         # Weights that are not finite are an error of the caller's, which no stopping point mends.
         if early_stopping and torch.stack(thetas).isfinite().all():
@@ -256,13 +276,15 @@ class Flow(PreTrainedModel):
         start = torch.zeros(shape, dtype=tokens.task.dtype, device=self.device)
         if isinstance(n_steps, Integral) and not isinstance(n_steps, bool) and n_steps == 0:
             return Trajectory([0.0], [start], nfe=0)
-        return integrate(
-            lambda z, t: self.velocity(z, t, tokens),
-            start,
-            n_steps=self.config.n_steps if n_steps is None else n_steps,
-            method=solver or self.config.solver,
-            end_time=end_time,
-        )
+        n_steps = self.config.n_steps if n_steps is None else n_steps
+        method = solver or self.config.solver
+        conditions = self.drift.prepare(tokens, list_stage_times(n_steps, method, end_time))
+        mask = self.space.mask.to(self.device)
+
+        def compute_velocity(z: torch.Tensor, t: float) -> torch.Tensor:
+            return self.drift.move(z, t, conditions) * mask
+
+        return integrate(compute_velocity, start, n_steps=n_steps, method=method, end_time=end_time)
 
     def velocity(self, z: torch.Tensor, t: torch.Tensor | float, tokens: TaskTokens) -> torch.Tensor:
         """d z / d t at z `(batch, n_tokens, token_dim)` and time t, a number or `(batch,)`; zero on padding."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .blocks import Blocks, Tail, list_block_paths, read_features
+from .cls_token import find_last_norm, run_cut_block
 from .locks import get_lock
 from .trials import Trial, draw_images, find_image_size, rough_norms, run_trial
 from .trunks import FORWARD_ERRORS, IncompatibleBackboneError, eval_mode, find_trunk, plain_modules
@@ -59,6 +60,7 @@ def _try_out(trunk: PreTrainedModel) -> tuple[Blocks, bool]:
         is_last = _find_channels_last(first)
         _require_same_features(trunk, first.output, second.output, is_last[-1])
         tails = _find_tails(trunk, first, is_last[-1])
+        cls_norm = _find_cls_norm(trunk, first, tails)
     pooling = _choose_pooling(trunk, first.output, tails)
     features = read_features(first.output, pooling, is_channels_last=is_last[-1])
     tail = tails.get(pooling)
@@ -79,6 +81,7 @@ def _try_out(trunk: PreTrainedModel) -> tuple[Blocks, bool]:
         width=features.shape[1],
         are_maps_last=is_last,
         image_size=image_size,
+        cls_norm=cls_norm,
     )
     return blocks, bool(features.isfinite().all())
 
@@ -216,6 +219,17 @@ def _measure_tail(trunk: nn.Module, tail: Tail, states: torch.Tensor, features: 
         return _measure_difference(features, tail.run(trunk, states))
     except FORWARD_ERRORS:  # this tail does not take such states
         return float("inf")
+
+
+def _find_cls_norm(trunk: nn.Module, trial: Trial, tails: dict[str, Tail]) -> str | None:
+    """The norm of the last block from which on the CLS token alone makes the same features, see `Blocks`."""
+    path, call = trial.calls[-1]
+    norm = find_last_norm(trunk, path)
+    if norm is None or "cls" not in tails or call.output.ndim != 3:
+        return None
+    features = run_cut_block(trunk, path, norm, call, tails["cls"])
+    expected = tails["cls"].run(trunk, call.output)
+    return norm if features is not None and is_close(expected, features) else None
 
 
 def _iterate_tails(trunk: nn.Module, trial: Trial, pooling: str, is_channels_last: bool) -> Iterator[Tail]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from .locks import get_lock, ignored_warnings
 from .trunks import IncompatibleBackboneError
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 #: The name of every adapter: PEFT saves the adapter of this name at the top of its folder.
 ADAPTER_NAME = "default"
+
+#: What PEFT's model puts before the names of the backbone's tensors.
+_IN_PEFT_MODEL = "base_model.model."
 
 #: The attribute of a backbone that holds the injection it carries. It lives, and is copied, with the backbone.
 _INJECTION = "_hyperflow_injection"
@@ -83,6 +88,7 @@ class Injection:
         self.backbone = backbone
         self.merged = False
         self._written: torch.Tensor | None = None
+        self._hook: RemovableHandle | None = None
         self._originals = {path: backbone.get_submodule(path) for path in targets}
         self._requires_grad = {name: p.requires_grad for name, p in backbone.named_parameters()}
         self._before_merge: dict[str, torch.Tensor] = {}
@@ -105,6 +111,7 @@ class Injection:
         vars(self.peft_model.peft_config[ADAPTER_NAME])["target_modules"] = copy.copy(peft_targets)
         for module in backbone.modules():
             module.training = modes.get(module, backbone.training)
+        self._hook = backbone.register_state_dict_post_hook(partial(_leave_out_adapter, self._originals))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy may be made while another thread writes weights, so it does not take them for written."""
@@ -180,6 +187,8 @@ class Injection:
                 for name, parameter in module.named_parameters():
                     self._before_merge[f"{path}.{name}"] = parameter.detach().clone()
             self.merged = True
+            assert self._hook is not None
+            self._hook.remove()
             self.peft_model.merge_and_unload()
 
     @torch.no_grad()
@@ -193,9 +202,32 @@ class Injection:
             for name, flag in self._requires_grad.items():
                 self.backbone.get_parameter(name).requires_grad_(flag)
             vars(self.backbone).pop("peft_config", None)
+            if self._hook is not None:
+                self._hook.remove()
             if get_injection(self.backbone) is self:
                 del vars(self.backbone)[_INJECTION]
             self._written, self.merged = None, False
+
+
+def _leave_out_adapter(
+    originals: dict[str, nn.Module], backbone: nn.Module, state: dict[str, Any], prefix: str, metadata: dict
+) -> None:
+    """Make the state of a backbone what it is without the adapter, so that a checkpoint of it is whole.
+
+    Saving the backbone, or a model that wraps it, would otherwise write names that nobody can load. PEFT, which saves
+    the adapter, sees it as it is.
+
+    Args:
+        originals: the modules that PEFT's take the place of, by their paths.
+        backbone, state, prefix, metadata: what `state_dict` calls its hooks with.
+    """
+    if prefix.endswith(_IN_PEFT_MODEL):
+        return
+    for path, module in originals.items():
+        for name in list(state):
+            if name.startswith(f"{prefix}{path}."):
+                del state[name]
+        module.state_dict(destination=state, prefix=f"{prefix}{path}.")
 
 
 def _target_paths(backbone: nn.Module, peft_config: PeftConfig) -> list[str]:

@@ -6,6 +6,7 @@ plain PEFT adapter, which needs nothing of this package.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -18,7 +19,11 @@ from transformers import PreTrainedModel
 from .gate import find_blocks
 from .injection import Injection, get_injection
 from .locks import get_lock
+from .peft_configs import config_to_dict
 from .trunks import IncompatibleBackboneError, find_trunk
+
+#: Fields of a PEFT config that say where an adapter comes from. Its tensors do not depend on them.
+_ORIGIN = ("auto_mapping", "base_model_name_or_path", "inference_mode", "revision")
 
 
 class ParameterSpace:
@@ -68,6 +73,12 @@ class ParameterSpace:
         """`(n_tokens, token_dim)` bool, False where a row is padded."""
         return self.to_tokens(torch.ones(shape) for shape in self.shapes) > 0
 
+    @cached_property
+    def key(self) -> str:
+        """Equal for spaces whose adapters are the same, of which one can be used in place of the other."""
+        names = json.dumps([self.names, self.shapes])
+        return _describe(self.peft_config, self.token_dim, self.frozen, self.seed) + names
+
     @property
     def n_tokens(self) -> int:
         """Number of rows of theta."""
@@ -88,27 +99,38 @@ class ParameterSpace:
         frozen: tuple[str, ...] = (),
         seed: int = 0,
     ) -> ParameterSpace:
-        """The space of a PEFT config on a backbone. The backbone is left as it was.
+        """The space of a PEFT config on a backbone. The backbone is left as it was, but for another adapter in it.
+
+        An adapter of this config that is in the backbone already stays there, and its space is returned.
 
         Raises:
             IncompatibleBackboneError: a target of the config is not in the backbone, or PEFT cannot adapt it.
         """
         backbone = find_trunk(backbone)
+        if token_dim is None:
+            token_dim = find_blocks(backbone).width
         with get_lock(backbone):
+            current = get_injection(backbone)
+            key = _describe(peft_config, token_dim, frozen, seed)
+            if current is not None and not current.merged and current.space.key.startswith(key):
+                return current.space
             injection = Injection(backbone, peft_config, seed)
             try:
                 parameters = injection.adapter_parameters(frozen)
             finally:
                 injection.remove()
-        if token_dim is None:
-            token_dim = find_blocks(backbone).width
         shapes = [tuple(parameter.shape) for parameter in parameters.values()]
         return cls(peft_config, token_dim, list(parameters), shapes, frozen=frozen, seed=seed)
 
     def is_in(self, backbone: nn.Module) -> bool:
-        """Whether the adapter is inside a backbone now, and not merged into it."""
+        """Whether the adapter is inside a backbone now, and not merged into it.
+
+        Another space of the same adapter is as good, such as that of a task which was loaded.
+        """
         injection = get_injection(backbone)
-        return injection is not None and injection.space is self and not injection.merged
+        if injection is None or injection.merged:
+            return False
+        return injection.space is self or injection.space.key == self.key
 
     def inject(self, backbone: nn.Module) -> Injection:
         """Put the adapter into a backbone, unless it is there already. Another injection is removed first.
@@ -166,6 +188,14 @@ class ParameterSpace:
         for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True):
             tensors[name] = _from_rows(piece, shape)
         return tensors
+
+
+def _describe(peft_config: PeftConfig, token_dim: int, frozen: tuple[str, ...], seed: int) -> str:
+    """All that the tensors of an adapter on a given backbone depend on."""
+    fields = config_to_dict(peft_config)
+    for name in _ORIGIN:
+        fields.pop(name, None)
+    return json.dumps([fields, token_dim, frozen, seed], sort_keys=True, default=str)
 
 
 def _is_tall(shape: tuple[int, ...]) -> bool:

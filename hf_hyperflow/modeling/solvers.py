@@ -83,6 +83,21 @@ def integrate(
     return Trajectory(times, states, nfe)
 
 
+def list_stage_times(n_steps: int, method: str, end_time: float = 1.0) -> list[float]:
+    """The times at which `integrate` computes the velocity; an empty list for an adaptive method, which chooses them.
+
+    The arguments are those of `integrate`, which raises the errors.
+    """
+    if method not in TABLEAUX or not isinstance(n_steps, Integral) or n_steps < 1:
+        return []
+    stage_times, _, _ = TABLEAUX[method]
+    step = end_time / n_steps
+    times = []
+    for i in range(n_steps):
+        times += [end_time * i / n_steps + stage_time * step for stage_time in stage_times]
+    return sorted(set(times))
+
+
 def _move(state: torch.Tensor, step: float, weights: list[float], slopes: list[torch.Tensor]) -> torch.Tensor:
     """The state after a step along the weighted sum of the slopes."""
     for weight, slope in zip(weights, slopes, strict=True):

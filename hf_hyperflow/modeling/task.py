@@ -331,6 +331,7 @@ class AdaptedTask(Pushable, AdaptedBackbone):
                 injection.remove()
                 raise
             theta = injection.read()
+            injection.write(theta)  # the injection may be that of other tasks: it forgets whose weights it had
         return cls(
             split=split,
             space=space,

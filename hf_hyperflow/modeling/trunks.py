@@ -43,6 +43,10 @@ def find_trunk(backbone: nn.Module) -> PreTrainedModel:
             "this backbone is a PeftModel, which carries an adapter already. Pass what `merge_and_unload()` or "
             "`unload()` of it returns."
         )
+    if _is_compiled(backbone):
+        raise IncompatibleBackboneError(
+            "this backbone is compiled, and adapting it changes its modules: adapt first, then compile."
+        )
     if not isinstance(backbone, PreTrainedModel):
         raise IncompatibleBackboneError(
             f"{type(backbone).__name__} is not a model of transformers. Use a vision model that AutoModel loads; "
@@ -65,6 +69,13 @@ def find_trunk(backbone: nn.Module) -> PreTrainedModel:
     if channels != 3:
         raise IncompatibleBackboneError(f"{name} takes {channels} channels. Use a model of RGB images.")
     return trunk
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether a model is what `torch.compile` returns, or was compiled in place by its method `compile`."""
+    if not isinstance(model, nn.Module):
+        return False
+    return model._compiled_call_impl is not None or "_orig_mod" in dict(model.named_children())
 
 
 def _unwrap(model: PreTrainedModel) -> PreTrainedModel:
@@ -113,17 +124,18 @@ def is_norm(module: nn.Module) -> bool:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within, the model is in evaluation mode. Afterwards every module is in the mode that it was in.
+    """Within, the model is in evaluation mode. Afterwards the modules that were in training mode are in it again.
 
     If other threads use the model, the caller holds its lock.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    if training:  # to set modes takes longer than to look at them
+        model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 def run_trunk(trunk: nn.Module, pixel_values: torch.Tensor) -> ModelOutput:

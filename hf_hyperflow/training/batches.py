@@ -18,6 +18,7 @@ from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.backbones import SplitBackbone
 from .config import DriftTrainingConfig
 from .objectives import EpisodeImages, MatchingRows, encode_recorded_support
+from .prefix_cache import ImageKey
 from .schedule import Schedule, draw_rows
 
 #: Velocities are matched at times up to here. From 1 on they are zero, so that the flow stays where it lands.
@@ -157,10 +158,15 @@ class StepBatches:
         task = draw_task(self.domains, index, seed=self.config.seed, randomize_prob=self.config.randomize_prob)
         episode = task.episode
         images = task_images(task, self.domains_by_name[episode.domain], self.device)
+        keys = None
+        if task.transform_seed is None:
+            rows = torch.cat([episode.support, episode.query]).tolist()
+            keys = [ImageKey(episode.domain, row, task.flip) for row in rows]
         return EpisodeImages(
             pixel_values=normalise(images, self.processor),
             support_labels=episode.support_labels.to(self.device),
             query_labels=episode.query_labels.to(self.device),
+            keys=keys,
         )
 
     def _load_rows(self, step: int, share: slice) -> MatchingRows:

@@ -23,6 +23,7 @@ from ..data.episodes import episode_generator
 from ..data.tasks import TrainingTask, draw_group_shape, draw_task, load_domains, task_images
 from ..finetuning.collection import COLLECTION, describe_domain, describe_space, read_collection
 from ..finetuning.collection_card import collection_card
+from ..finetuning.merged_target import MergedTarget
 from ..finetuning.shards import (
     DATA,
     build_shard_columns,
@@ -45,6 +46,7 @@ from .building import build_peft_config
 from .checkpoints import exclusive_run
 from .collection_config import CollectionConfig
 from .cost_log import describe_hardware, list_versions
+from .precision import get_autocast_dtype
 from .tracking import list_domains
 
 #: Settings that may differ when a collection is gone on with, or that its record holds elsewhere.
@@ -66,7 +68,7 @@ class TrajectoryCollector:
     domains: list[Domain]
     fingerprint: list[float]
     space: ParameterSpace
-    split: SplitBackbone
+    target: MergedTarget
 
     def __init__(self, config: CollectionConfig):
         self.config = config
@@ -112,7 +114,8 @@ class TrajectoryCollector:
         self.fingerprint = compute_fingerprint(backbone)
         peft_config = build_peft_config(config.parameters, backbone, config.last_blocks, norms=config.norms)
         self.space = ParameterSpace.from_backbone(backbone, peft_config)
-        self.split = SplitBackbone(backbone, len(find_blocks(backbone)) - config.last_blocks)
+        split = SplitBackbone(backbone, len(find_blocks(backbone)) - config.last_blocks)
+        self.target = MergedTarget(self.space, split, get_autocast_dtype(self.accelerator.mixed_precision))
         self.accelerator.print(
             f"{config.n_groups} groups of {config.group_size} tasks on {list_domains(self.domains)}; "
             f"{self.space.n_parameters} parameters move"
@@ -251,8 +254,7 @@ class TrajectoryCollector:
             generators.append(teacher_generator(self.config.seed, episode.index))
         with self.accelerator.autocast():
             return fine_tune_tasks(
-                self.space,
-                self.split,
+                self.target,
                 torch.stack(images),
                 torch.stack(support_labels).to(device),
                 torch.stack(query_labels).to(device),

@@ -80,6 +80,10 @@ class DriftTrainingConfig:
     gradient_accumulation_steps: int = field(
         default=1, metadata={"help": "parts that a step's batch is run in: less memory, the same result"}
     )
+    prefix_cache_bytes: int = field(
+        default=2_000_000_000,
+        metadata={"help": "memory of a process for what the first blocks compute of images that are seen again"},
+    )
     randomize_prob: float = field(default=0.6, metadata={"help": "share of episodes whose domain is randomised"})
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
     lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = field(
@@ -123,6 +127,8 @@ class DriftTrainingConfig:
                 wrong.append(f"--{name} {value}")
         if wrong:
             raise ValueError(f"{', '.join(wrong)}: must be at least 1.")
+        if self.prefix_cache_bytes < 0:
+            raise ValueError(f"--prefix_cache_bytes {self.prefix_cache_bytes}: must not be negative.")
         if self.validation_episodes == 1:
             raise ValueError("--validation_episodes 1: must be at least 2, for a single one has no interval.")
         if not 0 <= self.intermediate_weight < math.inf:

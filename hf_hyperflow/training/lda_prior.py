@@ -29,7 +29,8 @@ def measure_lda_prior(accelerator: Accelerator, loss: EpisodicLoss, batches: Ste
     sums = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
     bar = tqdm(total=n_tasks, desc="measuring the head", disable=not accelerator.is_main_process, mininterval=5)
     for episode in batches.first_episodes(n_tasks):
-        features = loss.adapted_features(loss.start, loss.split.forward_prefix(episode.pixel_values)).double()
+        (hidden,) = loss.forward_prefix([episode])
+        features = loss.target.compute_features(loss.start, hidden).double()
         labels = torch.cat([episode.support_labels, episode.query_labels])
         covariance = within_covariance(features, labels)
         variance = covariance.diagonal().mean()

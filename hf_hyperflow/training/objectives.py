@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 
 from ..data.domains import Domain, normalise
 from ..data.tasks import task_images
 from ..finetuning.interpolants import INTERPOLANTS
-from ..finetuning.speedups import cls_only_last_mlp, plain_attention
+from ..finetuning.merged_target import MergedTarget
 from ..finetuning.trajectories import Trajectories
 from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.backbones import Hidden, SplitBackbone
 from ..modeling.prototypes import PrototypeClassifier, no_autocast
 from ..modeling.task_encoder import TaskTokens, stack
+from .prefix_cache import ImageKey, PrefixCache
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,13 @@ class EpisodeImages:
     Attributes:
         pixel_values: `(n_support + n_query, 3, height, width)`, the support set first.
         support_labels, query_labels: `(n_support,)` and `(n_query,)` in 0..n_way-1.
+        keys: a name for each image, under which its hidden states can be kept; None where they change their looks.
     """
 
     pixel_values: torch.Tensor
     support_labels: torch.Tensor
     query_labels: torch.Tensor
+    keys: list[ImageKey] | None = None
 
 
 class EpisodicLoss(nn.Module):
@@ -44,22 +46,29 @@ class EpisodicLoss(nn.Module):
 
     Args:
         adapter: what is trained.
-        split: the backbone. The adapter is injected into it.
+        split: the backbone. The adapter is injected into it, and a copy of it is run.
+        dtype: the precision of the autocast that the loss is computed under; None if it is computed without.
+        cache_bytes: most memory for hidden states of images that are seen again, see `PrefixCache`.
 
     Attributes:
+        target: the copy of the backbone.
+        prefix: runs its first blocks.
         start: theta `(n_tokens, token_dim)` at t = 0.
     """
 
-    def __init__(self, adapter: HyperFlowAdapter, split: SplitBackbone):
+    def __init__(
+        self,
+        adapter: HyperFlowAdapter,
+        split: SplitBackbone,
+        *,
+        dtype: torch.dtype | None = None,
+        cache_bytes: int = 0,
+    ):
         super().__init__()
         self.adapter = adapter
-        # In a tuple, or the backbone would be registered as a part of what is trained and saved.
-        self._target = (split,)
-        self.start = adapter.space.inject(split.backbone).start
-
-    @property
-    def split(self) -> SplitBackbone:
-        return self._target[0]
+        self.target = MergedTarget(adapter.space, split, dtype)
+        self.prefix = PrefixCache(self.target, cache_bytes, dtype)
+        self.start = self.target.start
 
     def forward(self, episodes: list[EpisodeImages]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean loss and mean accuracy (0 to 1) of the query images, every episode counting the same."""
@@ -72,35 +81,30 @@ class EpisodicLoss(nn.Module):
 
     def query_logits(self, episodes: list[EpisodeImages]) -> list[torch.Tensor]:
         """Logits `(n_query, n_way)` of the query images of each episode; the flow of all is integrated as one batch."""
-        hiddens, tokens = [], []
-        for episode in episodes:
-            hidden, episode_tokens = self._encode(episode)
-            hiddens.append(hidden)
-            tokens.append(episode_tokens)
+        hiddens = self.forward_prefix(episodes)
+        tokens = [self._encode(episode, hidden) for episode, hidden in zip(episodes, hiddens, strict=True)]
         end = self.adapter.flow(stack(tokens)).end
         logits = []
         for z, hidden, episode in zip(end, hiddens, episodes, strict=True):
-            theta = self.adapter.theta(z, self.start)
-            logits.append(self._classify(self.adapted_features(theta, hidden), episode))
+            features = self.target.compute_features(self.adapter.theta(z, self.start), hidden)
+            logits.append(self._classify(features, episode))
         return logits
 
-    def _encode(self, episode: EpisodeImages) -> tuple[Hidden, TaskTokens]:
-        """What the frozen blocks compute of all images, and the task tokens of the support set."""
-        support = slice(len(episode.support_labels))
-        with torch.no_grad():
-            hidden = self.split.forward_prefix(episode.pixel_values)
-        tokens, _ = self.adapter.encode(
-            self.split, episode.pixel_values[support], episode.support_labels, hidden[support]
-        )
-        return hidden, tokens
+    def forward_prefix(self, episodes: list[EpisodeImages]) -> list[Hidden]:
+        """What the frozen blocks compute of all images of each episode."""
+        keys: list[ImageKey | None] = []
+        for episode in episodes:
+            keys += episode.keys or [None] * len(episode.pixel_values)
+        hidden = self.prefix.forward_prefix(torch.cat([episode.pixel_values for episode in episodes]), keys)
+        states = hidden.states.split([len(episode.pixel_values) for episode in episodes])
+        return [Hidden(part, hidden.args, hidden.kwargs) for part in states]
 
-    def adapted_features(self, theta: torch.Tensor, hidden: Hidden) -> torch.Tensor:
-        """Features `(n, width)` of the backbone with the adapter's weights `theta`; differentiable in theta."""
-        # Another adapter may be in the backbone by now: a validation puts the averaged one there.
-        self.adapter.space.inject(self.split.backbone)
-        tensors = {f"backbone.{name}": tensor for name, tensor in self.adapter.space.to_tensors(theta).items()}
-        with plain_attention(self.split.backbone), cls_only_last_mlp(self.split, hidden[:1]):
-            return functional_call(self.split, tensors, (hidden,))
+    def _encode(self, episode: EpisodeImages, hidden: Hidden) -> TaskTokens:
+        """The task tokens of the support set."""
+        support = slice(len(episode.support_labels))
+        images = episode.pixel_values[support]
+        tokens, _ = self.adapter.encode(self.target.split, images, episode.support_labels, hidden[support])
+        return tokens
 
     def _classify(self, features: torch.Tensor, episode: EpisodeImages) -> torch.Tensor:
         """Logits of the query images from the features of all images of the episode."""

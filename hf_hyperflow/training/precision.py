@@ -24,6 +24,11 @@ def resolve_precision(mixed_precision: MixedPrecision, *, cpu: bool) -> MixedPre
     return "bf16" if _computes_in_bf16(on_cpu) else "no"
 
 
+def get_autocast_dtype(mixed_precision: str) -> torch.dtype | None:
+    """What autocast computes in where Accelerate is given this precision; None for no autocast."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+
+
 def _computes_in_bf16(on_cpu: bool) -> bool:
     if not on_cpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)

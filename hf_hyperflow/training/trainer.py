@@ -28,7 +28,6 @@ from ..finetuning.trajectories import Trajectories, measure_token_scale
 from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.backbones import SplitBackbone
 from ..modeling.hub import make_repo, push_folder
-from ..modeling.lda import RegularisedLDA
 from ..modeling.saving import CheckpointError
 from ..modeling.trunks import find_trunk
 from .batches import BatchSizes, StepBatches, load_recorded
@@ -39,6 +38,7 @@ from .cost_log import OfflineCost, describe_hardware, list_versions
 from .lda_prior import measure_lda_prior
 from .objectives import EpisodicLoss, VelocityMatchingLoss
 from .optimizer import build_optimizer
+from .precision import get_autocast_dtype
 from .progress import TrainingProgress
 from .schedule import METRICS, Schedule, ScheduledLoss
 from .tracking import flatten, get_logging_folder, list_domains, require_tracker, start_tracker
@@ -200,7 +200,8 @@ class DriftTrainer:
     def _build_optimizer(self) -> None:
         """The losses, and everything that changes the weights, under Accelerate's control."""
         config = self.config
-        self.episodic_loss = EpisodicLoss(self.adapter, self.split)
+        dtype = get_autocast_dtype(self.accelerator.mixed_precision)
+        self.episodic_loss = EpisodicLoss(self.adapter, self.split, dtype=dtype, cache_bytes=config.prefix_cache_bytes)
         matching = None
         if self.recorded is not None:
             matching = VelocityMatchingLoss(self.adapter, self.recorded.times, interpolant=config.interpolant)
@@ -245,11 +246,8 @@ class DriftTrainer:
         n_tasks = self.config.lda_tasks
         with self.cost.phase("lda", every=1, episodes=n_tasks), self.accelerator.autocast():
             measure_lda_prior(self.accelerator, self.episodic_loss, self.batches, n_tasks)
-        # The average is one of parameters alone, and the prior is in buffers.
-        measured, averaged = self.adapter.head, self.averaged_adapter.head
-        assert isinstance(measured, RegularisedLDA)
-        assert isinstance(averaged, RegularisedLDA)
-        averaged.load_state_dict(measured.state_dict())
+        # The prior is in buffers, and the average is one of parameters alone.
+        self.averaged_adapter.load_state_dict(self.adapter.state_dict())
 
     # Step
 

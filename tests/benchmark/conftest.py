@@ -30,6 +30,14 @@ def target(backbone, processor) -> Target:
 
 
 @pytest.fixture
+def pair(target, tmp_path) -> tuple[str, str]:
+    """The folders of the target's backbone and adapter."""
+    target.backbone.save_pretrained(tmp_path / "backbone")
+    target.adapter.save_pretrained(tmp_path / "adapter")
+    return str(tmp_path / "backbone"), str(tmp_path / "adapter")
+
+
+@pytest.fixture
 def features(target, colours) -> DomainFeatures:
     return DomainFeatures(target, colours)
 

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 
+from hf_hyperflow.benchmark.bench.measure import TaskCost
 from hf_hyperflow.benchmark.episode_log import EpisodeResult
 from hf_hyperflow.benchmark.figures import STYLES, choose_styles, draw_accuracy_cost, draw_flow, draw_gain, draw_shots
 from hf_hyperflow.benchmark.methods import list_labels
 from hf_hyperflow.benchmark.records import Results
 from hf_hyperflow.benchmark.results import build_cost_key, summarise
-from hf_hyperflow.benchmark.task_cost import TaskCost
 
 LABELS = list_labels()
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from hf_hyperflow.benchmark.bench.measure import TaskCost
+from hf_hyperflow.benchmark.cost_file import CostKey
 from hf_hyperflow.benchmark.episode_log import EpisodeResult
 from hf_hyperflow.benchmark.evaluation import mean_ci95
 from hf_hyperflow.benchmark.results import average_over_domains, build_cost_key, summarise
-from hf_hyperflow.benchmark.task_cost import CostKey, TaskCost
 
 
 def rows(

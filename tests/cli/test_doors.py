@@ -15,6 +15,7 @@ from tests.cli.running import names
         ("quickstart", "rich", "benchmark"),
         ("quickstart", "sklearn", "benchmark"),
         ("benchmark", "matplotlib", "benchmark"),
+        ("bench", "matplotlib", "benchmark"),
         ("demo", "gradio", "demo"),
         ("demo", "matplotlib", "demo"),
     ],

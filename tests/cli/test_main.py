@@ -85,7 +85,7 @@ def test_wrong_usage(hyperflow, adapting, saved, tmp_path):
 
 
 def test_help_everywhere(hyperflow):
-    commands = ["adapt", "predict", "evaluate", "info", "push", "quickstart", "benchmark", "demo"]
+    commands = ["adapt", "predict", "evaluate", "info", "push", "quickstart", "benchmark", "bench", "demo"]
     top = hyperflow("--help")
     assert top.code == 0
     assert all(command in top.out for command in commands)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_hyperflow.data.domains import normalise
+from hf_hyperflow.finetuning.merged_target import MergedTarget
 from hf_hyperflow.finetuning.teacher import RandomDraws, Recording, Teacher, fine_tune_tasks
 from hf_hyperflow.modeling.backbones import SplitBackbone
 from hf_hyperflow.modeling.parameter_space import ParameterSpace
@@ -38,8 +39,8 @@ def images():
 def run(space, backbone, images, processor, teacher=TEACHER, generators=None):
     n = len(images)
     labels, query_labels = LABELS.expand(n, -1), QUERY_LABELS.expand(n, -1)
-    split = SplitBackbone(backbone, 2)
-    return fine_tune_tasks(space, split, images, labels, query_labels, processor, teacher, generators or seeds(n))
+    target = MergedTarget(space, SplitBackbone(backbone, 2))
+    return fine_tune_tasks(target, images, labels, query_labels, processor, teacher, generators or seeds(n))
 
 
 def bound_accuracy(logits, labels) -> tuple[float, float]:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from hf_hyperflow.modeling.drift import DriftNetwork, time_features
 from hf_hyperflow.modeling.task_encoder import TaskTokens, stack
@@ -65,6 +67,41 @@ def test_a_batch_equals_single_tasks(drift):
     for i, task in enumerate(tasks):
         alone = drift(batch[i : i + 1], times[i].item(), task)
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def compute_plainly(drift: DriftNetwork, z: torch.Tensor, t: float, task: TaskTokens) -> torch.Tensor:
+    """The velocity of one task by the formulas of the papers, all of it computed anew."""
+
+    def attend(attention: nn.Module, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        heads = []
+        keys, values = attention.key_value(memory).split(WIDTH, dim=-1)
+        for part in attention.query(x).split(WIDTH // attention.heads, dim=-1):
+            start = len(heads) * part.shape[-1]
+            columns = slice(start, start + part.shape[-1])
+            weights = (part @ keys[:, columns].T / part.shape[-1] ** 0.5).softmax(-1)
+            heads.append(weights @ values[:, columns])
+        return attention.out(torch.cat(heads, dim=-1))
+
+    condition = F.silu(drift.time(time_features(torch.tensor([t]), WIDTH)) + task.task)
+    x = drift.token_in(z[0]) + drift.position
+    for block in drift.blocks:
+        shift, scale, gate = block.modulation(condition).view(3, 3, WIDTH).unbind(1)
+        y = block.norm(x) * (1 + scale[0]) + shift[0]
+        x = x + gate[0] * attend(block.self_attention, y, y)
+        y = block.norm(x) * (1 + scale[1]) + shift[1]
+        x = x + gate[1] * attend(block.cross_attention, y, task.classes[0])
+        x = x + gate[2] * block.mlp(block.norm(x) * (1 + scale[2]) + shift[2])
+    return drift.token_out(drift.norm(x)).unsqueeze(0)
+
+
+def test_tasks_that_are_prepared_for_all_times(drift, z):
+    task, other, times = tokens(3, 0), tokens(5, 1), [0.0, 0.25, 0.7]
+    both = drift.prepare(stack([task, other]), times)
+    for t in (*times, 0.4):
+        velocity = drift.move(torch.cat([z, z + 1]), t, both)
+        torch.testing.assert_close(velocity[:1], compute_plainly(drift, z, t, task), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(velocity[1:], compute_plainly(drift, z + 1, t, other), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(drift(z, t, task), velocity[:1], rtol=1e-5, atol=1e-5)
 
 
 def test_depends_on_state_time_classes_and_task(drift, z):

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hf_hyperflow.modeling.solvers import ADAPTIVE, TABLEAUX, integrate
+from hf_hyperflow.modeling.solvers import ADAPTIVE, TABLEAUX, integrate, list_stage_times
 
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 STAGES = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
@@ -56,6 +56,7 @@ def test_counts_function_evaluations(method):
     trajectory = integrate(velocity, torch.ones(2), n_steps=5, method=method)
     assert trajectory.nfe == len(calls) == 5 * STAGES[method]
     assert all(0 <= t <= 1 for t in calls)
+    assert sorted(set(calls)) == list_stage_times(5, method)
 
 
 @pytest.mark.parametrize(("method", "theirs"), [("euler", "euler"), ("midpoint", "midpoint"), ("heun", "heun2")])

@@ -25,19 +25,27 @@ def training() -> dict:
     }
 
 
-def cost() -> dict:
-    def row(seconds: float, flops: float) -> dict:
-        return {"seconds": seconds, "flops": flops, "peak_memory_mb": 1.0}
+def cost_record(work: str, seconds: float, flops: float) -> dict:
+    """A record of `hyperflow bench`."""
+    place = {"backbone": "own", "size": [70, 70], "device": CPU["device"], "dtype": "float32"}
+    task = {"work": work, "n_images": 25, "n_steps": None}
+    return place | task | {"seconds": seconds, "flops": flops, "peak_memory_mb": 1.0}
 
-    return {
-        "hardware": CPU["device"],
-        "70 px": {
-            "direct": row(0.2, 1e10),
-            "hyperflow": row(1.0, 2e10),
-            "bias": row(26.0, 3e12 + 2e10),
-            "full": row(1.0, 1e10),
-        },
-    }
+
+def cost() -> dict:
+    records = [
+        cost_record("direct", 0.2, 1e10),
+        cost_record("ready", 1.0, 2e10),
+        cost_record("bias", 26.0, 3e12 + 2e10),
+        cost_record("full", 1.0, 1e10),
+        cost_record("ready", 9.0, 9e10) | {"n_images": 100},  # is not what a card tells
+    ]
+    return {"records": records}
+
+
+def with_records(**changes: object) -> dict:
+    """The same costs, with other values in every record."""
+    return {"records": [record | changes for record in cost()["records"]]}
 
 
 @pytest.mark.parametrize(
@@ -96,12 +104,13 @@ def test_markdown_says_it_all():
 
 
 def test_other_hardware_per_task_is_said():
-    text = format_offline_cost(compute_offline_cost(training(), cost() | {"hardware": "a GPU"}))
+    text = format_offline_cost(compute_offline_cost(training(), with_records(device="a GPU")))
     assert "those per task: a GPU" in text
 
 
 def test_other_image_sizes_share_the_offline_cost():
-    text = format_offline_cost(compute_offline_cost(training(), cost() | {"224 px": cost()["70 px"]}))
+    both = {"records": cost()["records"] + with_records(size=[224, 224])["records"]}
+    text = format_offline_cost(compute_offline_cost(training(), both))
     assert text.count("after 40 tasks") == 2
     assert "the image size the adapter was trained at" in text
 
@@ -115,8 +124,10 @@ def test_without_trajectories():
 def test_files_that_say_too_little_are_named():
     with pytest.raises(ValueError, match="no `phases`"):
         compute_offline_cost({"arguments": {}, "history": []}, cost())
-    with pytest.raises(ValueError, match="'hyperflow'"):
+    with pytest.raises(ValueError, match="no records of 25 images"):
         compute_offline_cost(training(), {"hardware": "a CPU"})
+    with pytest.raises(ValueError, match="at 70 px have no record 'full'"):
+        compute_offline_cost(training(), {"records": cost()["records"][:3]})
 
 
 def test_command(tmp_path, capsys):

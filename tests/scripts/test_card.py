@@ -16,11 +16,12 @@ from tests.helpers.benchmark_runs import ROOT, with_known_costs
 from tests.helpers.modules import run_module
 from tests.helpers.tiny import tiny_dinov2, tiny_processor
 from tests.helpers.training_runs import make_images
+from tests.scripts.test_break_even import cost_record
 from training.card.build import FIGURES, FILES, FINE_TUNING_EPISODES, read_results, write_cards
+from training.card.cost_tables import build_speed_table
 from training.card.tables import (
     build_conditioning_table,
     build_methods_table,
-    build_speed_table,
     build_summary_table,
     fill_tables,
     make_tables,
@@ -55,10 +56,12 @@ def test_every_table_is_shown(adapter):
 
 
 def test_the_speed_is_that_of_the_first_image_size():
-    costs = {}
-    for name, seconds in (("direct", 0.2), ("hyperflow", 0.25), ("bias", 20.0), ("full", 65.4)):
-        costs[name] = {"seconds": seconds, "peak_memory_mb": 1024.4}
-    lines = build_speed_table({"hardware": "a CPU", "70 px": costs, "224 px": {}}).splitlines()
+    records = []
+    for side in (70, 224):
+        for work, seconds in (("direct", 0.2), ("ready", 0.25), ("bias", 20.0), ("full", 65.4)):
+            record = cost_record(work, side * seconds / 70, 1e9)
+            records.append(record | {"size": [side, side], "device": "a CPU", "peak_memory_mb": 1024.4})
+    lines = build_speed_table({"records": records}).splitlines()
     assert lines[0] == "| 25 images of 5 classes at 70 px, on a CPU | time | peak memory |"
     assert "| **HyperFlow, ready to predict** | 0.25 s | 1,024 MB |" in lines
     assert "| full fine-tuning | 65.4 s | 1,024 MB |" in lines

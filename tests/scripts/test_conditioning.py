@@ -10,25 +10,23 @@ import torch
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
-from hf_hyperflow.benchmark.methods import NoFlow, Target
-from hf_hyperflow.data.domains import load_domain
-from hf_hyperflow.data.episodes import cdfsl_episode
-from hf_hyperflow.modeling.saving import CheckpointError
-from tests.helpers.tiny import tiny_adapter
-from tests.helpers.training_runs import make_ground, make_images
-from training.card.conditioning import (
+from hf_hyperflow.benchmark.conditioning import (
+    AMPLIFICATIONS,
     CONDITIONS,
     OTHER_DOMAIN,
     OTHER_EPISODE,
     OWN,
     SHUFFLED,
     UNCONDITIONAL,
-    Arguments,
-    Experiment,
-    main,
     shuffle_labels,
-    summarise,
 )
+from hf_hyperflow.benchmark.methods import NoFlow, Target
+from hf_hyperflow.data.domains import load_domain
+from hf_hyperflow.data.episodes import cdfsl_episode
+from hf_hyperflow.modeling.saving import CheckpointError
+from tests.helpers.tiny import tiny_adapter
+from tests.helpers.training_runs import make_ground, make_images
+from training.card.conditioning import Arguments, Experiment, main, summarise
 from training.card.tables import build_conditioning_table
 
 WITHOUT = NoFlow.name
@@ -78,17 +76,27 @@ def test_a_record_for_every_condition_and_domain(measure):
     assert "| other episode | " in build_conditioning_table(("unseen domains", {"records": records}))
 
 
+def test_unbalanced_episodes_and_shares_of_the_way(ground, tmp_path, measure):
+    for name, seed in (("gold", 3), ("silver", 4)):
+        make_images(tmp_path / name, n_classes=5, n_images=23, seed=seed)
+    sources = ["--unseen", tmp_path / "gold", tmp_path / "silver", "--dataset", tmp_path / "gold", tmp_path / "silver"]
+    content = json.loads(measure(*sources, "--protocol", "unbalanced", "--n_episodes", 2).read_text())
+    assert content["protocol"] == "unbalanced"
+    assert set(content["shares"]) == {"mean", "between", "within"}
+    assert sum(content["shares"].values()) == pytest.approx(1)
+
+
 @torch.no_grad()
 def test_every_condition_generates_other_weights(ground, make_experiment):
     """Told of weights and not of accuracies, which may agree by chance."""
     experiment = make_experiment(n_shot=5)
     beta, gamma = experiment.load(str(ground / "beta")), experiment.load(str(ground / "gamma"))
-    episode = experiment.draw_episode(beta, 0)
+    episode = experiment.arguments.draw(beta.domain, 0)
     thetas = {
-        OWN: experiment.generate(beta, episode),
-        OTHER_EPISODE: experiment.generate(beta, experiment.draw_episode(beta, 1)),
-        SHUFFLED: experiment.generate(beta, shuffle_labels(episode, seed=0)),
-        OTHER_DOMAIN: experiment.generate(gamma, experiment.draw_episode(gamma, 0)),
+        OWN: experiment.test.generate(beta, episode),
+        OTHER_EPISODE: experiment.test.generate(beta, experiment.arguments.draw(beta.domain, 1)),
+        SHUFFLED: experiment.test.generate(beta, shuffle_labels(episode, seed=0)),
+        OTHER_DOMAIN: experiment.test.generate(gamma, experiment.arguments.draw(gamma.domain, 0)),
         UNCONDITIONAL: experiment.compute_unconditional(),
     }
     injection = experiment.target.adapter.space.inject(experiment.target.backbone)
@@ -105,7 +113,7 @@ def test_accuracies_are_those_of_the_weights(ground, make_experiment):
     experiment.target.adapter.token_scale.zero_()
     beta, gamma = experiment.load(str(ground / "beta")), experiment.load(str(ground / "gamma"))
     unconditional = experiment.compute_unconditional()
-    accuracies = experiment.evaluate_episode(beta, gamma, 0, unconditional)
+    accuracies = experiment.test.evaluate_episode(beta, gamma, 0, unconditional)
     assert set(accuracies) == {WITHOUT, *CONDITIONS}
     assert set(accuracies.values()) == {accuracies[WITHOUT]}
 
@@ -117,9 +125,9 @@ def test_shuffled_labels_lead_elsewhere_but_at_one_shot(ground, make_experiment)
     for n_shot in (1, 5):
         experiment = make_experiment(n_shot)
         domain = experiment.load(str(ground / "beta"))
-        episode = experiment.draw_episode(domain, 0)
-        shuffled = experiment.generate(domain, shuffle_labels(episode, seed=0))
-        own = experiment.generate(domain, episode)
+        episode = experiment.arguments.draw(domain.domain, 0)
+        shuffled = experiment.test.generate(domain, shuffle_labels(episode, seed=0))
+        own = experiment.test.generate(domain, episode)
         start = experiment.target.adapter.space.inject(experiment.target.backbone).start
         distances[n_shot] = ((shuffled - own).norm() / (own - start).norm()).item()
     assert distances[1] < 1e-4
@@ -139,7 +147,7 @@ def test_labels_are_shuffled_by_seed_and_episode_alone(ground):
 
 def test_records_are_paired_by_episode_and_mean_over_domains():
     def episodes(own: list[float], other: list[float]) -> list[dict[str, float]]:
-        same = dict.fromkeys((OTHER_EPISODE, SHUFFLED, UNCONDITIONAL), 50.0)
+        same = dict.fromkeys((OTHER_EPISODE, SHUFFLED, UNCONDITIONAL, *AMPLIFICATIONS.values()), 50.0)
         return [{WITHOUT: 50.0, OWN: a, OTHER_DOMAIN: b} | same for a, b in zip(own, other, strict=True)]
 
     records = summarise({"a": episodes([52, 54], [50, 52]), "b": episodes([50, 60], [50, 50])})
@@ -164,6 +172,10 @@ def test_no_episodes_no_other_domain_or_too_few_images_are_named(measure, tmp_pa
         Arguments("", "", ["beta"], ["alpha", "beta"], "")
     with pytest.raises(ValueError, match="domain 'alpha' has 0 classes of at least 21 images"):
         measure("--n_shot", 6, "--n_episodes", 1)
+    with pytest.raises(SystemExit, match="--protocol must be one of cdfsl, meta-dataset, unbalanced"):
+        measure("--protocol", "other")
+    with pytest.raises(SystemExit, match="--n_way"):
+        measure("--n_way", 1)
     assert list(tmp_path.iterdir()) == []
 
 

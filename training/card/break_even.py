@@ -7,7 +7,7 @@ A method that adapts by gradients costs nothing beforehand and much for every ta
 breaks even after `offline cost / (a task by the method - a task by HyperFlow)` tasks, rounded up.
 
 The command reads the adapter's `training.json` (with the totals of the trajectories it was trained on), the JSON of
-`training.card.costs` and the backbone's `pretraining.json`. It prints Markdown.
+`hyperflow bench` and the backbone's `pretraining.json`. It prints Markdown.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ from pathlib import Path
 from typing import Any
 
 from hf_hyperflow.arguments import parse
+from hf_hyperflow.benchmark.methods import HyperFlow
 from hf_hyperflow.modeling.atomic_file import write_json
 from hf_hyperflow.modeling.hub import fetch
 from hf_hyperflow.modeling.saving import CheckpointError
 
-from .costs import BIAS, COST_LABELS, FULL, READY
+from .cost_tables import BIAS, COST_LABELS, FULL, READY, group_by_size
 from .markdown import format_table
 
 UNITS = ("seconds", "flops")
-#: What HyperFlow is compared with.
+#: What the records call HyperFlow, and what it is compared with.
+HYPERFLOW = HyperFlow().name
 RIVALS = (BIAS, FULL)
 
 
 @dataclass
 class Arguments:
     adapter: str = field(metadata={"help": "the HyperFlow adapter: Hub id or folder"})
-    cost: str = field(metadata={"help": "the JSON of training.card.costs for it"})
+    cost: str = field(metadata={"help": "the JSON of `hyperflow bench` for it"})
     output_file: str = field(metadata={"help": "JSON file to write"})
     backbone: str | None = field(default=None, metadata={"help": "its backbone: Hub id or folder"})
 
@@ -80,7 +82,7 @@ def compute_offline_cost(
 
     Args:
         training: `training.json` of an adapter.
-        cost: the JSON of `training.card.costs` for the adapter.
+        cost: the JSON of `hyperflow bench` for the adapter.
         backbone: `pretraining.json` of its backbone. It is listed but counts for no break-even: every method, direct
             transfer included, needs the backbone.
 
@@ -95,12 +97,7 @@ def compute_offline_cost(
     """
     if "phases" not in training:
         raise ValueError("training.json has no `phases`: its version did not count the offline cost. Train again.")
-    costs: dict[str, dict[str, Any]] = {}
-    for size, rows in cost.items():
-        if isinstance(rows, dict) and READY in rows:
-            costs[size] = rows
-    if not costs:
-        raise ValueError(f"the costs have no row {READY!r}: give the JSON of training.card.costs.")
+    costs = group_by_size(cost)
     collections = (training.get("trajectories") or {}).get("collections", [])
     stages, stored_bytes = [], 0
     for collection in collections:
@@ -113,12 +110,12 @@ def compute_offline_cost(
     per_task: dict[str, Any] = {}
     tasks: dict[str, Any] = {}
     for size, rows in costs.items():
-        per_task[size] = {READY: _select_units(rows[READY])}
+        per_task[size] = {HYPERFLOW: _select_units(rows[READY])}
         tasks[size] = {}
         for rival in RIVALS:
             per_task[size][rival] = _select_units(rows[rival])
-            tasks[size][rival] = _compare_with(per_task[size][rival], per_task[size][READY], total)
-    task_device = cost.get("hardware", "unknown")
+            tasks[size][rival] = _compare_with(per_task[size][rival], per_task[size][HYPERFLOW], total)
+    task_device = next(iter(costs.values()))[READY]["device"]
     backbone_stage = None
     if backbone is not None:
         backbone_stage = asdict(_describe_pretraining(backbone))
@@ -237,7 +234,7 @@ def _build_stages_table(record: dict[str, Any]) -> str:
 def _build_break_even_table(record: dict[str, Any]) -> str:
     rows = []
     for size, rivals in record["break_even"].items():
-        own = record["per_task"][size][READY]
+        own = record["per_task"][size][HYPERFLOW]
         for rival, tasks in rivals.items():
             other = record["per_task"][size][rival]
             row = [size, COST_LABELS[rival], _format_cost(other), _format_cost(own)]

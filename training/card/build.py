@@ -22,11 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from hf_hyperflow.arguments import parse
+from hf_hyperflow.benchmark.bench.run import FILE
+from hf_hyperflow.benchmark.bench.subjects import OWN
 from hf_hyperflow.benchmark.episode_log import EPISODES
 from hf_hyperflow.benchmark.runner import RESULTS
 from hf_hyperflow.modeling.atomic_file import atomic_file
 from hf_hyperflow.modeling.model_card import CARD
 
+from .cost_tables import N_IMAGES
 from .stages import run
 from .tables import add_model_index, fill_tables, make_tables
 
@@ -48,8 +51,8 @@ FILES = {
 FINE_TUNING_EPISODES = "fine_tuning.parquet"
 #: Folders of the benchmarks: one of many episodes, one of all methods on the same few, two of the quality of scores.
 BENCHMARK, FINE_TUNING, SCORES, UNBALANCED = "benchmark", "fine-tuning", "scores", "unbalanced"
-#: Folder of the measurement of "none of these".
-UNKNOWN = "unknown"
+#: Folders of the measurement of "none of these" and of the costs.
+UNKNOWN, BENCH = "unknown", "bench"
 #: Figures by the folder of the stage that draws them.
 FIGURES = {
     BENCHMARK: ("gain.png", "shots.png"),
@@ -148,8 +151,11 @@ class Build:
         run("Conditioning: does the flow read its support set?", "training.card.conditioning", *options)
 
     def measure_costs(self) -> None:
-        if not self.path("cost").is_file():
-            run("Costs", "training.card.costs", *self.pair, "--output_file", self.path("cost"))
+        if self.path("cost").is_file():
+            return
+        options: list[object] = [*self.pair, "--backbones", OWN, f"{OWN}@224", "--images", N_IMAGES]
+        run("Costs", "hf_hyperflow", "bench", *options, "--output_dir", self.output / BENCH)
+        shutil.copy(self.output / BENCH / FILE, self.path("cost"))
 
     def measure_offline_cost(self) -> None:
         options: list[object] = ["--adapter", self.arguments.adapter, "--cost", self.path("cost")]

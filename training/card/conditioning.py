@@ -4,24 +4,20 @@
         --adapter model_cards/hyperflow-vit-s14-70 --dataset TRAINING_DOMAIN [...] --unseen FILE_OR_HUB_ID [...] \
         --output_file conditioning.json
 
-The episodes are those of unseen domains, 5-way or of all classes there are. The backbone gets the weights at the end of
-a flow that is conditioned on one of these:
+`hf_hyperflow.benchmark.conditioning.ConditioningTest` says what the conditions are. `other domain` is the next unseen
+domain (for the last one: a training domain). `unconditional` is the mean over the training domains. `--protocol` and
+`--n_way` choose the episodes.
 
-- `own support set`: that of the episode, as HyperFlow does it;
-- `other episode`: the support set of the domain's next episode, which has other images and mostly other classes;
-- `shuffled labels`: the episode's own images, their labels shuffled among them;
-- `other domain`: the support set of an episode of the next unseen domain (for the last one: of a training domain);
-- `unconditional`: the mean of the weights that the flow gives on tasks of the training domains, the same for all tasks.
-
-Queries are always compared with the episode's own support images. The JSON has a record for each condition and domain,
-and one for the mean of the domains. `gain` is the accuracy minus that of the same head without the flow.
-`own_advantage` is the accuracy of `own support set` minus that of the condition. Both are paired by episode, in points
-with the half-widths of 95 % intervals.
+The JSON has a record for each condition and domain, and one for the mean of the domains. `gain` is the accuracy minus
+that of the same head without the flow. `own_advantage` is the accuracy of `own support set` minus that of the
+condition. Both are paired by episode, in points with the half-widths of 95 % intervals. `shares` says how much of the
+way of the flow is the same for all tasks, how much differs between domains and how much between tasks of one domain.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,25 +28,19 @@ from transformers import AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.arguments import parse
+from hf_hyperflow.benchmark.conditioning import CONDITIONS, OWN, Accuracies, ConditioningTest, list_differences
 from hf_hyperflow.benchmark.domain_features import DomainFeatures
-from hf_hyperflow.benchmark.evaluation import label_accuracy, mean_ci95
-from hf_hyperflow.benchmark.methods import Classifier, HyperFlow, NearestPrototype, NoFlow, Target
-from hf_hyperflow.benchmark.methods.hyperflow import flow_features
+from hf_hyperflow.benchmark.endpoints import DomainWays, share_endpoints
+from hf_hyperflow.benchmark.evaluation import mean_ci95
+from hf_hyperflow.benchmark.methods import NoFlow, Target
 from hf_hyperflow.benchmark.results import average_over_domains
-from hf_hyperflow.data.domains import load_domain
-from hf_hyperflow.data.episodes import Episode, cdfsl_episode, episode_generator
+from hf_hyperflow.data.domains import Domain, load_domain
+from hf_hyperflow.data.episodes import PROTOCOLS, Episode, draw_episode
 from hf_hyperflow.modeling.atomic_file import write_json
 from hf_hyperflow.modeling.saving import atomic_folder
 from hf_hyperflow.modeling.trunks import eval_mode
 
 from .records import Records, column
-
-OWN, OTHER_EPISODE, SHUFFLED = "own support set", "other episode", "shuffled labels"
-OTHER_DOMAIN, UNCONDITIONAL = "other domain", "unconditional"
-CONDITIONS = (OWN, OTHER_EPISODE, SHUFFLED, OTHER_DOMAIN, UNCONDITIONAL)
-
-#: Accuracies in % of an episode, by condition and for the head without the flow.
-Accuracies = dict[str, float]
 
 
 @dataclass
@@ -62,7 +52,9 @@ class Arguments:
     output_file: str = field(metadata={"help": "JSON file to write"})
     n_episodes: int = field(default=60, metadata={"help": "episodes of each unseen domain"})
     n_training_episodes: int = field(default=5, metadata={"help": "episodes of each training domain"})
-    n_shot: int = field(default=5, metadata={"help": "support images of a class"})
+    protocol: str = field(default="cdfsl", metadata={"help": f"one of {', '.join(PROTOCOLS)}"})
+    n_way: int = field(default=5, metadata={"help": "classes of an episode, or all where there are fewer (cdfsl)"})
+    n_shot: int = field(default=5, metadata={"help": "support images of a class (cdfsl)"})
     seed: int = field(default=0, metadata={"help": "of the episodes"})
 
     def __post_init__(self) -> None:
@@ -70,93 +62,63 @@ class Arguments:
             raise SystemExit(f"error: --dataset needs a domain beside {self.unseen[-1]}, to condition on another one.")
         if min(self.n_episodes, self.n_training_episodes, self.n_shot) < 1:
             raise SystemExit("error: --n_episodes, --n_training_episodes and --n_shot must be at least 1.")
+        if self.n_way < 2:
+            raise SystemExit("error: --n_way must be at least 2.")
+        if self.protocol not in PROTOCOLS:
+            raise SystemExit(f"error: --protocol must be one of {', '.join(PROTOCOLS)}, not {self.protocol!r}.")
 
     @property
     def after_the_last(self) -> list[str]:
         """The training domains but the last unseen one, which may be among them."""
         return [source for source in self.dataset if source != self.unseen[-1]]
 
+    def draw(self, domain: Domain, index: int) -> Episode:
+        """Episode `index` of a domain, of the protocol that was chosen."""
+        return draw_episode(self.protocol, domain, index, n_way=self.n_way, n_shot=self.n_shot, seed=self.seed)
+
 
 class Experiment:
-    """A flow that is conditioned on what it should not be.
+    """The test on several domains.
 
     Args:
         target: the backbone and the adapter.
-        arguments: numbers of the episodes.
+        arguments: domains and numbers of the episodes.
     """
 
     def __init__(self, target: Target, arguments: Arguments):
         self.target = target
         self.arguments = arguments
+        self.test = ConditioningTest(target, arguments.draw, arguments.seed)
 
     def load(self, source: str) -> DomainFeatures:
         return DomainFeatures(self.target, load_domain(source, self.target.processor))
 
-    def draw_episode(self, domain: DomainFeatures, index: int) -> Episode:
-        arguments = self.arguments
-        return cdfsl_episode(domain.domain, index, n_way=5, n_shot=arguments.n_shot, seed=arguments.seed)
-
-    def generate(self, domain: DomainFeatures, episode: Episode) -> torch.Tensor:
-        """Weights `(n_tokens, token_dim)` at t = 1, conditioned on the support set of an episode."""
-        return HyperFlow().follow_flow(domain.support(episode)).theta
-
     def compute_unconditional(self) -> torch.Tensor:
         """The mean of the generated weights over tasks of the training domains, `(n_tokens, token_dim)`."""
-        thetas = []
-        for source in tqdm(self.arguments.dataset, desc="training domains", disable=None):
-            domain = self.load(source)
-            for index in range(self.arguments.n_training_episodes):
-                thetas.append(self.generate(domain, self.draw_episode(domain, index)))
-        return torch.stack(thetas).mean(dim=0)
+        sources = tqdm(self.arguments.dataset, desc="training domains", disable=None)
+        return self.test.average_weights(map(self.load, sources), self.arguments.n_training_episodes)
 
-    def evaluate_episode(
-        self, domain: DomainFeatures, other: DomainFeatures, index: int, unconditional: torch.Tensor
-    ) -> Accuracies:
-        """Accuracies on one episode.
-
-        Args:
-            other: the domain that the flow reads for `other domain`.
-            unconditional: weights `(n_tokens, token_dim)`.
-        """
-        episode = self.draw_episode(domain, index)
-        thetas = {
-            OWN: self.generate(domain, episode),
-            OTHER_EPISODE: self.generate(domain, self.draw_episode(domain, index + 1)),
-            SHUFFLED: self.generate(domain, shuffle_labels(episode, self.arguments.seed)),
-            OTHER_DOMAIN: self.generate(other, self.draw_episode(other, index)),
-            UNCONDITIONAL: unconditional,
-        }
-        support, queries = domain.support(episode), domain.queries(episode)
-
-        def measure(classifier: Classifier) -> float:
-            return label_accuracy(classifier.predict(queries), episode.query_labels)
-
-        no_flow = NoFlow()
-        accuracies = {no_flow.name: measure(no_flow.fit(support))}
-        for condition, theta in thetas.items():
-            classifier = NearestPrototype(flow_features(support, theta), support, self.target.adapter.head)
-            accuracies[condition] = measure(classifier)
-        return accuracies
-
-    def run(self) -> dict[str, list[Accuracies]]:
-        """Accuracies by domain, one entry per episode."""
+    def run(self) -> tuple[dict[str, list[Accuracies]], list[DomainWays]]:
+        """Accuracies by domain, one entry per episode, and the ways of the flow on each domain."""
         unconditional = self.compute_unconditional()
         domains = [self.load(source) for source in (*self.arguments.unseen, self.arguments.after_the_last[0])]
-        by_domain = {}
+        by_domain, ways = {}, []
         for domain, other in pairwise(domains):
             name = domain.domain.name
             episodes = []
             for index in tqdm(range(self.arguments.n_episodes), desc=name, disable=None):
-                episodes.append(self.evaluate_episode(domain, other, index, unconditional))
+                episodes.append(self.test.evaluate_episode(domain, other, index, unconditional))
             by_domain[name] = episodes
-        return by_domain
+            ways.append(self._measure_ways(domain))
+        return by_domain, ways
 
-
-def shuffle_labels(episode: Episode, seed: int) -> Episode:
-    """The episode with the labels of its support images shuffled among them."""
-    generator = episode_generator(seed, f"{episode.domain}, shuffled labels", episode.index)
-    order = torch.from_numpy(generator.permutation(len(episode.support)))
-    return replace(episode, support_labels=episode.support_labels[order])
+    def _measure_ways(self, domain: DomainFeatures) -> DomainWays:
+        """The ways theta(1) - theta(0) of the flow on the episodes of a domain."""
+        start = self.target.adapter.space.inject(self.target.backbone).start
+        ways = []
+        for index in range(self.arguments.n_episodes):
+            ways.append(self.test.generate(domain, self.arguments.draw(domain.domain, index)) - start)
+        return DomainWays.of(ways)
 
 
 def summarise(by_domain: dict[str, list[Accuracies]]) -> Records:
@@ -186,7 +148,7 @@ def _summarise_domain(condition: str, domain: str, episodes: list[Accuracies]) -
 
 def _mean_difference(episodes: list[Accuracies], condition: str, other: str) -> tuple[float, float | None]:
     """The mean of the paired differences and its half-width, None for a single episode."""
-    mean, half_width = mean_ci95([accuracies[condition] - accuracies[other] for accuracies in episodes])
+    mean, half_width = mean_ci95(list_differences(episodes, condition, other))
     if len(episodes) == 1:
         return round(mean, 4), None
     return round(mean, 4), round(half_width, 4)
@@ -202,6 +164,13 @@ def _mean_record(condition: str, records: Records) -> dict[str, Any]:
     return mean
 
 
+def compute_shares(ways: Sequence[DomainWays]) -> dict[str, float] | None:
+    """The parts of the way of the flow, see `share_endpoints`; None where there are too few domains or episodes."""
+    if len(ways) < 2 or min(domain.n_tasks for domain in ways) < 2:
+        return None
+    return asdict(share_endpoints(ways))
+
+
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(Arguments, argv)
@@ -211,12 +180,17 @@ def main(argv: list[str] | None = None) -> None:
     backbone = AutoModel.from_pretrained(arguments.backbone).float().eval().to(device)
     adapter = HyperFlowAdapter.from_pretrained(arguments.adapter).eval().to(device)
     with eval_mode(backbone), eval_mode(adapter):
-        by_domain = Experiment(Target(backbone, adapter), arguments).run()
+        by_domain, ways = Experiment(Target(backbone, adapter), arguments).run()
     records = summarise(by_domain)
     for record in records:
         if record["domain"] is None:
             print(record)
-    write_json(arguments.output_file, {"n_shot": arguments.n_shot, "seed": arguments.seed, "records": records})
+    shares = compute_shares(ways)
+    if shares is not None:
+        print("shares of the way:", shares)
+    content = {"protocol": arguments.protocol, "n_way": arguments.n_way, "n_shot": arguments.n_shot}
+    content |= {"seed": arguments.seed, "records": records, "shares": shares}
+    write_json(arguments.output_file, content)
 
 
 if __name__ == "__main__":

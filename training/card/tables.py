@@ -17,7 +17,7 @@ from hf_hyperflow.benchmark.methods import NoFlow, list_labels
 from hf_hyperflow.benchmark.results import HYPERFLOW, REFERENCE, TUNED_METHODS, average_over_domains
 
 from .break_even import format_offline_cost
-from .costs import BIAS, COST_LABELS, DIRECT, FULL, READY
+from .cost_tables import build_cost_table, build_speed_table
 from .markdown import format_interval, format_table
 from .records import Records, column, find, get, list_values, select
 from .scores import build_scores_by_domain_table, build_scores_table
@@ -182,32 +182,6 @@ def build_conditioning_table(*sources: tuple[str, dict[str, Any]]) -> str:
             advantage = format_interval(mean["own_advantage"], mean["own_advantage_ci95"])
             row.append("" if mean["condition"] == own else advantage)
     return format_table(headings, rows.values())
-
-
-def build_cost_table(cost: dict[str, Any]) -> str:
-    """Time, memory and operations until a task is ready, from the JSON of `training.card.costs`."""
-    headings = ["25 images, 5 classes"]
-    rows = {name: [label] for name, label in COST_LABELS.items()}
-    for size, costs_by_name in cost.items():
-        if size == "hardware":
-            continue
-        headings += [f"{size}: time", "memory", "FLOPs", "of full fine-tuning's time, memory"]
-        for name, costs in costs_by_name.items():
-            row = rows[name]
-            row += [f"{costs['seconds']:.3g} s", f"{costs['peak_memory_mb']:,.0f} MB", f"{costs['flops'] / 1e9:,.0f} G"]
-            time_share, memory_share = 100 * costs["time_share_of_full"], 100 * costs["memory_share_of_full"]
-            row.append(f"{time_share:.3g} %, {memory_share:.3g} %")
-    return format_table(headings, rows.values())
-
-
-def build_speed_table(cost: dict[str, Any]) -> str:
-    """Time and memory until a task is ready, at the first image size in the JSON of `training.card.costs`."""
-    size = next(key for key in cost if key != "hardware")
-    rows = []
-    for name in (DIRECT, READY, BIAS, FULL):
-        costs = cost[size][name]
-        rows.append([COST_LABELS[name], f"{costs['seconds']:.3g} s", f"{costs['peak_memory_mb']:,.0f} MB"])
-    return format_table([f"25 images of 5 classes at {size}, on {cost['hardware']}", "time", "peak memory"], rows)
 
 
 def build_hyperparameters_table(content: dict[str, Any]) -> str:

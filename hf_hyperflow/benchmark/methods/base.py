@@ -23,7 +23,7 @@ class Method(ABC):
 
     Attributes:
         works_in_predict: whether the classifier does its work when it predicts and not when it is fitted.
-        is_slow: whether a task takes so long that a benchmark runs fewer episodes of it and times one run only.
+        is_slow: whether a task takes so long that a benchmark runs fewer episodes of it.
         is_chosen_by_log_loss: whether a grid search takes the hyper-parameters of the lowest log loss, and not those of
             the highest accuracy.
     """

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_hyperflow.benchmark.bench.task import prepare_task
 from hf_hyperflow.benchmark.evaluation import evaluate_method
 from hf_hyperflow.benchmark.methods import EASYFSL_METHODS, Support
 from hf_hyperflow.benchmark.methods.easyfsl import EasyLaplacianShot, import_easyfsl
-from hf_hyperflow.benchmark.task_cost import prepare_task
 from hf_hyperflow.modeling.prototypes import class_means
 
 

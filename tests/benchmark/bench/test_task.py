@@ -1,3 +1,5 @@
+"""A task of the bench, and what a method does until it can classify."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -5,10 +7,29 @@ import dataclasses
 import pytest
 import torch
 
+from hf_hyperflow.benchmark.bench.task import (
+    ADAPT,
+    ENCODE,
+    FORWARD,
+    INJECT,
+    INTEGRATE,
+    NEXT_ADAPT,
+    NEXT_READY,
+    PIECES,
+    PROTOTYPES,
+    READ,
+    READY,
+    WRITE,
+    CostSetting,
+    CostTask,
+    Piece,
+    prepare_task,
+)
+from hf_hyperflow.benchmark.cost import count_flops
 from hf_hyperflow.benchmark.methods import METHODS, DirectTransfer, FineTuning, FullFineTuning, HyperFlow
-from hf_hyperflow.benchmark.task_cost import CostFile, CostKey, CostSetting, TaskCost, measure_task_cost, prepare_task
 from hf_hyperflow.finetuning.finetune import FineTuningConfig, draw_batches
-from hf_hyperflow.modeling.saving import CheckpointError
+from hf_hyperflow.modeling.injection import get_injection
+from tests.helpers.tiny import SIZE, Snapshot
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -56,47 +77,39 @@ def test_every_view_costs(method, backbone, target, colours, episode):
     assert sum(n_read) == 4
 
 
-@pytest.mark.slow
-def test_costs_are_measured(target, tmp_path):
-    target.backbone.save_pretrained(tmp_path / "backbone")
-    target.adapter.save_pretrained(tmp_path / "adapter")
-    setting = CostSetting(
-        backbone=str(tmp_path / "backbone"),
-        adapter=str(tmp_path / "adapter"),
-        device="cpu",
-        bf16=False,
-        size=(28, 28),
-    )
-    views = dataclasses.replace(setting, views=2, query_views=4)
-    direct = measure_task_cost(DirectTransfer(), views, 5, 10)
-    full = measure_task_cost(FullFineTuning(steps=3, learning_rate=1e-4), setting, 5, 10)
-    image = full.flops_per_prediction
-    assert direct.flops_per_prediction == pytest.approx(4 * image, rel=0.01)
-    assert direct.flops_per_task == pytest.approx(2 * 10 * image, rel=0.01)
-    # A step runs 20 images forwards and, at twice the cost, backwards, but for what is behind the first layer.
-    assert 4.5 * 3 < full.flops_per_task / (10 * image) < 6 * 3 + 1.5
-    assert full.seconds_per_task > direct.seconds_per_task > 0
-    assert full.peak_memory_mb > direct.peak_memory_mb > 0
+@pytest.fixture
+def task(pair) -> CostTask:
+    return CostTask(CostSetting(*pair, size=(SIZE, SIZE), n_images=6, n_way=3))
 
 
-def test_a_cost_file_keeps_costs_of_every_device(tmp_path):
-    key, cost = CostKey("direct", 5, 25), TaskCost(0.5, 2.0, 1000, 100)
-    file = CostFile(tmp_path / "costs.json", "cpu")
-    assert file.costs == {}
-    file.add(key, cost)
-    assert CostFile(tmp_path / "costs.json", "cpu").costs == {key: cost}
-    text = (tmp_path / "costs.json").read_text().replace("CPU", "other machine")
-    (tmp_path / "costs.json").write_text(text)
-    file = CostFile(tmp_path / "costs.json", "cpu")
-    assert file.costs == {}
-    file.add(key, cost)
-    assert (tmp_path / "costs.json").read_text().count("device") == 2
+def test_the_pieces_do_the_work_of_a_task(task):
+    """Operations of the parts are those of getting ready. A next task does as much as the first."""
+    flops = {}
+    for name in PIECES:
+        work = task.build(Piece(name, 3))
+        work.prepare()
+        flops[name] = count_flops(work.run)
+    assert flops[READ] == flops[INJECT] == 0
+    # The networks run in these parts only. Beside them, the calibration and the head are a few products.
+    assert flops[ADAPT] == flops[ENCODE] + flops[INTEGRATE]
+    assert flops[READY] == flops[ADAPT] + flops[PROTOTYPES] + flops[WRITE]
+    assert (flops[NEXT_ADAPT], flops[NEXT_READY]) == (flops[ADAPT], flops[READY])
+    # Conditioning runs half of the blocks, and the prototypes go on from there. The last may run the CLS token alone.
+    assert 0.7 * flops[FORWARD] < flops[ENCODE] + flops[PROTOTYPES] < 1.1 * flops[FORWARD]
 
 
-@pytest.mark.parametrize(
-    ("content", "words"), [('[{"method": "direct"', "is damaged"), ('[{"a": 1}]', "is not the costs of a benchmark of")]
-)
-def test_damaged_costs_are_named(tmp_path, content, words):
-    (tmp_path / "costs.json").write_text(content)
-    with pytest.raises(CheckpointError, match=rf"costs\.json {words}"):
-        CostFile(tmp_path / "costs.json", "cpu")
+def test_a_first_task_begins_without_an_adapter_and_a_next_one_with_it(task):
+    backbone = task.target.backbone
+    before = Snapshot(backbone)
+    for name, has_adapter in ((FORWARD, False), (READY, False), (NEXT_READY, True), (WRITE, True), (ADAPT, False)):
+        work = task.build(Piece(name, 1))
+        work.prepare()
+        assert (get_injection(backbone) is not None) == has_adapter, name
+        work.run()
+    task.target.unload()
+    before.assert_unchanged()
+
+
+def test_more_steps_are_more_work(task):
+    one, four = [task.build(Piece(INTEGRATE, n_steps)) for n_steps in (1, 4)]
+    assert 2 * count_flops(one.run) < count_flops(four.run) < 4 * count_flops(one.run)

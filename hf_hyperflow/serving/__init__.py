@@ -1,0 +1,1 @@
+"""What a server needs that has many tasks behind one backbone."""
