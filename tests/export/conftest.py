@@ -63,7 +63,6 @@ def export_in_the_shell(adapter: HyperFlowAdapter, backbone: object, folder: Pat
     pair = ["--adapter", folder.parent / "adapter", "--backbone", folder.parent / "backbone"]
     ended = Command(folder.parent, "export", *pair, "--output_dir", folder, seconds=300).end()
     assert ended.code == 0, ended.err
-    assert ended.err == ""
     assert f"python {folder}/hyperflow_onnx.py adapt" in ended.out
 
 
