@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from torch import nn
 
 from ..extras import require_extra
 from .options import Adapter
@@ -41,8 +42,9 @@ def scale(
 
     flow = load_adapter(adapter)
     model = load_backbone(backbone or choose_backbone(adapter, flow))
-    flow.to(device)
-    model.to(device)
+    modules: tuple[nn.Module, ...] = (flow, model)
+    for module in modules:
+        module.to(device)
     records = measure_many_tasks(flow, model, n_tasks or [1, 16, 256], n_way=n_way, n_shot=n_shot)
     if figure is not None:
         draw_many_tasks(records).savefig(figure, dpi=140)

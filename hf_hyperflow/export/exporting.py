@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling.adapter import HyperFlowAdapter
@@ -74,7 +75,8 @@ def export_onnx(
     with get_lock(find_trunk(backbone)):
         backbone = copy.deepcopy(find_trunk(backbone))
     adapter = copy.deepcopy(adapter)
-    for model in (adapter, backbone):
+    models: tuple[nn.Module, ...] = (adapter, backbone)
+    for model in models:
         model.to("cpu", torch.float32).eval().requires_grad_(False)
     with atomic_folder(folder) as draft:
         _write_graphs(draft, adapter, backbone, (preprocessing["height"], preprocessing["width"]), n_steps, solver)

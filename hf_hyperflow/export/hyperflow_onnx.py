@@ -192,9 +192,11 @@ class Task:
     def save(self, path: str | os.PathLike) -> None:
         """Write the task to a file, whole or not at all, for `HyperFlow.load_task`."""
         draft = Path(f"{path}.draft")
-        names = {"class_names": np.array(self.class_names), "export": np.array(self.model.settings["export"])}
+        arrays: dict[str, Any] = dict(self.arrays)
+        arrays["class_names"] = np.array(self.class_names)
+        arrays["export"] = np.array(self.model.settings["export"])
         with open(draft, "wb") as file:
-            np.savez(file, **self.arrays, **names)
+            np.savez(file, **arrays)
         os.replace(draft, path)
 
 

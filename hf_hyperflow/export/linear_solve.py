@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from onnxscript import DOUBLE, FLOAT, opset18, script
@@ -10,7 +11,8 @@ from onnxscript import DOUBLE, FLOAT, opset18, script
 op: Any = opset18
 
 if TYPE_CHECKING:
-    Matrix = DoubleMatrix = Any
+    Matrix: TypeAlias = Any
+    DoubleMatrix: TypeAlias = Any
 else:  # onnxscript reads these
     Matrix, DoubleMatrix = FLOAT[...], DOUBLE[...]
 
@@ -47,4 +49,4 @@ def solve(matrix: Matrix, right: Matrix, left: bool = True) -> Matrix:
 
 
 #: What `torch.onnx.export` is told of operators that it does not know.
-TRANSLATIONS = {torch.ops.aten.linalg_solve.default: solve}
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.linalg_solve.default: solve}
