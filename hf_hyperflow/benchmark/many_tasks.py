@@ -192,8 +192,12 @@ def _measure_store(backbone: PreTrainedModel, tasks: list[AdaptedTask], clock: _
     names = [f"task{number}" for number in range(len(tasks))]
     with tempfile.TemporaryDirectory() as folder:
         store = TaskStore(folder, backbone, max_bytes=0)
-        pairs = list(zip(names, tasks, strict=True))
-        save = clock.time(lambda: [store.add(name, task) for name, task in pairs])
+
+        def save_all() -> None:
+            for name, task in zip(names, tasks, strict=True):
+                store.add(name, task)
+
+        save = clock.time(save_all)
         load = clock.time(lambda: [store[name] for name in names])
         n_bytes = sum(path.stat().st_size for path in Path(folder, names[0]).iterdir())
     return save / len(tasks), load / len(tasks), n_bytes

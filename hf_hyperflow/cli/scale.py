@@ -14,6 +14,8 @@ from .options import Adapter
 from .printing import hide_progress_bars, print_line, print_table
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..benchmark.many_tasks import ManyTasksRecord
 
 
@@ -41,8 +43,9 @@ def scale(
 
     flow = load_adapter(adapter)
     model = load_backbone(backbone or choose_backbone(adapter, flow))
-    flow.to(device)
-    model.to(device)
+    modules: list[nn.Module] = [flow, model]
+    for module in modules:
+        module.to(device)
     records = measure_many_tasks(flow, model, n_tasks or [1, 16, 256], n_way=n_way, n_shot=n_shot)
     if figure is not None:
         draw_many_tasks(records).savefig(figure, dpi=140)
