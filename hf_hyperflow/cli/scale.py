@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from torch import nn
 
 from ..extras import require_extra
 from .options import Adapter
 from .printing import hide_progress_bars, print_line, print_table
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..benchmark.many_tasks import ManyTasksRecord
 
 
@@ -42,7 +43,7 @@ def scale(
 
     flow = load_adapter(adapter)
     model = load_backbone(backbone or choose_backbone(adapter, flow))
-    modules: tuple[nn.Module, ...] = (flow, model)
+    modules: list[nn.Module] = [flow, model]
     for module in modules:
         module.to(device)
     records = measure_many_tasks(flow, model, n_tasks or [1, 16, 256], n_way=n_way, n_shot=n_shot)
