@@ -112,7 +112,7 @@ class WeightsFile:
                         offset,
                         len(content),
                         tensor.dtype,
-                        shape=ir.Shape(tensor.shape),
+                        shape=ir.Shape(tensor.shape.numpy()),
                         name=tensor.name or value.name or "",
                         base_dir=self.path.parent,
                     )

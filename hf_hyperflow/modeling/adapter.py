@@ -26,7 +26,7 @@ from .images import ImageError
 from .injection import Injection, unload
 from .locks import get_lock
 from .many import follow_group, naming, read_groups, unloaded_after_error
-from .new_adapter import require_in_last_blocks, require_running
+from .new_adapter import describe_backbone, require_in_last_blocks, require_running
 from .parameter_space import ParameterSpace
 from .peft_configs import config_to_dict
 from .prototypes import unit_means
@@ -35,7 +35,7 @@ from .saved_flow import SavedFlow
 from .stopping import StoppingPoint
 from .support import SupportSet, read_support
 from .task import AdaptedTask
-from .trunks import eval_mode, find_trunk, get_name
+from .trunks import eval_mode, find_trunk
 from .views import require_views
 
 
@@ -87,14 +87,7 @@ class HyperFlowAdapter(SavedFlow):
         encoder_config = None if encoder is None else encoder.config.to_dict()
         model = cls(
             HyperFlowConfig(
-                backbone={
-                    "name_or_path": get_name(backbone),
-                    "model_type": backbone.config.model_type,
-                    "hidden_size": space.token_dim,
-                    "num_blocks": len(blocks),
-                    "prefix_width": split.prefix_width,
-                    "fingerprint": fingerprint,
-                },
+                backbone=describe_backbone(split, space.token_dim, fingerprint),
                 last_blocks=last_blocks,
                 pooling=split.pooling,
                 peft=config_to_dict(peft_config),

@@ -1,11 +1,26 @@
-"""Checks of a new adapter: whether the backbone runs with it, and whether it lies where it is said to."""
+"""A new adapter: what it notes of its backbone, whether this runs with it, and whether it lies where it is said to."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from .backbones import SplitBackbone
 from .blocks import Blocks
 from .parameter_space import ParameterSpace
-from .trunks import IncompatibleBackboneError
+from .trunks import IncompatibleBackboneError, get_name
+
+
+def describe_backbone(split: SplitBackbone, width: int, fingerprint: list[float]) -> dict[str, Any]:
+    """What the config of an adapter says of the backbone that it is made for, see `HyperFlowConfig.backbone`."""
+    backbone = split.backbone
+    return {
+        "name_or_path": get_name(backbone),
+        "model_type": backbone.config.model_type,
+        "hidden_size": width,
+        "num_blocks": len(split.blocks),
+        "prefix_width": split.prefix_width,
+        "fingerprint": fingerprint,
+    }
 
 
 def require_running(split: SplitBackbone, space: ParameterSpace) -> None:
