@@ -14,7 +14,7 @@ from ..data.episodes import Episode, cdfsl_episode
 from ..modeling.adapter import HyperFlowAdapter
 from ..modeling.trunks import eval_mode
 from .domain_features import DomainFeatures
-from .methods import DirectTransfer, HyperFlow, Method, NoFlow, Predictions, Target
+from .methods import DirectTransfer, HyperFlow, Method, NoFlow, Predictions, SharedWeights, Target
 from .scores import measure_scores
 
 
@@ -74,7 +74,7 @@ def evaluate_method(method: Method, features: DomainFeatures, episode: Episode) 
 @dataclass(frozen=True)
 class Comparison:
     """Accuracies in % on the same episodes, `(n_episodes,)` each: of direct transfer, of the adapter's head without
-    the flow, and of HyperFlow.
+    the flow, of HyperFlow, and of the same weights for all tasks, if these were given.
     """
 
     domain: str
@@ -83,9 +83,13 @@ class Comparison:
     direct: np.ndarray
     no_flow: np.ndarray
     adapted: np.ndarray
+    shared: np.ndarray | None = None
 
     def summary(self) -> dict[str, float]:
-        """Means, the paired difference, the part of it that is the flow's, and their 95 % half-widths, in points."""
+        """Means, the paired difference, the part of it that is the flow's, and their 95 % half-widths, in points.
+
+        `reading` is what the weights of the flow gain over the same weights for all tasks, if these were given.
+        """
         columns = {
             "direct": self.direct,
             "no_flow": self.no_flow,
@@ -93,6 +97,8 @@ class Comparison:
             "difference": self.adapted - self.direct,
             "flow": self.adapted - self.no_flow,
         }
+        if self.shared is not None:
+            columns["reading"] = self.adapted - self.shared
         figures = {}
         for name, values in columns.items():
             mean, half_width = mean_ci95(values)
@@ -112,11 +118,15 @@ def compare_flow(
     n_query: int = 15,
     seed: int = 0,
     n_steps: int | None = None,
+    shared_weights: torch.Tensor | None = None,
 ) -> Comparison:
     """Direct transfer against the flow on the same CD-FSL episodes of a domain.
 
     A domain with fewer classes than `n_way` is run with those it has. The backbone is left as it was; an adapter that
     was in it stays in.
+
+    Args:
+        shared_weights: weights of the adapter `(n_tokens, token_dim)` that every task is also tried with.
 
     Raises:
         ValueError: no episodes, or the domain has too few images for one.
@@ -126,8 +136,10 @@ def compare_flow(
     was_in = adapter.space.is_in(backbone)
     target = Target(backbone, adapter)
     features = DomainFeatures(target, domain)
-    methods = (DirectTransfer(), NoFlow(), HyperFlow(n_steps=n_steps))
-    columns: list[list[float]] = [[], [], []]
+    methods: list[Method] = [DirectTransfer(), NoFlow(), HyperFlow(n_steps=n_steps)]
+    if shared_weights is not None:
+        methods.append(SharedWeights(shared_weights))
+    columns: list[list[float]] = [[] for _ in methods]
     try:
         for index in range(n_episodes):
             episode = cdfsl_episode(domain, index, n_way=n_way, n_shot=n_shot, n_query=n_query, seed=seed)
@@ -136,5 +148,4 @@ def compare_flow(
     finally:
         if not was_in:
             target.unload()
-    direct, no_flow, adapted = np.array(columns)
-    return Comparison(domain.name, episode.n_way, n_shot, direct, no_flow, adapted)
+    return Comparison(domain.name, episode.n_way, n_shot, *np.array(columns))

@@ -7,6 +7,7 @@ import json
 import math
 import tempfile
 import warnings
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from .precision import get_autocast_dtype
 from .progress import TrainingProgress
 from .schedule import METRICS, Schedule, ScheduledLoss
 from .tracking import flatten, get_logging_folder, list_domains, require_tracker, start_tracker
-from .validation import compare_on_domains
+from .validation import SHARED_TASKS, Validation, average_weights, validate_on_domains
 
 #: Ways, shots and queries of the smallest training task; each training domain must have the images for it.
 SMALLEST_TASK = (MIN_WAY, 1, query_count(MIN_WAY))
@@ -306,30 +307,34 @@ class DriftTrainer:
 
     # Validate
 
-    def validate(self) -> dict[str, dict[str, float]]:
+    def validate(self) -> Validation:
         """Compare the averaged adapter with direct transfer on every validation domain, and note it in the history.
 
-        Returns:
-            By domain, accuracies in % on 5-way 5-shot episodes, and their paired differences in percentage points.
+        Whether the flow reads its support set is measured, too: by its gain over the same weights for all tasks, and by
+        how much its way differs between tasks.
         """
-        n_episodes = self.config.validation_episodes * len(self.validation_domains)
-        with self.cost.phase("validation", every=1, episodes=n_episodes):
-            accuracies = compare_on_domains(
-                self.accelerator,
-                self.averaged_adapter,
-                self.backbone,
-                self.validation_domains,
-                n_episodes=self.config.validation_episodes,
+        domains, n_episodes = self.validation_domains, self.config.validation_episodes
+        adapter, backbone = self.averaged_adapter, self.backbone
+        with self.cost.phase("validation", every=1, episodes=n_episodes * len(domains)):
+            with self.accelerator.autocast():
+                tasks = self.batches.first_episodes(SHARED_TASKS)
+                shared = average_weights(self.accelerator, adapter, backbone, tasks)
+            validation = validate_on_domains(
+                self.accelerator, adapter, backbone, domains, n_episodes=n_episodes, shared_weights=shared
             )
         progress = self.progress
         entry: dict[str, Any] = {"step": progress.step, "phase": self.schedule.phase(progress.step - 1)}
         entry.update(progress.recent.means())
         entry["scale"] = self.adapter.logit_scale.exp().item()
-        entry.update(accuracies)
+        entry.update(validation.accuracies)
+        curves = flatten(validation.accuracies, "validation/")
+        if validation.shares is not None:
+            for part, share in asdict(validation.shares).items():
+                entry[f"share_{part}"] = curves[f"validation/share_{part}"] = round(share, 4)
         progress.history.append(entry)
         self.accelerator.print(json.dumps(entry))
-        self.accelerator.log(flatten(accuracies, "validation/"), step=progress.step)
-        return accuracies
+        self.accelerator.log(curves, step=progress.step)
+        return validation
 
     # Save
 

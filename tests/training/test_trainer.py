@@ -147,8 +147,9 @@ def test_its_named_steps_are_the_whole_run(settings, whole, tmp_path):
     trainer.prepare()
     for step in range(STEPS):
         trainer.step(step)
-        accuracies = trainer.validate()
-    assert set(accuracies) == {"beta"}
+        validation = trainer.validate()
+    assert set(validation.accuracies) == {"beta"}
+    assert validation.shares is None, "of a single domain"
     trainer.checkpoint()
     trainer.save()
     assert list_folders(tmp_path) == {"checkpoint-5"}
@@ -422,6 +423,7 @@ def test_curves_in_tensorboard(whole):
     assert events.Scalars("loss")[0].value == pytest.approx(history[0]["loss"])
     differences = [event.value for event in events.Scalars("validation/beta/difference")]
     assert differences == pytest.approx([entry["beta"]["difference"] for entry in history])
+    assert len(events.Scalars("validation/beta/reading")) == len(history)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from .hyperflow import FLOW_POINTS, HyperFlow
 from .logistic import LogisticRegression
 from .no_flow import NoFlow
 from .peft_tuning import BiasTuning, LayerNormTuning, LoraTuning
+from .shared_weights import SharedWeights
 from .target import Images, Support, Target
 
 #: What the benchmark runs by default, with default hyper-parameters.
@@ -64,6 +65,7 @@ __all__ = [
     "NearestPrototype",
     "NoFlow",
     "Predictions",
+    "SharedWeights",
     "Support",
     "Target",
     "find_methods",
