@@ -142,7 +142,8 @@ def _measure_fine_tuning(task: CostTask, method: FineTuning, device: str) -> Cos
     _, one = measure_cost(lambda: task.prepare(method, _first_steps(method, 1)), device)
     n_timed = max(1, min(TIMED_STEPS, method.steps - 1))
     _, several = measure_cost(lambda: task.prepare(method, _first_steps(method, 1 + n_timed)), device)
-    seconds_per_step = (several.seconds - one.seconds) / n_timed
+    # On a busy machine the run of one step can be the longer one.
+    seconds_per_step = max(0.0, several.seconds - one.seconds) / n_timed
     return Cost(one.seconds + (method.steps - 1) * seconds_per_step, first.peak_memory_mb)
 
 
