@@ -40,12 +40,10 @@ test-all: $(VENV)/.installed-$(EXTRAS)
 	$(PYTEST) --durations 20
 
 # The library's own tests with the oldest packages allowed. torch is the one that the figures were measured with: older
-# ones have no wheel for the CPU at every registry, and pull in gigabytes of CUDA. The README's table of families is that
-# of the newest transformers.
+# ones have no wheel for the CPU at every registry, and pull in gigabytes of CUDA.
 test-lowest: $(LOWEST)/.installed
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile \
-	  -m "not slow and not browser and not hub" --ignore tests/modeling/test_families.py \
-	  tests/modeling tests/data tests/finetuning
+	  -m "not slow and not browser and not hub" tests/modeling tests/data tests/finetuning
 
 $(LOWEST)/.installed: pyproject.toml .ci/lowest.py
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)

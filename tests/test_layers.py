@@ -21,7 +21,7 @@ BELOW = {
     "export": ("modeling",),
     "data": ("modeling",),
     "finetuning": ("modeling", "data"),
-    "benchmark": ("modeling", "serving", "data", "finetuning", "extras", "arguments"),
+    "benchmark": ("modeling", "serving", "export", "data", "finetuning", "extras", "arguments"),
     "training": ("modeling", "data", "finetuning", "benchmark", "extras", "arguments"),
     "info": ("modeling",),
     "download": ("modeling",),

@@ -16,9 +16,22 @@ from .methods.hyperflow import flow_features
 
 OWN, OTHER_EPISODE, SHUFFLED = "own support set", "other episode", "shuffled labels"
 OTHER_DOMAIN, UNCONDITIONAL = "other domain", "unconditional"
-#: How much further from the unconditional weights than the flow of the own support set.
+#: How many times as far from the unconditional weights as the flow of the own support set.
 AMPLIFICATIONS = {2: "own support set, 2 times as far", 4: "own support set, 4 times as far"}
-CONDITIONS = (OWN, OTHER_EPISODE, SHUFFLED, OTHER_DOMAIN, UNCONDITIONAL, *AMPLIFICATIONS.values())
+#: Longer ways from the backbone as it is.
+TWICE_OWN, TWICE_UNCONDITIONAL = "twice the way of the own support set", "twice the unconditional way"
+SUM = "the unconditional way, then that of the own support set"
+CONDITIONS = (
+    OWN,
+    OTHER_EPISODE,
+    SHUFFLED,
+    OTHER_DOMAIN,
+    UNCONDITIONAL,
+    *AMPLIFICATIONS.values(),
+    TWICE_OWN,
+    TWICE_UNCONDITIONAL,
+    SUM,
+)
 
 #: Accuracies in % of an episode, by condition and for the head without the flow.
 Accuracies = dict[str, float]
@@ -37,7 +50,9 @@ class ConditioningTest:
     - `shuffled labels`: the episode's own images, their labels shuffled among them;
     - `other domain`: the support set of an episode of another domain;
     - `unconditional`: the mean of the weights that the flow gives on tasks of many domains, the same for all tasks;
-    - `own support set, k times as far`: that mean, plus k times the difference that the own support set makes.
+    - `own support set, k times as far`: that mean, plus k times the difference that the own support set makes;
+    - `twice the way of ...`: the way from the backbone as it is to the weights, theta(1) - theta(0), is doubled;
+    - `the unconditional way, then that of the own support set`: the sum of both ways.
 
     Queries are always compared with the episode's own support images.
 
@@ -83,6 +98,10 @@ class ConditioningTest:
         }
         for times, condition in AMPLIFICATIONS.items():
             thetas[condition] = unconditional + times * (own - unconditional)
+        start = self.target.adapter.space.inject(self.target.backbone).start
+        thetas[TWICE_OWN] = start + 2 * (own - start)
+        thetas[TWICE_UNCONDITIONAL] = start + 2 * (unconditional - start)
+        thetas[SUM] = own + (unconditional - start)
         return self.measure_weights(domain, episode, thetas)
 
     def measure_weights(self, domain: DomainFeatures, episode: Episode, thetas: dict[str, torch.Tensor]) -> Accuracies:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Adapter, AdaptViews, SkipBad
+from .options import Adapter, AdaptViews, Backbone, SkipBad
 from .printing import hide_progress_bars, print_line, quote, say
 
 if TYPE_CHECKING:
@@ -20,13 +20,7 @@ def adapt(
     support: Annotated[Path, typer.Option(help="Folder with one folder of images per class.")],
     output: Annotated[Path, typer.Option("--output_dir", "--output", help="Folder for the adapted task.")],
     adapter: Adapter = None,
-    backbone: Annotated[
-        str | None,
-        typer.Option(
-            help="Vision model that the adapter was trained for: folder or Hub id; by default the released one "
-            "or, with --adapter, the one that the adapter names."
-        ),
-    ] = None,
+    backbone: Backbone = None,
     n_steps: Annotated[
         int | None,
         typer.Option("--n_steps", min=0, help="Solver steps; by default the adapter's. 0 is the same as --no_flow."),

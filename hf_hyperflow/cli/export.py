@@ -8,20 +8,14 @@ from typing import Annotated
 import typer
 
 from ..extras import require_extra
-from .options import Adapter
+from .options import Adapter, Backbone
 from .printing import hide_progress_bars, print_line, quote
 
 
 def export(
     output: Annotated[Path, typer.Option("--output_dir", "--output", help="Folder for the ONNX files.")],
     adapter: Adapter = None,
-    backbone: Annotated[
-        str | None,
-        typer.Option(
-            help="Vision model that the adapter was trained for: folder or Hub id; by default the released one "
-            "or, with --adapter, the one that the adapter names."
-        ),
-    ] = None,
+    backbone: Backbone = None,
     n_steps: Annotated[
         int | None, typer.Option("--n_steps", min=1, help="Solver steps; by default the adapter's.")
     ] = None,

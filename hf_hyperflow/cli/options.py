@@ -7,6 +7,13 @@ from typing import Annotated
 import typer
 
 Adapter = Annotated[str | None, typer.Option(help="HyperFlow adapter: folder or Hub id; by default the released one.")]
+Backbone = Annotated[
+    str | None,
+    typer.Option(
+        help="Vision model that the adapter was trained for: folder or Hub id; by default the released one "
+        "or, with --adapter, the one that the adapter names."
+    ),
+]
 SkipBad = Annotated[
     bool,
     typer.Option("--skip_bad", help="Leave out images that cannot be read, naming them; they are no error then."),

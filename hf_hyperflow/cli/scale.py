@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..extras import require_extra
-from .options import Adapter
+from .options import Adapter, Backbone
 from .printing import hide_progress_bars, print_line, print_table
 
 if TYPE_CHECKING:
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 def scale(
     adapter: Adapter = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="Its backbone: folder or Hub id; by default the one that the adapter names.")
-    ] = None,
+    backbone: Backbone = None,
     n_tasks: Annotated[
         list[int] | None, typer.Option("--n_tasks", min=1, help="A number of tasks; can be repeated. [1, 16, 256]")
     ] = None,

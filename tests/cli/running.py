@@ -48,15 +48,15 @@ def run(output: Path, cwd: Path, arguments: list[str], missing: str | None) -> N
     sys.argv = arguments
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests started in the background inherit that it is off
     if missing is not None:
-        forget_optional_rooms()
+        forget("hf_hyperflow.benchmark", "hf_hyperflow.demo", missing)
         sys.modules[missing] = None  # what makes an import fail
     cli.main()
 
 
-def forget_optional_rooms() -> None:
+def forget(*packages: str) -> None:
     """Another test of this process may have started the server that this process is forked from, with more imported."""
     for name in list(sys.modules):
-        if name.startswith(("hf_hyperflow.benchmark", "hf_hyperflow.demo")):
+        if name.startswith(packages):
             del sys.modules[name]
 
 

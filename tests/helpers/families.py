@@ -275,7 +275,7 @@ FAMILIES = (
         "SwiftFormer",
         (Member("swiftformer", {"image_size": 64, "depths": [1, 1, 2, 1], "embed_dims": [8, 8, 16, 24]}),),
     ),
-    Family("TextNet", (Member("textnet"),), spaces=CONVOLUTIONS),
+    Family("TextNet", (Member("textnet", {"image_size": [64, 64]}),), spaces=CONVOLUTIONS),
 )
 
 REFUSED = (

@@ -17,7 +17,11 @@ from hf_hyperflow.benchmark.conditioning import (
     OTHER_EPISODE,
     OWN,
     SHUFFLED,
+    SUM,
+    TWICE_OWN,
+    TWICE_UNCONDITIONAL,
     UNCONDITIONAL,
+    ConditioningTest,
     shuffle_labels,
 )
 from hf_hyperflow.benchmark.methods import NoFlow, Target
@@ -119,6 +123,24 @@ def test_accuracies_are_those_of_the_weights(ground, make_experiment):
 
 
 @torch.no_grad()
+def test_ways_are_lengthened_from_the_backbone_as_it_is_and_from_the_mean(ground, make_experiment, monkeypatch):
+    experiment = make_experiment(n_shot=1)
+    beta, gamma = experiment.load(str(ground / "beta")), experiment.load(str(ground / "gamma"))
+    start = experiment.target.adapter.space.inject(experiment.target.backbone).start
+    own = experiment.test.generate(beta, experiment.arguments.draw(beta.domain, 0))
+    unconditional = experiment.compute_unconditional()
+    seen = {}
+    monkeypatch.setattr(ConditioningTest, "measure_weights", lambda self, domain, episode, thetas: seen.update(thetas))
+    experiment.test.evaluate_episode(beta, gamma, 0, unconditional)
+    one, mean = own - start, unconditional - start
+    expected = {TWICE_OWN: 2 * one, TWICE_UNCONDITIONAL: 2 * mean, SUM: one + mean, OWN: one}
+    for times, condition in AMPLIFICATIONS.items():
+        expected[condition] = mean + times * (one - mean)
+    for condition, way in expected.items():
+        torch.testing.assert_close(seen[condition] - start, way, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
 def test_shuffled_labels_lead_elsewhere_but_at_one_shot(ground, make_experiment):
     """The flow does not depend on the order of the classes, but it does on what is in them."""
     distances = {}
@@ -147,8 +169,8 @@ def test_labels_are_shuffled_by_seed_and_episode_alone(ground):
 
 def test_records_are_paired_by_episode_and_mean_over_domains():
     def episodes(own: list[float], other: list[float]) -> list[dict[str, float]]:
-        same = dict.fromkeys((OTHER_EPISODE, SHUFFLED, UNCONDITIONAL, *AMPLIFICATIONS.values()), 50.0)
-        return [{WITHOUT: 50.0, OWN: a, OTHER_DOMAIN: b} | same for a, b in zip(own, other, strict=True)]
+        same = dict.fromkeys(CONDITIONS, 50.0)
+        return [same | {WITHOUT: 50.0, OWN: a, OTHER_DOMAIN: b} for a, b in zip(own, other, strict=True)]
 
     records = summarise({"a": episodes([52, 54], [50, 52]), "b": episodes([50, 60], [50, 50])})
     by = {(r["condition"], r["domain"]): r for r in records}

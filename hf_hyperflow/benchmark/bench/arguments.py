@@ -42,6 +42,10 @@ class BenchArguments:
         default_factory=lambda: ["float32"],
         metadata={"help": "float32, bfloat16: the backbone's; fine-tuning in bfloat16 runs under autocast"},
     )
+    onnx: bool = field(
+        default=False,
+        metadata={"help": "with ONNX Runtime beside it, on the CPU in float32 with the adapter's steps (extra onnx)"},
+    )
     output_dir: str = field(
         default="outputs/bench", metadata={"aliases": ["--output"], "help": "folder for bench.json and bench.png"}
     )

@@ -44,6 +44,10 @@ LABELS = {
     READY: "ready to predict, first task",
     NEXT_READY: "ready to predict, next task",
 }
+#: The same in ONNX Runtime, which is measured on demand.
+ONNX_READY, ONNX_PREDICTION = "onnx_ready", "onnx_prediction"
+LABELS[ONNX_READY] = "ready to predict, ONNX Runtime"
+LABELS[ONNX_PREDICTION] = "prediction of one image, ONNX Runtime"
 for _rival in RIVALS:
     LABELS[_rival.name] = _rival.label
 
@@ -83,7 +87,7 @@ class CostRecord:
         n_images: number of support images, or of images that are predicted at once.
         n_steps: solver steps, None where they do not matter.
         seconds: the median of several runs.
-        flops: floating-point operations of the networks.
+        flops: floating-point operations of the networks; None where they are not counted.
         peak_memory_mb: beyond the loaded models, in MiB (see `Cost`); None where it is not measured.
     """
 
@@ -92,7 +96,7 @@ class CostRecord:
     n_images: int
     n_steps: int | None
     seconds: float
-    flops: float
+    flops: float | None
     peak_memory_mb: float | None
 
 

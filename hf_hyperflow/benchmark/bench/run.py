@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from ...arguments import make_parser
+from ...extras import require_extra
 from ...modeling.atomic_file import write_json
 from ...modeling.saving import atomic_folder, exclusive
 from ..cost import ProcessKilledError, device_name
@@ -28,7 +29,7 @@ from ..methods import FineTuning, Method
 from .arguments import BenchArguments
 from .figure import draw_costs
 from .measure import BATCH_SIZES, Measured, measure_memory, measure_method, measure_pieces, measure_predictions
-from .records import RIVALS, CostRecord, CostTable, Place, format_size
+from .records import ONNX_PREDICTION, ONNX_READY, RIVALS, CostRecord, CostTable, Place, format_size
 from .subjects import FindReleased, Subject, find_subject
 from .table import print_costs
 from .task import N_WAY, PIECES, PIECES_OF_STEPS, CostSetting, Piece
@@ -106,6 +107,8 @@ class Bench:
             n_pieces = len(self._list_pieces(subject))
             for device in self.arguments.device:
                 n_memory = n_pieces if device == "cpu" else 0
+                has_onnx = self.arguments.onnx and device == "cpu"
+                count += int(has_onnx and "float32" in self.arguments.dtype)
                 per_place = 1 + len(self.arguments.images) * (1 + n_memory + len(RIVALS))
                 count += per_place * len(self.arguments.dtype)
         return count
@@ -140,6 +143,26 @@ class Bench:
                     peak_memory_mb=None,
                 )
                 self.records.append(record)
+        if self.arguments.onnx and (device, dtype) == ("cpu", "float32"):
+            self._measure_onnx(place, setting)
+
+    def _measure_onnx(self, place: Place, setting: CostSetting) -> None:
+        """Getting ready and predicting one image in ONNX Runtime, for every number of support images."""
+        with require_extra("onnx", "--onnx"):
+            from .onnx_times import measure_onnx
+        with self._step(place, "ONNX Runtime"):
+            for n_images, times in measure_onnx(setting, self.arguments.images).items():
+                for work, seconds in ((ONNX_READY, times.ready), (ONNX_PREDICTION, times.prediction)):
+                    record = CostRecord(
+                        place=place,
+                        work=work,
+                        n_images=n_images,
+                        n_steps=None,
+                        seconds=seconds,
+                        flops=None,
+                        peak_memory_mb=None,
+                    )
+                    self.records.append(record)
 
     def _measure_task(self, place: Place, setting: CostSetting, pieces: list[Piece]) -> None:
         """HyperFlow and one forward pass."""

@@ -68,7 +68,10 @@ def build_cost_table(table: CostTable, place: Place) -> Table:
     for n_images in table.images(place):
         for heading in (f"{n_images} images", "memory", "FLOPs"):
             costs.add_column(heading, justify="right")
+    measured = {record.work for record in table.records if record.place == place}
     for work, label in LABELS.items():
+        if work not in measured:
+            continue
         for n_steps in table.steps(place) if work in PIECES_OF_STEPS else [None]:
             cells = [label if n_steps is None else f"{label}, {format_steps(n_steps)}"]
             for n_images in table.images(place):
@@ -105,7 +108,9 @@ def format_steps(n_steps: int) -> str:
     return "1 step" if n_steps == 1 else f"{n_steps} steps"
 
 
-def _format_flops(flops: float) -> str:
+def _format_flops(flops: float | None) -> str:
+    if flops is None:
+        return NOTHING
     giga = flops / 1e9
     return f"{giga:,.0f} G" if giga >= 10 else f"{giga:.2g} G"
 

@@ -12,11 +12,14 @@ from transformers import AutoModel
 
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.benchmark.bench.arguments import BenchArguments
-from hf_hyperflow.benchmark.bench.records import LABELS, PREDICTION_LABELS, RIVALS
+from hf_hyperflow.benchmark.bench.records import LABELS, ONNX_PREDICTION, ONNX_READY, PREDICTION_LABELS, RIVALS
 from hf_hyperflow.benchmark.bench.run import run
 from hf_hyperflow.benchmark.bench.subjects import find_subject
 from hf_hyperflow.benchmark.bench.task import PIECES, PIECES_OF_STEPS
 from tests.helpers.tiny import SIZE
+
+#: What ONNX Runtime does, whose memory is not measured.
+WITHOUT_MEMORY = (ONNX_READY, ONNX_PREDICTION)
 
 
 def refuse_to_find_released():
@@ -28,7 +31,13 @@ def test_bench(pair, tmp_path, capsys):
     """One number of images: what is measured, printed and drawn."""
     backbone, adapter = pair
     arguments = BenchArguments(
-        adapter=adapter, backbone=backbone, images=[6], steps=[3], device=["cpu"], output_dir=str(tmp_path / "out")
+        adapter=adapter,
+        backbone=backbone,
+        images=[6],
+        steps=[3],
+        device=["cpu"],
+        onnx=True,
+        output_dir=str(tmp_path / "out"),
     )
     content = run(arguments, refuse_to_find_released)
     assert json.loads((tmp_path / "out" / "bench.json").read_text()) == json.loads(json.dumps(content))
@@ -36,13 +45,14 @@ def test_bench(pair, tmp_path, capsys):
     expected = {(work, 6, 3) for work in PIECES_OF_STEPS}
     expected |= {(work, 6, None) for work in set(PIECES) - set(PIECES_OF_STEPS)}
     expected |= {(rival.name, 6, None) for rival in RIVALS}
+    expected |= {(work, 6, None) for work in WITHOUT_MEMORY}
     expected |= {(work, n_images, None) for work in PREDICTION_LABELS for n_images in (1, 32)}
     assert set(records) == expected
     assert len(content["records"]) == len(expected)
     for (work, _, _), record in records.items():
         assert (record["backbone"], record["size"], record["dtype"]) == ("own", (SIZE, SIZE), "float32")
         assert record["seconds"] > 0
-        assert (record["peak_memory_mb"] is None) == (work in PREDICTION_LABELS)
+        assert (record["peak_memory_mb"] is None) == (work in (*PREDICTION_LABELS, *WITHOUT_MEMORY))
     assert records["ready", 6, 3]["seconds"] < records["full", 6, None]["seconds"]
     (ratios,) = content["task_ratios"]
     assert ratios["ready"] == records["ready", 6, 3]["seconds"] / records["forward", 6, None]["seconds"]
