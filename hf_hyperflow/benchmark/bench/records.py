@@ -77,7 +77,7 @@ class Place:
         return f"{self.backbone}, {format_size(self.size)}, {self.dtype}, {self.device}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CostRecord:
     """What a piece of work costs.
 
@@ -94,10 +94,10 @@ class CostRecord:
     place: Place
     work: str
     n_images: int
-    n_steps: int | None
+    n_steps: int | None = None
     seconds: float
-    flops: float | None
-    peak_memory_mb: float | None
+    flops: float | None = None
+    peak_memory_mb: float | None = None
 
 
 @dataclass(frozen=True)

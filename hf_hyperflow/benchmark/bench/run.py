@@ -137,10 +137,8 @@ class Bench:
                     place=place,
                     work=prediction.by,
                     n_images=prediction.n_images,
-                    n_steps=None,
                     seconds=measured.seconds,
                     flops=measured.flops,
-                    peak_memory_mb=None,
                 )
                 self.records.append(record)
         if self.arguments.onnx and (device, dtype) == ("cpu", "float32"):
@@ -157,10 +155,7 @@ class Bench:
                         place=place,
                         work=work,
                         n_images=n_images,
-                        n_steps=None,
                         seconds=seconds,
-                        flops=None,
-                        peak_memory_mb=None,
                     )
                     self.records.append(record)
 
@@ -193,7 +188,6 @@ class Bench:
                 place=place,
                 work=method.name,
                 n_images=setting.n_images,
-                n_steps=None,
                 seconds=cost.seconds_per_task,
                 flops=cost.flops_per_task,
                 peak_memory_mb=cost.peak_memory_mb,

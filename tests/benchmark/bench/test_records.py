@@ -12,7 +12,9 @@ OTHER = Place("vit-s", (224, 224), "a GPU", "bfloat16")
 
 
 def record(place: Place, work: str, n_images: int, seconds: float, memory: float | None, n_steps=None) -> CostRecord:
-    return CostRecord(place, work, n_images, n_steps, seconds, 1e9, memory)
+    return CostRecord(
+        place=place, work=work, n_images=n_images, n_steps=n_steps, seconds=seconds, flops=1e9, peak_memory_mb=memory
+    )
 
 
 RECORDS = [
