@@ -23,8 +23,8 @@ def export(
 ) -> None:
     """Write an adapter and its backbone as ONNX, to adapt and predict where there is no PyTorch.
 
-    hyperflow_onnx.py in the folder does both with numpy, Pillow and onnxruntime. What is written is compared with
-    PyTorch before it is put in place.
+    hyperflow_onnx.py in the folder does both with numpy, Pillow and onnxruntime; index.html does both in a browser. What
+    is written is compared with PyTorch before it is put in place.
     """
     hide_progress_bars()
     with require_extra("onnx", "the export"):
@@ -43,3 +43,5 @@ def export(
     program = quote(output / "hyperflow_onnx.py")
     print_line(f"  python {program} adapt SUPPORT_FOLDER --task my-task.npz")
     print_line(f"  python {program} predict IMAGE ... --task my-task.npz")
+    print_line("Or in a browser, at http://127.0.0.1:8000, with:")
+    print_line(f"  python -m http.server --bind 127.0.0.1 --directory {quote(output)}")

@@ -35,6 +35,9 @@ TOLERANCE = 1e-4
 
 SETTINGS, WEIGHTS = "hyperflow.json", "weights.bin"
 
+#: What uses an export: files of this folder that are written beside it.
+USERS = ("hyperflow_onnx.py", "hyperflow_web.js", "index.html")
+
 
 def export_onnx(
     adapter: HyperFlowAdapter,
@@ -47,7 +50,8 @@ def export_onnx(
     """Write an adapter and its backbone as ONNX, for adapting and classifying without PyTorch.
 
     All files are written or none. `hyperflow_onnx.py` among them is a module and a program that uses the others; it
-    needs numpy, Pillow and onnxruntime. What is written is run and compared before it is put in place.
+    needs numpy, Pillow and onnxruntime. `index.html` is a page that does so in a browser, by `hyperflow_web.js`, when
+    any server of files serves the folder. What is written is run and compared before it is put in place.
 
         adapt.onnx    pixel_values (n, 3, h, w), one_hot (n, n_way) -> theta, prototypes, scale, rejection
         predict.onnx  pixel_values (n, 3, h, w), theta, prototypes, scale, rejection -> scores (n, n_way), known (n,)
@@ -90,7 +94,8 @@ def export_onnx(
             "version": __version__,
         }
         (draft / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        shutil.copyfile(hyperflow_onnx.__file__, draft / "hyperflow_onnx.py")
+        for name in USERS:
+            shutil.copyfile(Path(__file__).with_name(name), draft / name)
         _require_equal(draft, adapter, backbone, n_steps, solver)
 
 

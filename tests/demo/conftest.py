@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 
-from tests.helpers.page import FLAGS, Page, Served, free_port
+from tests.helpers.page import Page, Served, chromium, free_port
 from tests.helpers.tiny import pictures, tiny_adapter, tiny_dinov2
 
 COMMAND = "from hf_hyperflow.cli import main; main()"
@@ -41,19 +40,8 @@ def url(folder):
 
 @pytest.fixture(scope="session")
 def browser(folder):
-    """Headless Chromium with a profile of its own."""
-    if not shutil.which("chromium") or not shutil.which("chromedriver"):
-        pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (*FLAGS.split(), f"--user-data-dir={folder / 'profile'}"):
-        options.add_argument(flag)
-    options.add_experimental_option("prefs", {"download.default_directory": str(folder / "downloads")})
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
+    with chromium(folder) as driver:
+        yield driver
 
 
 @pytest.fixture

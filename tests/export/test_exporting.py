@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from peft import IA3Config
+from sklearn.datasets import load_digits, load_sample_images
 from transformers import CLIPImageProcessorPil, Dinov2Model
 
 from hf_hyperflow import IncompatibleBackboneError
-from hf_hyperflow.export.exporting import export_onnx
+from hf_hyperflow.export.exporting import USERS, export_onnx
 from hf_hyperflow.export.hyperflow_onnx import NONE_OF_THESE, HyperFlow
 from tests.helpers.environments import Environment
+from tests.helpers.exported_page import ExportedPage
 from tests.helpers.tiny import SIZE, Snapshot, pictures, tiny_adapter, tiny_dinov2, write_pictures
 
 SUPPORTS = {
@@ -51,7 +57,7 @@ def test_one_export_serves_all_sizes(exported):
 @pytest.mark.slow
 def test_the_files_of_an_export(exported):
     files = {path.name for path in exported.folder.iterdir()}
-    assert files == {"adapt.onnx", "predict.onnx", "weights.bin", "hyperflow.json", "hyperflow_onnx.py"}
+    assert files == {"adapt.onnx", "predict.onnx", "weights.bin", "hyperflow.json", *USERS}
     weights = (exported.folder / "weights.bin").stat().st_size
     n_parameters = sum(p.numel() for model in (exported.adapter, exported.backbone) for p in model.parameters())
     assert weights < 1.3 * 4 * n_parameters, "both graphs share their weights"
@@ -111,6 +117,70 @@ def test_a_task_knows_its_export(exported, tmp_path):
     model.settings["export"] = "another"
     with pytest.raises(ValueError, match="another export"):
         model.load_task(tmp_path / "task.npz")
+
+
+def write_photographs(folder: Path) -> None:
+    """Folders of parts of two photographs and of scans of handwriting, with names that are no HTML."""
+    for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
+        for kind, tops in (("support", (0, 90, 180)), ("new", (240,))):
+            (folder / kind / name).mkdir(parents=True)
+            for top in tops:
+                part = PIL.Image.fromarray(photograph[top : top + 150, 2 * top : 2 * top + 170])
+                part.save(folder / kind / name / f"{name} {top}.png")
+    digits = (load_digits().images * 15.9).astype(np.uint8)
+    for number, kind in enumerate(("support", "support", "new")):
+        (folder / kind / "<i>digits").mkdir(exist_ok=True)
+        PIL.Image.fromarray(digits[number]).save(folder / kind / "<i>digits" / f"<b>{number}&amp;.png")
+    (folder / "support" / "china" / "notes.txt").touch()
+    (folder / "support" / "__MACOSX").mkdir()
+    shutil.copy(folder / "new" / "china" / "china 240.png", folder / "support" / "__MACOSX")
+
+
+@pytest.mark.browser
+def test_in_a_browser(exported, served, runtime, browser, tmp_path):
+    """From files to scores, which are those of PyTorch to 1e-4; and what bad input gets."""
+    folder, url = served
+    name = exported.folder.parent.name
+    shutil.copytree(exported.folder, folder / name)
+    (folder / name / "ort").symlink_to(runtime)
+    write_photographs(tmp_path)
+    new = sorted((tmp_path / "new").rglob("*.png"))
+    (tmp_path / "<b>bad.png").write_text("these are notes, not a picture")
+    page = ExportedPage(browser, f"{url}/{name}/")
+    assert page.loaded.endswith("It looks at images at 28 × 28 pixels.")
+    assert page.alert("predict", "predicted").endswith("Press Adapt first.")
+
+    assert page.alert("adapt", "adapted").startswith("There are fewer than two classes. Add one")
+    page.fill(0, "red")
+    assert page.alert("adapt", "adapted") == "Class 'red' has no images. Give it at least one, or remove it."
+    page.fill(1, "", new[0])
+    assert page.alert("adapt", "adapted") == f"The class of {new[0].name} has no name. Give it one."
+    page.fill(1, " red ")
+    assert page.alert("adapt", "adapted") == "Two classes are called 'red'. Rename one of them."
+    page.fill(0, "<b>blue", tmp_path / "<b>bad.png")
+    refused = "<b>bad.png cannot be read as an image by this browser. Replace or remove it."
+    assert page.alert("adapt", "adapted") == refused
+    page.all("[title='Remove <b>bad.png']")[0].click()
+    assert page.alert("adapt", "adapted").startswith("Class '<b>blue' has no images.")
+    for remove in page.all(".remove"):
+        remove.click()
+
+    page.open_folder(tmp_path / "support")
+    assert page.read_names() == ["<i>digits", "china", "flower"]
+    said = page.press("adapt", "adapted")
+    assert re.fullmatch(r"Ready after \d+\.\d\d s: 3 classes from 8 images, without gradients\.", said)
+    assert page.alert("predict", "predicted").startswith("There are no new images.")
+    page.choose_queries(*new)
+    assert page.press("predict", "predicted").startswith("Predicted in")
+    task = exported.adapter.adapt(exported.backbone, tmp_path / "support")
+    for found, expected in zip(page.read_scores(), task(new), strict=True):
+        assert list(found) == [result["label"] for result in expected]
+        assert list(found.values()) == pytest.approx([result["score"] for result in expected], abs=1e-4)
+    assert [image.get_property("alt") for image in page.all(".result img")] == [path.name for path in new]
+
+    (folder / name / "predict.onnx").unlink()
+    missing = "predict.onnx cannot be loaded from beside this page (404). Serve the whole folder that"
+    assert ExportedPage(browser, f"{url}/{name}/").loaded.startswith(missing)
 
 
 class BranchingModel(Dinov2Model):
