@@ -23,8 +23,8 @@ def export(
 ) -> None:
     """Write an adapter and its backbone as ONNX, to adapt and predict where there is no PyTorch.
 
-    hyperflow_onnx.py in the folder does both with numpy, Pillow and onnxruntime; index.html does both in a browser. What
-    is written is compared with PyTorch before it is put in place.
+    hyperflow_onnx.py in the folder does both with numpy, Pillow and onnxruntime, and index.html does both in a browser.
+    What is written is compared with PyTorch before it is put in place.
     """
     hide_progress_bars()
     with require_extra("onnx", "the export"):

@@ -18,7 +18,6 @@ from tests.cli.running import Command
 from tests.helpers.page import Served, chromium, free_port
 from tests.helpers.tiny import tiny_adapter, tiny_dinov2
 
-
 #: Where the files are that are written beside every export.
 SOURCES = Path(hyperflow_onnx.__file__).parent
 

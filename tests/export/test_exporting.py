@@ -147,7 +147,7 @@ def test_in_a_browser(exported, served, runtime, browser, tmp_path):
     new = sorted((tmp_path / "new").rglob("*.png"))
     (tmp_path / "<b>bad.png").write_text("these are notes, not a picture")
     page = ExportedPage(browser, f"{url}/{name}/")
-    assert page.loaded.endswith("It looks at images at 28 × 28 pixels.")
+    assert page.loaded.endswith("It looks at images at 28 by 28 pixels.")
     assert page.alert("predict", "predicted").endswith("Press Adapt first.")
 
     assert page.alert("adapt", "adapted").startswith("There are fewer than two classes. Add one")

@@ -1,4 +1,4 @@
-"""`hyperflow_web.js`: images become the same pixel values as with transformers, and other code than the pinned is not run.
+"""`hyperflow_web.js`: images become the same pixel values as with transformers, and only the pinned runtime is run.
 
 What it computes is tested in test_exporting.py, with the exports that are made there.
 """
