@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
+from tests.helpers.page import Page
 
-class ExportedPage:
+
+class ExportedPage(Page):
     """`index.html` of an export.
 
     Attributes:
@@ -14,34 +15,22 @@ class ExportedPage:
     """
 
     def __init__(self, browser, url: str):
-        self.browser = browser
+        self.browser, self.url = browser, url
         browser.get(url)
         self.loaded = self.wait(lambda: not (said := self.said("model")).startswith("Loading") and said)
-
-    def wait(self, condition):
-        deadline = time.monotonic() + 60
-        while not (found := condition()):
-            assert time.monotonic() < deadline, self.browser.find_element("css selector", "body").text
-            time.sleep(0.05)
-        return found
-
-    def all(self, selector: str) -> list:
-        return self.browser.find_elements("css selector", selector)
 
     def said(self, place: str, role: str = "") -> str:
         return "".join(element.text for element in self.all(f"#{place}{role}"))
 
-    def press(self, button: str, place: str) -> str:
+    def message(self, button: str, place: str) -> str:
         """Press a button and return what is said when it can be pressed again."""
-        [element] = self.all(f"#{button}")
-        self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
-        element.click()
-        self.wait(element.is_enabled)
+        self.press(button)
+        self.wait(self.all(f"#{button}")[0].is_enabled)
         return self.said(place)
 
     def alert(self, button: str, place: str) -> str:
         """Press a button and return what is said if it is an alert."""
-        self.press(button, place)
+        self.message(button, place)
         return self.said(place, "[role=alert]")
 
     def fill(self, row: int, name: str, *images: Path) -> None:
@@ -56,9 +45,6 @@ class ExportedPage:
     def open_folder(self, folder: Path) -> None:
         self.all("#folder")[0].send_keys(str(folder))
         self.wait(lambda: self.all("#classes img"))
-
-    def choose_queries(self, *images: Path) -> None:
-        self.all("#queries input")[0].send_keys("\n".join(map(str, images)))
 
     def read_names(self) -> list[str]:
         """What is in the boxes for the names of classes."""
