@@ -225,7 +225,7 @@ function resize(image, size, resample) {
   return resizeAxis(resizeAxis(image, width, true, filter), height, false, filter);
 }
 
-/* Resize along one axis. As in Pillow, weights are rounded to 22 bits and sums to bytes, so that the bytes are the same. */
+/* Resize along one axis. As in Pillow, weights are rounded to 22 bits and sums to bytes: this gives the same bytes. */
 function resizeAxis(image, length, isHorizontal, filter) {
   const [before, nLines] = isHorizontal ? [image.width, image.height] : [image.height, image.width];
   if (length === before) return image;
