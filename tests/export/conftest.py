@@ -39,7 +39,7 @@ def make_bias_adapter(backbone: object) -> HyperFlowAdapter:
 
 
 def make_lora_adapter(backbone: object) -> HyperFlowAdapter:
-    """LoRA with cosines, a learned start and another solver; support images are larger than what conditions the flow."""
+    """LoRA with cosines, a learned start and another solver; images are larger than those that condition the flow."""
     return tiny_adapter(
         backbone,
         lora_config(backbone, 1),
