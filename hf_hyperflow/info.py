@@ -94,6 +94,9 @@ def _describe_adapter(adapter: HyperFlowAdapter, size: str) -> AdapterInfo:
     head = "cosines to the class means"
     if config.lda:
         head = "a regularised LDA whose covariance was measured on the training domains"
+    solver = f"{config.solver}, {config.n_steps} steps"
+    if config.learned_start:
+        solver += ", from learned weights that are the same for every task"
     processor = "none"
     if adapter.processor is not None:
         processor = type(adapter.processor).__name__
@@ -107,7 +110,7 @@ def _describe_adapter(adapter: HyperFlowAdapter, size: str) -> AdapterInfo:
         task_encoder=f"{_count_parameters(adapter.task_encoder)} parameters",
         drift_network=f"{_count_parameters(adapter.drift)} parameters: width {config.drift_width}, "
         f"depth {config.drift_depth}, {config.drift_heads} heads",
-        solver=f"{config.solver}, {config.n_steps} steps",
+        solver=solver,
         head=head,
         image_processor=processor,
         size=size,

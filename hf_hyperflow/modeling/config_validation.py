@@ -59,6 +59,8 @@ def validate_config(config: HyperFlowConfig, source: str | Path) -> None:
     fields.integer("adapter_seed", 0, 2**63 - 1)
     if config.image_size is not None:
         fields.integers("image_size", 2, 1, MAX_IMAGE_SIZE)
+    if config.reduced_size is not None:
+        fields.integers("reduced_size", 2, 1, MAX_IMAGE_SIZE)
     if config.encoder is not None:
         _validate_encoder(Fields(source, config.encoder, "encoder."))
     width = fields.integer("drift_width", 2, MAX_DRIFT_WIDTH)
@@ -66,6 +68,7 @@ def validate_config(config: HyperFlowConfig, source: str | Path) -> None:
     heads = fields.integer("drift_heads", 1, width)
     if width % 2 or width % heads:
         fields.refuse("drift_width", f"an even multiple of drift_heads={heads}")
+    fields.flag("learned_start")
     fields.flag("lda")
     fields.integer("views", 1, MAX_VIEWS)
     for name, kind in (("calibration", Calibration), ("rejection", RejectionCalibration)):

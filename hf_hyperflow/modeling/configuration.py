@@ -26,11 +26,14 @@ class HyperFlowConfig(PreTrainedConfig):
         tensor_names, tensor_shapes: the tensors that the flow moves, in order.
         frozen_tensors: parts of the names of adapter tensors that stay at their seeded start.
         adapter_seed: the seed of that start.
-        image_size: height and width in pixels of the training images, if known. Larger images are brought to this size
-            before they condition the flow, which has seen no others.
+        image_size: height and width in pixels of the training images, if known. Larger images condition the flow at
+            this size, because it has seen no larger ones.
+        reduced_size: height and width in pixels to which larger images are brought instead. A smaller size is faster.
         encoder: None if the frozen first blocks of the backbone encode the support set. Otherwise the `to_dict()` of
             the config of a `transformers` vision model, whose weights are part of this checkpoint.
         drift_width, drift_depth, drift_heads: size of the drift network.
+        learned_start: whether the flow starts from learned weights, the same for every task, or from those of the
+            backbone.
         lda: whether the head is a regularised LDA (see `RegularisedLDA`) or compares by plain cosines.
         views: from how many views of a support image its features are averaged unless `adapt` is told otherwise, see
             `make_view`; 1 is the image as it is.
@@ -56,10 +59,12 @@ class HyperFlowConfig(PreTrainedConfig):
     frozen_tensors: list[str] = field(default_factory=list)
     adapter_seed: int = 0
     image_size: list[int] | None = None
+    reduced_size: list[int] | None = None
     encoder: dict[str, Any] | None = None
     drift_width: int = 192
     drift_depth: int = 4
     drift_heads: int = 6
+    learned_start: bool = False
     lda: bool = False
     views: int = 1
     calibration: dict[str, float] | None = None

@@ -68,6 +68,8 @@ class Flow(PreTrainedModel):
         encoder: the separate support encoder; None where the frozen first blocks of the backbone encode the support.
         task_encoder: turns the features of a support set into task tokens.
         drift: the drift network h_phi.
+        start_z: `(n_tokens, token_dim)`, the learned point where the flow starts, in its units; None where it starts at
+            the backbone's own weights.
         token_scale: `(n_tokens, 1)`, the change of theta, row by row, that one unit of the flow stands for.
         logit_scale: logarithm of the scale of the logits in training, and of every task if there is no `calibration`.
         head: turns support features into prototypes: a regularised LDA, or plain class means.
@@ -106,6 +108,9 @@ class Flow(PreTrainedModel):
         self.drift = DriftNetwork(
             self.space.n_tokens, self.space.token_dim, config.drift_width, config.drift_depth, config.drift_heads
         )
+        self.start_z: nn.Parameter | None = None
+        if config.learned_start:
+            self.start_z = nn.Parameter(torch.zeros(self.space.n_tokens, self.space.token_dim))
         self.register_buffer("token_scale", torch.full((self.space.n_tokens, 1), 0.02))
         # Calibration usually ends near these scales, so training starts there.
         scale = 20.0 if config.lda else 10.0
@@ -234,9 +239,9 @@ class Flow(PreTrainedModel):
     ) -> tuple[torch.Tensor, Hidden | None]:
         """Features `(n, feature_dim)` of images for the task encoder, and the hidden states behind the first blocks.
 
-        Images larger than `config.image_size` are encoded at that size, because the flow has seen no larger ones. For
-        these, and with a separate encoder, the features do not come from the hidden states of the images as they are,
-        and the second result is `hidden` as it was given.
+        Images larger than `config.image_size` are encoded at that size or at `config.reduced_size`, because the flow
+        has seen no larger ones. For these, and with a separate encoder, the features do not come from the hidden states
+        of the images as they are, and the second result is `hidden` as it was given.
 
         Args:
             pixel_values: `(n, 3, height, width)`.
@@ -254,20 +259,22 @@ class Flow(PreTrainedModel):
         return pool_tokens(split.get_prefix_states(hidden)).to(self.device), hidden
 
     def _reduce(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Bring images larger than those of training down to their size; leave others as they are."""
-        size = self.config.image_size
-        if size is None or math.prod(pixel_values.shape[-2:]) <= math.prod(size):
+        """Bring images larger than those of training down; leave others as they are."""
+        largest = self.config.image_size
+        if largest is None or math.prod(pixel_values.shape[-2:]) <= math.prod(largest):
             return pixel_values
-        small = F.interpolate(pixel_values.float(), size=tuple(size), mode="bicubic", antialias=True)
+        size = tuple(self.config.reduced_size or largest)
+        small = F.interpolate(pixel_values.float(), size=size, mode="bicubic", antialias=True)
         return small.to(pixel_values.dtype)
 
     def flow(
         self, tokens: TaskTokens, *, n_steps: int | None = None, solver: str | None = None, end_time: float = 1.0
     ) -> Trajectory:
-        """Integrate the velocity from z = 0 at t = 0 to `end_time`, for a batch of tasks.
+        """Integrate the velocity from t = 0 to `end_time`, for a batch of tasks.
 
-        The states are `(batch, n_tokens, token_dim)`; `theta` turns them into weights. Differentiable. Without steps
-        (`n_steps=0`) the flow stays at t = 0, and no solver is needed.
+        The states are `(batch, n_tokens, token_dim)`; `theta` turns them into weights. The first is z = 0 or, where the
+        start is learned, `start_z`. Differentiable. Without steps (`n_steps=0`) there is no flow, z is 0, and no solver
+        is needed.
 
         Raises:
             ValueError, ImportError: see `integrate`.
@@ -276,19 +283,25 @@ class Flow(PreTrainedModel):
         start = torch.zeros(shape, dtype=tokens.task.dtype, device=self.device)
         if isinstance(n_steps, Integral) and not isinstance(n_steps, bool) and n_steps == 0:
             return Trajectory([0.0], [start], nfe=0)
+        if self.start_z is not None:
+            start = start + self.start_z
         n_steps = self.config.n_steps if n_steps is None else n_steps
         method = solver or self.config.solver
         conditions = self.drift.prepare(tokens, list_stage_times(n_steps, method, end_time))
         mask = self.space.mask.to(self.device)
 
         def compute_velocity(z: torch.Tensor, t: float) -> torch.Tensor:
-            return self.drift.move(z, t, conditions) * mask
+            return self.drift.move(self._leave_start(z), t, conditions) * mask
 
         return integrate(compute_velocity, start, n_steps=n_steps, method=method, end_time=end_time)
 
     def velocity(self, z: torch.Tensor, t: torch.Tensor | float, tokens: TaskTokens) -> torch.Tensor:
         """d z / d t at z `(batch, n_tokens, token_dim)` and time t, a number or `(batch,)`; zero on padding."""
-        return self.drift(z, t, tokens) * self.space.mask.to(z.device)
+        return self.drift(self._leave_start(z), t, tokens) * self.space.mask.to(z.device)
+
+    def _leave_start(self, z: torch.Tensor) -> torch.Tensor:
+        """How far the flow has gone, which is what the drift network is given."""
+        return z if self.start_z is None else z - self.start_z
 
     def theta(self, z: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """The adapter's weights at a point z of the flow: start + token_scale * z.

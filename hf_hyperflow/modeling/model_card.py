@@ -50,6 +50,7 @@ need the package `datasets`.
 | Its size | {n_parameters:,} parameters in {n_tokens} tokens |
 | Support encoder | {encoder} |
 | Drift network | width {drift_width}, depth {drift_depth}, {drift_heads} heads |
+| Start of the flow | {start} |
 | Solver | {solver}, {n_steps} steps |
 | Head | {head} |
 | Feature of an image | {feature} |
@@ -101,6 +102,7 @@ def adapter_card(config: HyperFlowConfig, space: ParameterSpace, training: dict[
     head = "plain cosines to class means"
     if config.lda:
         head = "regularised LDA, with a covariance from the training domains"
+    start = "learned weights, the same for every task" if config.learned_start else "the backbone's own weights"
     text = ADAPTER.format(
         backbone=_describe_backbone(name, backbone["model_type"]),
         load_backbone=_get_loadable_name(name),
@@ -115,6 +117,7 @@ def adapter_card(config: HyperFlowConfig, space: ParameterSpace, training: dict[
         drift_width=config.drift_width,
         drift_depth=config.drift_depth,
         drift_heads=config.drift_heads,
+        start=start,
         solver=config.solver,
         n_steps=config.n_steps,
         head=head,

@@ -47,8 +47,35 @@ def build_adapter(
         encoder=encoder,
         drift_width=config.drift_width,
         drift_depth=config.drift_depth,
+        learned_start=config.learned_start,
         n_steps=config.n_steps,
         lda=config.lda,
         intermediate_weight=config.intermediate_weight,
         image_size=list(image_size),
     )
+
+
+@torch.no_grad()
+def copy_weights(adapter: HyperFlowAdapter, source: str) -> None:
+    """Give a new adapter the weights of a trained one: a folder or a Hub id.
+
+    A learned start that the trained one does not have stays where it is.
+
+    Raises:
+        CheckpointError: there is no such adapter, or it is damaged.
+        ValueError: it generates other parameters, or its networks have other sizes.
+    """
+    trained = HyperFlowAdapter.from_pretrained(source)
+    weights, own = trained.state_dict(), adapter.state_dict()
+    if adapter.start_z is not None and trained.start_z is None:
+        weights["start_z"] = own["start_z"]
+    if trained.space.key != adapter.space.key or _list_shapes(weights) != _list_shapes(own):
+        raise ValueError(
+            f"--init_adapter {source} is another adapter than these settings describe: give the --parameters, "
+            "--last_blocks, --drift_width, --drift_depth, --intermediate_weight and head that it was trained with."
+        )
+    adapter.load_state_dict(weights)
+
+
+def _list_shapes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in weights.items()}

@@ -64,6 +64,17 @@ class DriftTrainingConfig:
     )
     drift_width: int = field(default=192, metadata={"help": "width of the drift network"})
     drift_depth: int = field(default=4, metadata={"help": "blocks of the drift network"})
+    learned_start: bool = field(
+        default=False,
+        metadata={"help": "learn the weights that the flow starts from, too; they are the same for every task"},
+    )
+    init_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "start training from the weights of this adapter: folder or Hub id. With --learned_start, the flow "
+            "starts where that adapter's arrives on average"
+        },
+    )
     n_steps: int = field(default=4, metadata={"help": "solver steps, in training and by default in use"})
     lda: bool = field(
         default=True, metadata={"help": "classify by a regularised LDA, measured on the training domains"}
@@ -110,6 +121,10 @@ class DriftTrainingConfig:
     def __post_init__(self) -> None:
         self.mixed_precision = resolve_precision(self.mixed_precision, cpu=self.cpu)
         self._require_matching_is_whole()
+        if self.learned_start and self.trajectories:
+            raise ValueError(
+                "--learned_start and --trajectories: recorded trajectories start at the backbone. Drop one."
+            )
         self._require_in_range()
 
     def _require_matching_is_whole(self) -> None:

@@ -16,7 +16,7 @@ def measure_lda_prior(accelerator: Accelerator, loss: EpisodicLoss, batches: Ste
     """Set the prior of the adapter's LDA to what the first training tasks are like, each counting the same.
 
     Args:
-        loss: of the adapter, whose backbone is used at theta's start.
+        loss: of the adapter, whose backbone is used with the weights that the flow starts from.
         n_tasks: over all processes.
 
     Raises:
@@ -25,12 +25,15 @@ def measure_lda_prior(accelerator: Accelerator, loss: EpisodicLoss, batches: Ste
     head = loss.adapter.head
     assert isinstance(head, RegularisedLDA), "the adapter classifies by an LDA"
     width = len(head.directions)
+    theta = loss.start
+    if loss.adapter.start_z is not None:
+        theta = loss.adapter.theta(loss.adapter.start_z, theta)
     covariances = torch.zeros(width, width, device=accelerator.device, dtype=torch.float64)
     sums = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
     bar = tqdm(total=n_tasks, desc="measuring the head", disable=not accelerator.is_main_process, mininterval=5)
     for episode in batches.first_episodes(n_tasks):
         (hidden,) = loss.forward_prefix([episode])
-        features = loss.target.compute_features(loss.start, hidden).double()
+        features = loss.target.compute_features(theta, hidden).double()
         labels = torch.cat([episode.support_labels, episode.query_labels])
         covariance = within_covariance(features, labels)
         variance = covariance.diagonal().mean()

@@ -20,6 +20,9 @@ from ..modeling.prototypes import PrototypeClassifier, no_autocast
 from ..modeling.task_encoder import TaskTokens, stack
 from .prefix_cache import ImageKey, PrefixCache
 
+#: Scales of logits that an episode can have: the decimal logarithms of the least and the largest, and how many.
+SCALES = (0.5, 2.3, 32)
+
 
 @dataclass(frozen=True)
 class EpisodeImages:
@@ -44,6 +47,10 @@ class EpisodicLoss(nn.Module):
     features of the query images are compared with the prototypes of the support set. All of it is differentiable down
     to the drift network; the backbone's own weights stay as they are. The paper matches recorded velocities instead.
     Here nothing is imitated, so the result is not bounded by a teacher.
+
+    Every episode has the scale of logits that is best for it. With one scale for all, the flow would learn how sure the
+    scores of a task should be, and unseen domains would pay for it in accuracy. That is left to `calibrate`. The
+    adapter's `logit_scale` is trained beside, to the best one for all episodes.
 
     Args:
         adapter: what is trained.
@@ -74,23 +81,29 @@ class EpisodicLoss(nn.Module):
     def forward(self, episodes: list[EpisodeImages]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean loss and mean accuracy (0 to 1) of the query images, every episode counting the same."""
         losses, accuracies = [], []
-        for episode, logits in zip(episodes, self.query_logits(episodes), strict=True):
-            losses.append(F.cross_entropy(logits, episode.query_labels))
-            is_correct = logits.argmax(-1) == episode.query_labels
+        for episode, cosines in zip(episodes, self.query_cosines(episodes), strict=True):
+            labels = episode.query_labels
+            with_own_scale = F.cross_entropy(find_best_scale(cosines, labels) * cosines, labels)
+            with_one_scale = F.cross_entropy(self.adapter.logit_scale.exp() * cosines.detach(), labels)
+            losses.append(with_own_scale + (with_one_scale - with_one_scale.detach()))
+            is_correct = cosines.argmax(-1) == labels
             accuracies.append(is_correct.float().mean())
         return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
-    def query_logits(self, episodes: list[EpisodeImages]) -> list[torch.Tensor]:
-        """Logits `(n_query, n_way)` of the query images of each episode; the flow of all is integrated as one batch."""
+    def query_cosines(self, episodes: list[EpisodeImages]) -> list[torch.Tensor]:
+        """Products `(n_query, n_way)` of the queries of each episode with its prototypes; see `PrototypeClassifier`.
+
+        The flow of all episodes is integrated as one batch.
+        """
         hiddens = self.forward_prefix(episodes)
         tokens = [self._encode(episode, hidden) for episode, hidden in zip(episodes, hiddens, strict=True)]
         with unfused_attention(self.start.device):
             end = self.adapter.flow(stack(tokens)).end
-        logits = []
+        cosines = []
         for z, hidden, episode in zip(end, hiddens, episodes, strict=True):
             features = self.target.compute_features(self.adapter.theta(z, self.start), hidden)
-            logits.append(self._classify(features, episode))
-        return logits
+            cosines.append(self._classify(features, episode))
+        return cosines
 
     def forward_prefix(self, episodes: list[EpisodeImages]) -> list[Hidden]:
         """What the frozen blocks compute of all images of each episode."""
@@ -109,13 +122,29 @@ class EpisodicLoss(nn.Module):
         return tokens
 
     def _classify(self, features: torch.Tensor, episode: EpisodeImages) -> torch.Tensor:
-        """Logits of the query images from the features of all images of the episode."""
+        """Products of the query images with the prototypes, from the features of all images of the episode."""
         n_support = len(episode.support_labels)
         features = features.float()
         classifier = PrototypeClassifier.from_support(
-            features[:n_support], episode.support_labels, self.adapter.logit_scale.exp(), self.adapter.head
+            features[:n_support], episode.support_labels, scale=1.0, head=self.adapter.head
         )
         return classifier(features[n_support:])
+
+
+@torch.no_grad()
+def find_best_scale(cosines: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The one of `SCALES` with the least cross-entropy of `scale * cosines`.
+
+    Where a loss is least over the scale, its gradient is that of the loss with this scale held fixed.
+
+    Args:
+        cosines: `(n, n_way)`.
+        labels: `(n,)`.
+    """
+    scales = torch.logspace(*SCALES, device=cosines.device)
+    logits = scales.view(-1, 1, 1) * cosines
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(scales)), reduction="none")
+    return scales[losses.view(len(scales), -1).mean(dim=1).argmin()]
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from ..modeling.hub import make_repo, push_folder
 from ..modeling.saving import CheckpointError
 from ..modeling.trunks import find_trunk
 from .batches import BatchSizes, StepBatches, load_recorded
-from .building import build_adapter
+from .building import build_adapter, copy_weights
 from .checkpoints import exclusive_run, load_checkpoint, save_adapter, save_checkpoint
 from .config import DriftTrainingConfig
 from .cost_log import OfflineCost, describe_hardware, list_versions
@@ -45,6 +45,8 @@ from .schedule import METRICS, Schedule, ScheduledLoss
 from .tracking import flatten, get_logging_folder, list_domains, require_tracker, start_tracker
 from .validation import SHARED_TASKS, Validation, average_weights, validate_on_domains
 
+#: Training tasks over which the way of a flow is averaged, where training goes on from its end.
+START_TASKS = 64
 #: Ways, shots and queries of the smallest training task; each training domain must have the images for it.
 SMALLEST_TASK = (MIN_WAY, 1, query_count(MIN_WAY))
 #: Those of the smallest validation episode, for the validation domains.
@@ -157,8 +159,8 @@ class DriftTrainer:
         is_resumed = self._resume()
         start_tracker(self.accelerator, describe_arguments(self.config))
         self.batches = StepBatches(self.config, self.training_domains, self.processor, self.recorded, self.accelerator)
-        if self.config.lda and not is_resumed:
-            self._measure_lda()
+        if not is_resumed:
+            self._measure_start()
         if self.progress.step < self.schedule.end_of_matching:
             with self.cost.phase("preparation", every=1), self.accelerator.autocast():
                 self.batches.encode_support(self.adapter, self.split)
@@ -191,6 +193,8 @@ class DriftTrainer:
         self.backbone = find_trunk(backbone).to(self.accelerator.device)
         image_size = self.training_domains[0].images.shape[-2:]
         self.adapter = build_adapter(config, self.backbone, self.processor, image_size)
+        if config.init_adapter is not None:
+            copy_weights(self.adapter, config.init_adapter)
         self.split = self.adapter.split(self.backbone)
         self.recorded = load_recorded(config.trajectories, self.adapter, self.training_domains)
         if config.token_scale is not None:
@@ -243,12 +247,26 @@ class DriftTrainer:
             self.accelerator.print(f"warning: other than when the checkpoint was written: {', '.join(sorted(changed))}")
         return True
 
-    def _measure_lda(self) -> None:
-        n_tasks = self.config.lda_tasks
-        with self.cost.phase("lda", every=1, episodes=n_tasks), self.accelerator.autocast():
-            measure_lda_prior(self.accelerator, self.episodic_loss, self.batches, n_tasks)
+    def _measure_start(self) -> None:
+        """What a training starts from is measured on its first tasks: the learned start of the flow, and the LDA."""
+        config = self.config
+        if config.learned_start and config.init_adapter is not None:
+            with self.cost.phase("start", every=1, episodes=START_TASKS), self.accelerator.autocast():
+                self._start_where_flow_arrives()
+        if config.lda:
+            with self.cost.phase("lda", every=1, episodes=config.lda_tasks), self.accelerator.autocast():
+                measure_lda_prior(self.accelerator, self.episodic_loss, self.batches, config.lda_tasks)
         # The prior is in buffers, and the average is one of parameters alone.
         self.averaged_adapter.load_state_dict(self.adapter.state_dict())
+
+    @torch.no_grad()
+    def _start_where_flow_arrives(self) -> None:
+        """Move the start of the flow by its mean way. A flow that was trained briefly is too short, so it goes on."""
+        tasks = self.batches.first_episodes(START_TASKS)
+        mean = average_weights(self.accelerator, self.adapter, self.backbone, tasks)
+        way = (mean - self.episodic_loss.start) / self.adapter.token_scale
+        assert self.adapter.start_z is not None
+        self.adapter.start_z.copy_(way * self.adapter.space.mask.to(way.device))
 
     # Step
 

@@ -51,7 +51,7 @@ def make_bias_adapter(backbone: object) -> HyperFlowAdapter:
 
 
 def make_lora_adapter(backbone: object) -> HyperFlowAdapter:
-    """LoRA with cosines and another solver; support images are larger than those that condition the flow."""
+    """LoRA with cosines, a learned start and another solver; images are larger than those that condition the flow."""
     return tiny_adapter(
         backbone,
         lora_config(backbone, 1),
@@ -59,6 +59,7 @@ def make_lora_adapter(backbone: object) -> HyperFlowAdapter:
         drift_depth=1,
         n_steps=1,
         solver="heun",
+        learned_start=True,
         image_size=[14, 14],
     )
 

@@ -71,8 +71,11 @@ def tiny_processor() -> BitImageProcessorPil:
 def moving(adapter: HyperFlowAdapter, seed: int = 0) -> HyperFlowAdapter:
     """The adapter, its drift network no longer at zero: the flow moves, differently for each task and time."""
     generator = torch.Generator().manual_seed(seed)
+    moved = list(adapter.drift.parameters())
+    if adapter.start_z is not None:
+        moved.append(adapter.start_z)
     with torch.no_grad():
-        for parameter in adapter.drift.parameters():
+        for parameter in moved:
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
         adapter.token_scale.copy_(0.1 + 0.1 * torch.rand(adapter.token_scale.shape, generator=generator))
     return adapter.eval()

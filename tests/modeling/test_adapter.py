@@ -104,25 +104,28 @@ CONFIGS = {
 }
 
 
+@pytest.mark.parametrize("reduced", [None, SIZE // 2], ids=["as in training", "smaller"])
 @pytest.mark.parametrize("encoder", [None, tiny_resnet], ids=["shared", "separate"])
-def test_larger_images_condition_the_flow_at_the_size_it_was_trained_at(backbone, encoder):
-    """It has seen no others; prototypes are those of the images as they are."""
-    adapter = tiny_adapter(backbone, encoder=encoder and encoder(), image_size=[SIZE, SIZE])
+def test_larger_images_condition_the_flow_at_the_size_it_was_trained_at(backbone, encoder, reduced):
+    """It has seen no larger ones; prototypes are those of the images as they are."""
+    sizes = {"image_size": [SIZE, SIZE], "reduced_size": reduced and [reduced, reduced]}
+    adapter = tiny_adapter(backbone, encoder=encoder and encoder(), **sizes)
     plain = tiny_adapter(backbone, encoder=encoder and encoder())
     large = torch.randn(6, 3, 2 * SIZE, 2 * SIZE, generator=torch.Generator().manual_seed(1))
-    small = F.interpolate(large, size=(SIZE, SIZE), mode="bicubic", antialias=True)
+    height = reduced or SIZE
+    small = F.interpolate(large, size=(height, height), mode="bicubic", antialias=True)
     labels = torch.arange(3).repeat_interleave(2)
     seen = []
     handle = backbone.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[-2:])))
     task = adapter.adapt(backbone, (large, labels))
-    assert set(seen) <= {(SIZE, SIZE)}  # a shared encoder's; a separate one runs no target
+    assert set(seen) <= {(height, height)}  # a shared encoder's; a separate one runs no target
     handle.remove()
     assert_same_weights(task.theta, plain.adapt(backbone, (small, labels)).theta)
     assert (task.theta - plain.adapt(backbone, (large, labels)).theta).abs().max() > 1e-4
     with torch.no_grad(), adapter.space.inject(backbone).using(task.theta):
         features = SplitBackbone(backbone, 0).forward_features(large)
     torch.testing.assert_close(task.prototypes, unit_means(features, labels), rtol=1e-4, atol=1e-5)
-    for pixels in (small, small[..., : SIZE - 14]):  # what is no larger is taken as it is
+    for pixels in (small, large[..., :SIZE, :14]):  # what is no larger is taken as it is
         assert_same_weights(
             adapter.adapt(backbone, (pixels, labels)).theta, plain.adapt(backbone, (pixels, labels)).theta
         )
@@ -665,6 +668,8 @@ def test_a_broken_config(saved, text):
         ("image_size", [28]),
         ("image_size", [28, 0]),
         ("image_size", ["28", "28"]),
+        ("reduced_size", [28, 0]),
+        ("learned_start", "yes"),
     ],
 )
 def test_a_config_with_wrong_values(saved, key, value):

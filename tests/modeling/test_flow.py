@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_hyperflow import AdaptedTask
+from hf_hyperflow import AdaptedTask, HyperFlowAdapter
 from hf_hyperflow.modeling.calibration import COSINE_SCALE
 from hf_hyperflow.modeling.peft_configs import bias_config, lora_config
 from hf_hyperflow.modeling.support import read_support
@@ -24,6 +24,15 @@ def tokens(adapter, backbone, support):
 def random_z(adapter, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, adapter.space.n_tokens, adapter.space.token_dim, generator=generator)
+
+
+def learn_start(adapter, seed: int = 2):
+    """An adapter of the same weights whose flow starts from others than the backbone's."""
+    moved = tiny_adapter(tiny_dinov2(), learned_start=True)
+    weights = adapter.state_dict()
+    weights["start_z"] = random_z(adapter, seed)[0] * adapter.space.mask
+    moved.load_state_dict(weights)
+    return moved
 
 
 # Velocity and theta
@@ -71,6 +80,28 @@ def test_flow_of_euler_is_the_sum_of_the_velocities(adapter, tokens):
             z = z + 0.25 * adapter.velocity(z, 0.25 * step, tokens)
     torch.testing.assert_close(trajectory.end, z)
     assert trajectory.times == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_a_learned_start_moves_the_whole_flow(adapter, tokens):
+    moved = learn_start(adapter)
+    with torch.no_grad():
+        trajectory, expected = moved.flow(tokens), adapter.flow(tokens)
+        velocity = moved.velocity(trajectory.states[1], 0.25, tokens)
+        torch.testing.assert_close(velocity, adapter.velocity(expected.states[1], 0.25, tokens))
+    assert torch.equal(trajectory.states[0][0], moved.start_z)
+    for state, other in zip(trajectory.states, expected.states, strict=True):
+        torch.testing.assert_close(state, other + moved.start_z, rtol=1e-4, atol=1e-4)
+    assert not moved.flow(tokens, n_steps=0).end.any()
+
+
+def test_a_learned_start_is_saved_and_used(adapter, backbone, support, tmp_path):
+    moved = learn_start(adapter)
+    moved.save_pretrained(tmp_path)
+    loaded = HyperFlowAdapter.from_pretrained(tmp_path)
+    difference = loaded.adapt(backbone, support).theta - adapter.adapt(backbone, support).theta
+    torch.testing.assert_close(difference, adapter.token_scale * moved.start_z, rtol=1e-3, atol=1e-4)
+    untouched = adapter.direct_transfer(backbone, support).theta
+    assert torch.equal(loaded.adapt(backbone, support, n_steps=0).theta, untouched)
 
 
 def test_adapt_is_encode_flow_and_theta(adapter, backbone, support, tokens):

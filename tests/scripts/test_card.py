@@ -17,15 +17,10 @@ from tests.helpers.modules import run_module
 from tests.helpers.tiny import tiny_dinov2, tiny_processor
 from tests.helpers.training_runs import make_images
 from tests.scripts.test_break_even import cost_record
+from training.card.accuracy_tables import build_methods_table, build_summary_table
 from training.card.build import FIGURES, FILES, FINE_TUNING_EPISODES, read_results, write_cards
 from training.card.cost_tables import build_speed_table
-from training.card.tables import (
-    build_conditioning_table,
-    build_methods_table,
-    build_summary_table,
-    fill_tables,
-    make_tables,
-)
+from training.card.tables import build_conditioning_table, fill_tables, make_tables
 
 DRAWN = {name for names in FIGURES.values() for name in names}
 ADAPTER = "hyperflow-vit-s14-70"
@@ -172,7 +167,10 @@ def test_a_table_of_conditions_has_no_difference_of_the_own_support_set_to_itsel
 
 
 #: Tables that the card of the test asks for.
-ASKED = ("methods", "fine-tuning", "time", "steps", "conditioning", "ablations", "offline-cost", "scores", "unknown")
+ASKED = (
+    *("methods", "fine-tuning", "time", "steps", "conditioning", "ablations", "offline-cost", "scores", "unknown"),
+    *("protocols", "many-classes", "meta-dataset"),
+)
 
 
 @pytest.mark.slow
@@ -194,7 +192,7 @@ def test_one_command_measures_and_writes(tmp_path, adapter):
         "training.calibrate",
         *("--backbone", backbone, "--adapter", tmp_path / "made", "--dataset", tmp_path / "beta", "--n_episodes", 1),
     )
-    for folder in ("benchmark", "fine-tuning", "scores", "unbalanced"):
+    for folder in ("benchmark", "fine-tuning", "scores", "unbalanced", "many-classes", "meta-dataset"):
         with_known_costs(output / folder, largest=121)
     with_known_costs(output / "ablations" / "episodic-loss" / "benchmark")
     shutil.copy(adapter / "results" / FILES["cost"], output)
@@ -212,7 +210,8 @@ def test_one_command_measures_and_writes(tmp_path, adapter):
     assert "| solver steps to t = 1 | 1 |" in text
     assert "| 5-shot, minus HyperFlow as it is | " in text
     assert "| other domain | " in text
-    assert "| unbalanced | " in text
+    for kind in ("5-way 1-shot", "20-way 5-shot", "Meta-Dataset's", "unbalanced"):
+        assert f"| {kind} | " in text
     assert "| episodic loss | " in text
     assert "| episodic | " in text  # the stage of the training, in the offline cost
     (gain,) = {e.metric_type for e in ModelCard.load(card).data.eval_results} - {"accuracy"}

@@ -21,6 +21,7 @@ from hf_hyperflow.training.objectives import (
     MatchingRows,
     VelocityMatchingLoss,
     encode_recorded_support,
+    find_best_scale,
 )
 from tests.helpers.recorded import colours, made_trajectories
 from tests.helpers.tiny import SIZE, scrambled, tiny_adapter, tiny_resnet
@@ -52,31 +53,50 @@ def make_episode(n_way: int, n_shot: int, seed: int) -> EpisodeImages:
 @pytest.mark.parametrize("intermediate_weight", [0.0, 0.5])
 @pytest.mark.parametrize("lda", [True, False])
 @pytest.mark.parametrize("parameters", ["bias", "lora", "layernorm"])
-def test_query_logits_are_those_of_the_adapted_backbone(backbone, parameters, lda, intermediate_weight):
+def test_query_cosines_are_those_of_the_adapted_backbone(backbone, parameters, lda, intermediate_weight):
     """The oracle of training: what is trained is what is used. Episodes of unequal ways share a padded batch."""
     adapter = make_adapter(backbone, parameters, lda=lda, intermediate_weight=intermediate_weight)
     episodes = [make_episode(3, 2, seed=0), make_episode(5, 1, seed=1)]
     with torch.no_grad():
-        trained = EpisodicLoss(adapter, adapter.split(backbone)).query_logits(episodes)
-    for episode, logits in zip(episodes, trained, strict=True):
+        trained = EpisodicLoss(adapter, adapter.split(backbone)).query_cosines(episodes)
+    for episode, cosines in zip(episodes, trained, strict=True):
         n_support = len(episode.support_labels)
         support, query = episode.pixel_values[:n_support], episode.pixel_values[n_support:]
         task = adapter.adapt(backbone, (support, episode.support_labels))
+        logits = task.scale * cosines
         torch.testing.assert_close(logits, task.logits(query), rtol=1e-4, atol=1e-4)
         unmoved = adapter.adapt(backbone, (support, episode.support_labels), n_steps=1)
         unmoved.theta = adapter.space.inject(backbone).start
         assert (logits - unmoved.logits(query)).abs().max() > 0.01, "the flow has moved the logits"
 
 
-def test_the_episodic_loss_is_the_mean_over_episodes(adapter, backbone):
+def test_the_episodic_loss_is_the_mean_over_episodes_each_with_its_best_scale(adapter, backbone):
     loss = EpisodicLoss(adapter, adapter.split(backbone))
     episodes = [make_episode(3, 2, seed=0), make_episode(5, 1, seed=1)]
     mean, accuracy = loss(episodes)
-    logits = loss.query_logits(episodes)
-    losses = [F.cross_entropy(row, episode.query_labels) for row, episode in zip(logits, episodes, strict=True)]
-    torch.testing.assert_close(mean, (losses[0] + losses[1]) / 2)
-    correct = [(row.argmax(1) == e.query_labels).sum() / len(row) for row, e in zip(logits, episodes, strict=True)]
-    torch.testing.assert_close(accuracy, (correct[0] + correct[1]) / 2)
+    expected, correct = [], []
+    for cosines, episode in zip(loss.query_cosines(episodes), episodes, strict=True):
+        scales = torch.logspace(0.5, 2.3, 2000)
+        losses = torch.stack([F.cross_entropy(scale * cosines, episode.query_labels) for scale in scales])
+        expected.append(losses.min())
+        correct.append((cosines.argmax(1) == episode.query_labels).sum() / len(cosines))
+    torch.testing.assert_close(mean, torch.stack(expected).mean(), rtol=1e-2, atol=0)
+    torch.testing.assert_close(accuracy, torch.stack(correct).mean())
+
+
+def test_how_sure_scores_are_is_no_matter_of_the_flow():
+    """The loss does not change with the length of the cosines, and so has no gradient along it."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 4
+    cosines = 0.1 * torch.randn(40, 4, generator=generator) + 0.1 * F.one_hot(labels)
+    length = torch.tensor(1.0, requires_grad=True)
+    logits = find_best_scale(cosines, labels) * length * cosines
+    F.cross_entropy(logits, labels).backward()
+    assert abs(length.grad) < 0.05
+    for factor in (0.5, 2.0):
+        longer = factor * cosines
+        scaled = F.cross_entropy(find_best_scale(longer, labels) * longer, labels)
+        torch.testing.assert_close(scaled, F.cross_entropy(logits, labels).detach(), rtol=2e-3, atol=0)
 
 
 def test_gradients_of_the_episodic_loss_reach_all_that_is_trained_and_not_the_backbone(adapter, backbone):

@@ -29,7 +29,9 @@ from hf_hyperflow.modeling.saving import DRAFT
 from hf_hyperflow.training import DriftTrainer, DriftTrainingConfig
 from hf_hyperflow.training.progress import WINDOW, RecentValues, TrainingProgress
 from hf_hyperflow.training.tracking import require_tracker
+from hf_hyperflow.training.trainer import START_TASKS
 from tests.helpers.hub_server import Hub
+from tests.helpers.tiny import moving
 from tests.helpers.training_runs import (
     TWO_PROCESSES,
     die_in_step,
@@ -351,6 +353,32 @@ def test_token_scale_can_be_set(ground, tmp_path):
     assert (trainer.averaged_adapter.token_scale == 0.25).all()
 
 
+def test_training_goes_on_from_an_adapter_and_starts_where_its_flow_arrives(whole, ground, tmp_path):
+    trained = moving(HyperFlowAdapter.from_pretrained(whole))
+    trained.save_pretrained(tmp_path / "trained")
+    go_on = ("--init_adapter", tmp_path / "trained", "--learned_start", "true")
+    trainer = prepare(arguments(ground, tmp_path, *go_on))
+    for name, tensor in trained.drift.state_dict().items():
+        assert torch.equal(trainer.averaged_adapter.drift.state_dict()[name], tensor)
+    assert torch.equal(trainer.adapter.token_scale, trained.token_scale)
+    backbone = AutoModel.from_pretrained(ground / "backbone").eval()
+    split, injection = trained.split(backbone), trained.space.inject(backbone)
+    ways = []
+    for episode in trainer.batches.first_episodes(START_TASKS):
+        images = episode.pixel_values[: len(episode.support_labels)]
+        with torch.no_grad():
+            ways.append(trained.follow(split, injection, images, episode.support_labels).theta - injection.start)
+    mean = torch.stack(ways).mean(dim=0)
+    assert mean.abs().max() > 1e-2
+    torch.testing.assert_close(trainer.adapter.start_z * trained.token_scale, mean, rtol=1e-3, atol=1e-6)
+    before = trainer.adapter.start_z.detach().clone()
+    for step in range(2):  # the learning rate of the first is zero
+        trainer.step(step)
+    assert not torch.equal(trainer.adapter.start_z, before)
+    with pytest.raises(ValueError, match=r"--init_adapter .* --drift_width"):
+        prepare(arguments(ground, tmp_path / "other", *go_on, "--drift_width", 24))
+
+
 def test_lda_prior_is_the_covariance_of_the_training_tasks(whole, ground):
     adapter = HyperFlowAdapter.from_pretrained(whole)
     backbone = AutoModel.from_pretrained(ground / "backbone").eval()
@@ -479,6 +507,10 @@ def test_full_disk_is_an_error_and_leaves_what_was_there(settings, whole, tmp_pa
         (["--gradient_accumulation_steps", 4], "--episodes_per_step 3"),
         (["--annealing_steps", 1], "needs --trajectories"),
         (["--trajectories", "rows"], "--trajectories are given but never used"),
+        (
+            ["--trajectories", "rows", "--matching_steps", 1, "--learned_start", "true"],
+            "--learned_start and --trajectories",
+        ),
         (["--validation_episodes", 1], "--validation_episodes 1"),
         (["--steps", 0, "--checkpoints_total_limit", 0], "--steps 0, --checkpoints_total_limit 0: must be at least 1"),
         (["--intermediate_weight", -1], "--intermediate_weight -1.0"),

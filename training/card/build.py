@@ -39,18 +39,24 @@ FILES = {
     "fine_tuning": "fine_tuning.json",
     "conditioning": "conditioning.json",
     "conditioning_training": "conditioning_training.json",
+    "conditioning_many_classes": "conditioning_many_classes.json",
+    "conditioning_unbalanced": "conditioning_unbalanced.json",
     "cost": "cost.json",
     "offline_cost": "offline_cost.json",
     "hyperparameters": "hyperparameters.json",
     "ablations": "ablations.json",
     "scores": "scores.json",
     "unbalanced": "unbalanced.json",
+    "many_classes": "many_classes.json",
+    "meta_dataset": "meta_dataset.json",
     "unknown": "unknown.json",
 }
 #: Every episode of the benchmark with fine-tuning, which takes longest.
 FINE_TUNING_EPISODES = "fine_tuning.parquet"
-#: Folders of the benchmarks: one of many episodes, one of all methods on the same few, two of the quality of scores.
-BENCHMARK, FINE_TUNING, SCORES, UNBALANCED = "benchmark", "fine-tuning", "scores", "unbalanced"
+#: Folders of the benchmarks of many episodes and of all methods on the same few, and of the quality of scores.
+BENCHMARK, FINE_TUNING, SCORES = "benchmark", "fine-tuning", "scores"
+#: Folders of those of other tasks than five classes with equally many images.
+UNBALANCED, MANY_CLASSES, META_DATASET = "unbalanced", "many-classes", "meta-dataset"
 #: Folders of the measurement of "none of these" and of the costs.
 UNKNOWN, BENCH = "unknown", "bench"
 #: Figures by the folder of the stage that draws them.
@@ -59,14 +65,20 @@ FIGURES = {
     FINE_TUNING: ("accuracy_cost.png", "flow.png"),
     UNKNOWN: ("unknown.png",),
 }
+#: Options of the benchmark and of the conditioning test that choose the episodes.
+FIVE_CLASSES = ("--n_shot", 1, 5, 20)
+FIVE_SHOTS = ("--n_shot", 5)
+TWENTY_CLASSES = ("--n_way", 20, "--n_shot", 5)
+UNEQUAL_CLASSES = ("--protocol", "unbalanced")
+VARIABLE = ("--protocol", "meta-dataset")
 #: Methods of the benchmarks of scores.
 SCORED_METHODS = "direct,no-flow,hyperflow"
-#: Methods and numbers of shots of the benchmark without gradients, then of the one with.
-FORWARD_METHODS, FORWARD_SHOTS = "direct,no-flow,logistic,hyperflow,easyfsl", (1, 5, 20)
-GRADIENT: tuple[tuple[str, tuple[int, ...]], ...] = (
-    ("direct,no-flow,logistic,hyperflow,hyperflow-early-stopping", (1, 5, 20)),
-    ("direct,hyperflow,bias", (1, 5, 20)),
-    ("direct,hyperflow,lora,layernorm,full", (5,)),
+#: Methods of the benchmark without gradients, then those and the episodes of the one with.
+FORWARD_METHODS = "direct,no-flow,logistic,hyperflow,easyfsl"
+GRADIENT: tuple[tuple[str, tuple[object, ...]], ...] = (
+    ("direct,no-flow,logistic,hyperflow,hyperflow-early-stopping", FIVE_CLASSES),
+    ("direct,hyperflow,bias", FIVE_CLASSES),
+    ("direct,hyperflow,lora,layernorm,full", FIVE_SHOTS),
 )
 
 
@@ -101,16 +113,20 @@ class Build:
 
     def measure(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
+        few, many = self.n_gradient_episodes, self.arguments.n_episodes
         self.choose_hyperparameters()
-        self.benchmark(BENCHMARK, FORWARD_METHODS, FORWARD_SHOTS, self.arguments.n_episodes, flow_episodes=0)
-        for methods, shots in GRADIENT:
-            few = self.n_gradient_episodes
-            self.benchmark(FINE_TUNING, methods, shots, few, flow_episodes=few)
-        self.benchmark(SCORES, SCORED_METHODS, FORWARD_SHOTS, self.n_gradient_episodes, flow_episodes=0)
-        self.benchmark(UNBALANCED, SCORED_METHODS, None, self.n_gradient_episodes, flow_episodes=0)
+        self.benchmark(BENCHMARK, FORWARD_METHODS, FIVE_CLASSES, many, flow_episodes=0)
+        for methods, episodes in GRADIENT:
+            self.benchmark(FINE_TUNING, methods, episodes, few, flow_episodes=few)
+        self.benchmark(SCORES, SCORED_METHODS, FIVE_CLASSES, few, flow_episodes=0)
+        self.benchmark(UNBALANCED, SCORED_METHODS, UNEQUAL_CLASSES, few, flow_episodes=0)
+        self.benchmark(MANY_CLASSES, SCORED_METHODS, TWENTY_CLASSES, few, flow_episodes=0)
+        self.benchmark(META_DATASET, SCORED_METHODS, VARIABLE, many, flow_episodes=0)
         self.measure_unknown()
         self.measure_conditioning("conditioning", self.arguments.unseen)
         self.measure_conditioning("conditioning_training", self.arguments.tuning)
+        self.measure_conditioning("conditioning_many_classes", self.arguments.unseen, *TWENTY_CLASSES)
+        self.measure_conditioning("conditioning_unbalanced", self.arguments.unseen, *UNEQUAL_CLASSES)
         self.measure_costs()
         self.measure_offline_cost()
         self.run_ablations()
@@ -126,12 +142,15 @@ class Build:
         run("Hyper-parameters of the baselines, on training domains", "training.card.grid_search", *options)
 
     def benchmark(
-        self, folder: str, methods: str, shots: tuple[int, ...] | None, n_episodes: int, flow_episodes: int
+        self, folder: str, methods: str, episodes: tuple[object, ...], n_episodes: int, flow_episodes: int
     ) -> None:
-        """Run a benchmark; without numbers of shots it is that of unbalanced support sets."""
-        options: list[object] = [*self.pair, "--dataset", *self.arguments.unseen, "--methods", methods]
+        """Run a benchmark.
+
+        Args:
+            episodes: the options that choose them.
+        """
+        options: list[object] = [*self.pair, "--dataset", *self.arguments.unseen, "--methods", methods, *episodes]
         options += ["--n_episodes", n_episodes]
-        options += ["--protocol", "unbalanced"] if shots is None else ["--n_shot", *shots]
         options += ["--max_episodes_gradient", self.n_gradient_episodes, "--flow_episodes", flow_episodes]
         options += ["--hyperparameters", self.path("hyperparameters"), "--output_dir", self.output / folder]
         run(f"Benchmark: {methods}", "hf_hyperflow", "benchmark", *options)
@@ -143,11 +162,11 @@ class Build:
         options += ["--n_episodes", self.n_gradient_episodes, "--output_dir", self.output / UNKNOWN]
         run("Images of none of the classes", "training.card.unknown", *options)
 
-    def measure_conditioning(self, name: str, domains: list[str]) -> None:
+    def measure_conditioning(self, name: str, domains: list[str], *episodes: object) -> None:
         if self.path(name).is_file():
             return
         options: list[object] = [*self.pair, "--dataset", *self.arguments.dataset, "--unseen", *domains]
-        options += ["--n_episodes", self.n_gradient_episodes, "--output_file", self.path(name)]
+        options += [*episodes, "--n_episodes", self.n_gradient_episodes, "--output_file", self.path(name)]
         run("Conditioning: does the flow read its support set?", "training.card.conditioning", *options)
 
     def measure_costs(self) -> None:
@@ -182,6 +201,8 @@ class Build:
             ("fine_tuning", FINE_TUNING),
             ("scores", SCORES),
             ("unbalanced", UNBALANCED),
+            ("many_classes", MANY_CLASSES),
+            ("meta_dataset", META_DATASET),
         ):
             sources[FILES[name]] = self.output / folder / RESULTS
         sources[FILES["unknown"]] = self.output / UNKNOWN / FILES["unknown"]

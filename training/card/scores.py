@@ -46,11 +46,7 @@ def build_scores_table(*sources: dict[str, Any]) -> str:
     """
     rows = []
     for results in sources:
-        shots_there = []
-        for mean in results["means"]:
-            if mean["n_shot"] not in shots_there:
-                shots_there.append(mean["n_shot"])
-        for n_shot in shots_there:
+        for n_shot in list_shots(results):
             direct = get(results["means"], n_shot=n_shot, method=REFERENCE)
             hyperflow = get(results["means"], n_shot=n_shot, method=HYPERFLOW)
             if direct.get("log_loss") is None or hyperflow.get("log_loss") is None:
@@ -85,6 +81,15 @@ def _list_cells(direct: dict[str, Any], hyperflow: dict[str, Any]) -> list[str]:
     cells = [format_interval(mean["log_loss"], mean["log_loss_ci95"], ".3f") for mean in (direct, hyperflow)]
     cells.append(format_interval(hyperflow["log_loss_vs_direct"], hyperflow["log_loss_vs_direct_ci95"], "+.3f"))
     return cells + [f"{mean['ece']:.3f}" for mean in (direct, hyperflow)]
+
+
+def list_shots(results: dict[str, Any]) -> list[int | None]:
+    """The numbers of shots of a benchmark in their order; None alone where it is variable."""
+    shots_there: list[int | None] = []
+    for mean in results["means"]:
+        if mean["n_shot"] not in shots_there:
+            shots_there.append(mean["n_shot"])
+    return shots_there
 
 
 def describe_episodes(arguments: dict[str, Any], n_shot: int | None) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
+from torch import nn
 from transformers import BitImageProcessorPil, ViTConfig, ViTModel
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -111,6 +112,8 @@ def make_untrained(name: str, folder: Path) -> tuple[str, str]:
             image_size=[config.image_size, config.image_size],
             **UNTRAINED_ADAPTER,
         )
+        # Its flow moves, as a trained one does, and a step costs what it costs anywhere.
+        nn.init.normal_(adapter.drift.token_out.weight, std=1e-3)
         backbone.save_pretrained(backbone_folder)
         adapter.save_pretrained(adapter_folder)
     return backbone_folder, adapter_folder

@@ -27,7 +27,8 @@ class HyperFlow(Method):
     Attributes:
         n_steps: solver steps to `end_time`. By default the adapter's own or, if there is an `end_time`, steps of
             the adapter's own length or a little shorter, so that quarters of t are ends of steps.
-        end_time: where to stop; None is t = 1. At 0 the flow has not begun: this is `NoFlow`.
+        end_time: where to stop; None is t = 1. At 0 the flow has not begun. This is `NoFlow`, unless the adapter starts
+            from learned weights.
         early_stopping: stop where the leave-one-out accuracy on the support set is best.
     """
 
@@ -68,7 +69,7 @@ class HyperFlow(Method):
     @torch.no_grad()
     def fit(self, support: Support) -> NearestPrototype:
         if self.end_time == 0:
-            return NoFlow().fit(support)
+            return _fit_start(support)
         path = self.follow_flow(support)
         return FlowClassifier(support, path.theta, path.stopping_point)
 
@@ -96,6 +97,15 @@ class HyperFlow(Method):
             return adapter_steps
         steps_per_quarter = math.ceil(adapter_steps / QUARTERS)
         return round(self.end_time * QUARTERS * steps_per_quarter)
+
+
+def _fit_start(support: Support) -> NearestPrototype:
+    """The adapter's head on the features of the backbone with the weights that the flow starts from."""
+    adapter = support.target.adapter
+    if adapter.start_z is None:
+        return NoFlow().fit(support)
+    theta = adapter.theta(adapter.start_z, adapter.space.inject(support.target.backbone).start)
+    return FlowClassifier(support, theta, StoppingPoint(0.0))
 
 
 #: Points of the flow for the figures: along it, and at t = 1 with other numbers of steps.

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from hf_hyperflow.benchmark.domain_features import DomainFeatures
-from hf_hyperflow.benchmark.methods import FLOW_POINTS, DirectTransfer, HyperFlow, NoFlow
+from hf_hyperflow.benchmark.methods import FLOW_POINTS, DirectTransfer, HyperFlow, NoFlow, Target
 from hf_hyperflow.data.domains import normalise
 from hf_hyperflow.data.episodes import cdfsl_episode
+from tests.helpers.tiny import tiny_adapter
 
 
 @pytest.mark.parametrize("early_stopping", [False, True])
@@ -91,6 +92,17 @@ def test_the_flow_begins_without_the_flow(target, colours, episode):
     assert torch.equal(path.thetas[0], target.adapter.space.inject(target.backbone).start)
     moved = HyperFlow().fit(target.support(images, labels)).prototypes
     assert not torch.allclose(moved, expected, rtol=0.05)
+
+
+def test_a_learned_start_is_where_the_flow_begins(target, features, episode):
+    adapter = tiny_adapter(target.backbone, lda=True, learned_start=True)
+    torch.nn.init.normal_(adapter.start_z, std=5)
+    other = Target(target.backbone, adapter)
+    support = DomainFeatures(other, features.domain).support(episode)
+    begin = HyperFlow(end_time=0.0).fit(support)
+    assert torch.equal(begin.theta, HyperFlow().follow_flow(support).thetas[0])
+    without = NoFlow().fit(support)
+    assert not torch.allclose(begin.prototypes, without.prototypes, rtol=0.05)
 
 
 def test_the_end_of_the_flow_is_hyperflow(target, features, episode):
