@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from matplotlib.axes import Axes
@@ -51,8 +52,8 @@ class ManyTasksRecord:
         seconds_one_by_one: of a batch of `MAX_STORED` images at most, each by its own task, one after the other.
         seconds_mixed: the same with `score_mixed`.
         n_mixed: the number of images of that batch.
-        bytes_memory: of a task's tensors in memory.
-        bytes_disk: of a task's files.
+        bytes_memory: of a task's tensors in a `TaskStore` of half precision.
+        bytes_disk: of a task's files there.
     """
 
     n_tasks: int
@@ -166,7 +167,7 @@ def _measure(
         lambda: [task.scores(images[row : row + 1]) for row, task in enumerate(chosen)],
         lambda: score_mixed(chosen, images),
     )
-    save, load, n_bytes = _measure_store(backbone, chosen, clock)
+    stored = _measure_store(backbone, chosen, clock)
     return ManyTasksRecord(
         n_tasks=n_tasks,
         n_way=shape[0],
@@ -175,23 +176,32 @@ def _measure(
         seconds_adapt_many=seconds,
         seconds_adapt=loop / n_loop * n_tasks,
         seconds_forward=forward / n_loop * n_tasks,
-        seconds_save=save,
-        seconds_load=load,
+        seconds_save=stored.seconds_save,
+        seconds_load=stored.seconds_load,
         seconds_predict=predict / 2,
         seconds_switch=switch / 2,
         seconds_one_by_one=one_by_one,
         seconds_mixed=mixed,
         n_mixed=len(chosen),
-        bytes_memory=tasks[0].theta.nbytes + tasks[0].prototypes.nbytes,
-        bytes_disk=n_bytes,
+        bytes_memory=stored.bytes_memory,
+        bytes_disk=stored.bytes_disk,
     )
 
 
-def _measure_store(backbone: PreTrainedModel, tasks: list[AdaptedTask], clock: _Clock) -> tuple[float, float, int]:
-    """Seconds to save and to load one of these tasks, and the bytes of its files."""
+class _Stored(NamedTuple):
+    """What it takes to store a task, see `ManyTasksRecord`."""
+
+    seconds_save: float
+    seconds_load: float
+    bytes_memory: int
+    bytes_disk: int
+
+
+def _measure_store(backbone: PreTrainedModel, tasks: list[AdaptedTask], clock: _Clock) -> _Stored:
+    """Save and load these tasks one by one."""
     names = [f"task{number}" for number in range(len(tasks))]
     with tempfile.TemporaryDirectory() as folder:
-        store = TaskStore(folder, backbone, max_bytes=0)
+        store = TaskStore(folder, backbone, max_bytes=0, half=True)  # keeps one task in memory
 
         def save_all() -> None:
             for name, task in zip(names, tasks, strict=True):
@@ -199,8 +209,8 @@ def _measure_store(backbone: PreTrainedModel, tasks: list[AdaptedTask], clock: _
 
         save = clock.time(save_all)
         load = clock.time(lambda: [store[name] for name in names])
-        n_bytes = sum(path.stat().st_size for path in Path(folder, names[0]).iterdir())
-    return save / len(tasks), load / len(tasks), n_bytes
+        on_disk = sum(path.stat().st_size for path in Path(folder, names[0]).iterdir())
+        return _Stored(save / len(tasks), load / len(tasks), store.n_bytes, on_disk)
 
 
 def extend_to_a_million(record: ManyTasksRecord) -> str:

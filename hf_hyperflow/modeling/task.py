@@ -26,7 +26,8 @@ from .pushing import Pushable
 from .queries import iterate_queries, require_count
 from .rejection import NONE_OF_THESE
 from .saving import atomic_folder
-from .task_files import load_state, read_task, write_adapter, write_biases_as_lora, write_prototypes
+from .task_files import ADAPTER_WEIGHTS, load_state, read_task, write_adapter, write_biases_as_lora, write_prototypes
+from .tensor_files import halve_tensors
 from .trunks import IncompatibleBackboneError, find_trunk
 from .views import require_views
 
@@ -250,7 +251,9 @@ class AdaptedTask(Pushable, AdaptedBackbone):
         first = self._classify_pixels(pixel_values[:half], names[:half], views, skipped)
         return torch.cat([first, self._classify_pixels(pixel_values[half:], names[half:], views, skipped)])
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *, format: str | None = None) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, format: str | None = None, half: bool = False
+    ) -> None:
         """Write a plain PEFT adapter, the prototypes with their labels, the image processor and a model card.
 
         All of it is written or nothing: whoever loads the task at any moment, also after a kill or a power cut, gets
@@ -261,10 +264,13 @@ class AdaptedTask(Pushable, AdaptedBackbone):
             save_directory: the folder, which is made if need be.
             format: None saves the adapter in its own kind (BEFT, as released). "lora" writes generated biases as a LoRA
                 adapter of rank 1 with A = B = 0 and `lora_bias`, for tools that know only LoRA.
+            half: round weights and prototypes to half precision (float16), which takes half the space. Scores change a
+                little.
 
         Raises:
             CheckpointError: the folder cannot be written, or another process or thread is writing to it.
-            ValueError: the format is not known, or "lora" is asked of weights that are neither LoRA nor biases.
+            ValueError: the format is not known, or "lora" is asked of weights that are neither LoRA nor biases; or a
+                weight is too large for half precision.
             RuntimeError: the task was reset, or is merged.
         """
         if format not in (None, "lora"):
@@ -285,6 +291,9 @@ class AdaptedTask(Pushable, AdaptedBackbone):
                     injection = self._inject()
                     with injection.using(self.theta):
                         write_adapter(draft, injection)
+            if half:
+                halve_tensors(draft / ADAPTER_WEIGHTS)
+                prototypes = prototypes.half()
             write_prototypes(draft, prototypes, self.scale, self.rejection, self.class_names, self._split)
             if self.processor is not None:
                 self.processor.save_pretrained(draft)

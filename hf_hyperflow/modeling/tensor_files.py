@@ -6,8 +6,8 @@ import reprlib
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from .json_fields import is_printable
 from .saving import CheckpointError
@@ -45,6 +45,22 @@ def _validate_tensors(tensors: dict[str, torch.Tensor], source: str | Path) -> N
                 f"{source}: {reprlib.repr(name)} has NaN or infinite values. The file is damaged: download or copy it "
                 "again."
             )
+
+
+def halve_tensors(path: Path) -> None:
+    """Round the tensors of a safetensors file to half precision.
+
+    Raises:
+        ValueError: a tensor has values that half precision cannot hold.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    halved = {}
+    for name, tensor in load_file(path).items():
+        halved[name] = tensor.half() if tensor.is_floating_point() else tensor
+        if not halved[name].isfinite().all():
+            raise ValueError(f"{name} has values beyond 65504, which half precision cannot hold: save with half=False.")
+    save_file(halved, path, metadata)
 
 
 def list_differences(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:

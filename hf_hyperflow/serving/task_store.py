@@ -64,17 +64,21 @@ class TaskStore:
         folder: where the tasks are. It is made if need be.
         backbone: the model that the tasks were made with, or a wrapper of it, see `find_trunk`.
         max_bytes: how much memory the tensors of tasks in memory may take. The task that was used last is always kept.
+        half: save tasks in half precision, and keep their generated weights so. A task takes about half the space.
 
     Raises:
         ValueError: `max_bytes` is negative.
     """
 
-    def __init__(self, folder: str | os.PathLike, backbone: PreTrainedModel, *, max_bytes: int = 2**30):
+    def __init__(
+        self, folder: str | os.PathLike, backbone: PreTrainedModel, *, max_bytes: int = 2**30, half: bool = False
+    ):
         if max_bytes < 0:
             raise ValueError(f"max_bytes must be 0 or more, not {max_bytes}.")
         self.folder = Path(folder)
         self.backbone = find_trunk(backbone)
         self.max_bytes = max_bytes
+        self.half = half
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._lock = threading.Lock()  # of the entries alone: nothing is waited for while it is held
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -120,6 +124,8 @@ class TaskStore:
                 self._entries.move_to_end(name)
                 return copy.copy(entry.task)
         task = AdaptedTask.from_pretrained(folder, self.backbone)
+        if self.half:
+            task.theta = task.theta.half()
         tensors = (task.theta, task.prototypes)
         n_bytes = sum(tensor.nbytes for tensor in tensors)
         with self._lock:
@@ -136,10 +142,10 @@ class TaskStore:
             task: a task of any backbone of the same kind.
 
         Raises:
-            ValueError: no task can have this name.
+            ValueError: no task can have this name, or a weight is too large for half precision.
             CheckpointError, RuntimeError: see `AdaptedTask.save_pretrained`.
         """
-        task.save_pretrained(self._locate(name))
+        task.save_pretrained(self._locate(name), half=self.half)
 
     def remove(self, name: str) -> None:
         """Remove a task, in memory and on disk.

@@ -17,7 +17,7 @@ def test_every_number_of_tasks_is_measured(adapter, tmp_path):
         assert len(seconds) == 9
         assert all(value > 0 for value in seconds.values()), seconds
         assert record.tasks_per_second == record.n_tasks / record.seconds_adapt_many
-        assert record.bytes_memory == 4 * (adapter.space.n_tokens * adapter.space.token_dim + 2 * 32)
+        assert record.bytes_memory == 2 * adapter.space.n_tokens * adapter.space.token_dim + 4 * 2 * 32
         assert record.bytes_disk > record.bytes_memory  # the labels, the config, the card, ...
     assert f"{second.bytes_disk / 1000:,.0f} GB on disk" in extend_to_a_million(second)
     figure = draw_many_tasks([first, second])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hf_hyperflow import AdaptedTask, CheckpointError, TaskStore
 from hf_hyperflow.modeling.injection import get_injection
@@ -68,6 +70,25 @@ def test_memory_is_bounded_and_nothing_is_lost(store, tasks, backbone, pixels):
     none = TaskStore(store.folder, backbone, max_bytes=0)
     assert none.predict("carol", pixels) == tasks["carol"].predict(pixels)
     assert none.n_bytes == sizes["carol"], "the task that was used last is kept"
+
+
+def test_half_precision_takes_half_the_space_and_scores_stay(store, tasks, backbone, pixels, tmp_path):
+    half = TaskStore(tmp_path / "half", backbone, half=True)
+    for name, task in tasks.items():
+        half.add(name, task)
+        assert (half[name].scores(pixels) - task.scores(pixels)).abs().max() < 5e-3
+        assert half.predict(name, pixels) == task.predict(pixels)
+        weights = [one.folder / name / "adapter_model.safetensors" for one in (half, store)]
+        assert len(load_file(weights[0])) == len(load_file(weights[1]))
+        assert weights[0].stat().st_size < 0.8 * weights[1].stat().st_size
+        assert half[name].theta.nbytes == task.theta.nbytes / 2
+    mixed = half.predict_mixed([*NAMES, "bob", "bob"], pixels)
+    assert mixed == store.predict_mixed([*NAMES, "bob", "bob"], pixels)
+    huge = copy.copy(tasks["alice"])
+    huge.theta = 1e6 * huge.theta
+    with pytest.raises(ValueError, match="beyond 65504, which half precision cannot hold: save with half=False"):
+        half.add("huge", huge)
+    assert list(half) == NAMES
 
 
 def test_changing_between_tasks_puts_nothing_into_the_backbone_anew(store, backbone, pixels):
