@@ -106,8 +106,7 @@ def _draw_ready(axis: Axes, table: CostTable, colours: dict[Place, tuple]) -> No
     axis.plot([], [], "o:", color="grey", markerfacecolor="white", label="next task")
     axis.set_title("ready to predict / one forward pass over the images")
     axis.set_ylabel("times as long")
-    axis.margins(y=0.15)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.1 * axis.dataLim.ymax)
     _scale_images(axis, table)
     axis.legend(fontsize=8, frameon=False)
 
