@@ -72,7 +72,7 @@ def copy_weights(adapter: HyperFlowAdapter, source: str) -> None:
     if trained.space.key != adapter.space.key or _list_shapes(weights) != _list_shapes(own):
         raise ValueError(
             f"--init_adapter {source} is another adapter than these settings describe: give the --parameters, "
-            "--last_blocks, --drift_width, --drift_depth, --intermediate_weight, --learned_start and head of its training."
+            "--last_blocks, --drift_width, --drift_depth, --intermediate_weight, --learned_start and head of its run."
         )
     adapter.load_state_dict(weights)
 
