@@ -115,7 +115,7 @@ def describe_arguments(arguments: DataclassInstance) -> dict[str, Any]:
             continue
         if name in ("dataset", "trajectories"):
             record[name] = [short_name(source) for source in value]
-        elif name in ("backbone", "encoder") and value:
+        elif name in ("backbone", "encoder", "init_adapter") and value:
             record[name] = short_name(value)
         else:
             record[name] = value

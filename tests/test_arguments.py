@@ -18,6 +18,7 @@ from hf_hyperflow.training.pretraining import PretrainingConfig
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 #: Which script a preset is for, by the beginning of its name.
 PRESETS = {
+    "convnext-": PretrainingConfig,
     "hyperflow-": DriftTrainingConfig,
     "matched-": DriftTrainingConfig,
     "trajectories-": CollectionConfig,

@@ -21,7 +21,7 @@ ADAPTER = "hyperflow-vit-s14-70"
 #: SHA-256 of the weights of each. Wherever they come from, they are these or they are refused.
 DIGESTS = {
     BACKBONE: "c4c96cc7fbd94eeecdb3003d0c28ad8959d476fbb5d7bba42a03bbeb67822848",
-    ADAPTER: "695e8e0cbec0fb62f9c5bfbb0e1bb2f714a16cfe8a6d150877b508aba23db2bc",
+    ADAPTER: "58bd2a75f7559796dbbcbe9c17a973e9f4fc74227b832e39c9bee71df97c4bc3",
 }
 
 #: The environment variable that names another place: a folder that holds both folders, or their owner on the Hub.

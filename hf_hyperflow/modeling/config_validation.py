@@ -61,6 +61,8 @@ def validate_config(config: HyperFlowConfig, source: str | Path) -> None:
         fields.integers("image_size", 2, 1, MAX_IMAGE_SIZE)
     if config.reduced_size is not None:
         fields.integers("reduced_size", 2, 1, MAX_IMAGE_SIZE)
+        if config.image_size is None:
+            fields.refuse("reduced_size", "null where image_size is null, for then no image is larger")
     if config.encoder is not None:
         _validate_encoder(Fields(source, config.encoder, "encoder."))
     width = fields.integer("drift_width", 2, MAX_DRIFT_WIDTH)

@@ -19,6 +19,21 @@ def write_training_section(training: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def list_runs(training: dict[str, Any]) -> list[dict[str, Any]]:
+    """The record of a run after those of the adapters that it went on from, the first one first."""
+    runs = []
+    record: dict[str, Any] | None = training
+    while record is not None:
+        runs.insert(0, record)
+        record = record.get("continued_from")
+    return runs
+
+
+def name_phase(phase: str, run: int, runs: list[dict[str, Any]]) -> str:
+    """What a table calls a phase of run 0, 1, ... of `list_runs`."""
+    return phase if len(runs) == 1 else f"{phase}, run {run + 1}"
+
+
 def _list_data(arguments: dict[str, Any]) -> list[str]:
     lines = [f"Training domains: {_quote(arguments['dataset'])}."]
     if arguments["holdout"]:
@@ -66,20 +81,32 @@ def _list_cost(training: dict[str, Any]) -> list[str]:
             f"| collecting `{collection['name']}` ({collection['hardware']['device']}) | | {n_rows:,} | | "
             f"{_format_duration(totals['seconds'])} | {totals['flops']:.3g} |"
         )
-    for name, phase in training["phases"].items():
-        lines.append(
-            f"| {name} | {phase['runs']:,} | {phase.get('rows', 0):,} | {phase.get('episodes', 0):,} | "
-            f"{_format_duration(phase['seconds'])} | {phase['flops']:.3g} |"
-        )
-    hardware = training["hardware"]
+    runs = list_runs(training)
+    for number, run in enumerate(runs):
+        for name, phase in run["phases"].items():
+            lines.append(
+                f"| {name_phase(name, number, runs)} | {phase['runs']:,} | {phase.get('rows', 0):,} | "
+                f"{phase.get('episodes', 0):,} | {_format_duration(phase['seconds'])} | {phase['flops']:.3g} |"
+            )
+    places = [_describe_place(number, run, runs) for number, run in enumerate(runs)]
     storage = f"The trajectories take {stored / 1e6:,.1f} MB. " if stored else ""
     lines += [
         "",
-        f"{storage}Trained on {hardware['device']}, {hardware['processes']} process(es), {hardware['mixed_precision']} "
-        "mixed precision. Time is wall-clock, without reading the datasets. FLOPs are those of matrix products, "
-        "convolutions and attention. Those of training steps are counted at every fiftieth step and extrapolated.",
+        f"{storage}{' '.join(places)} Time is wall-clock, without reading the datasets. FLOPs are those of matrix "
+        "products, convolutions and attention. Those of training steps are counted at every fiftieth step and "
+        "extrapolated.",
     ]
     return lines
+
+
+def _describe_place(number: int, run: dict[str, Any], runs: list[dict[str, Any]]) -> str:
+    """Where a run was trained."""
+    hardware = run["hardware"]
+    subject = "Trained" if len(runs) == 1 else f"Run {number + 1} was trained"
+    return (
+        f"{subject} on {hardware['device']}, {hardware['processes']} process(es), {hardware['mixed_precision']} mixed "
+        "precision."
+    )
 
 
 def _list_settings(training: dict[str, Any]) -> list[str]:

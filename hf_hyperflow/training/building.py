@@ -56,10 +56,13 @@ def build_adapter(
 
 
 @torch.no_grad()
-def copy_weights(adapter: HyperFlowAdapter, source: str) -> None:
+def copy_weights(adapter: HyperFlowAdapter, source: str) -> HyperFlowAdapter:
     """Give a new adapter the weights of a trained one: a folder or a Hub id.
 
     A learned start that the trained one does not have stays where it is.
+
+    Returns:
+        The trained one.
 
     Raises:
         CheckpointError: there is no such adapter, or it is damaged.
@@ -75,6 +78,7 @@ def copy_weights(adapter: HyperFlowAdapter, source: str) -> None:
             "--last_blocks, --drift_width, --drift_depth, --intermediate_weight, --learned_start and head of its run."
         )
     adapter.load_state_dict(weights)
+    return trained
 
 
 def _list_shapes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:

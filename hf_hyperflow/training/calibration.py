@@ -104,9 +104,10 @@ def calibrate(config: CalibrationConfig) -> CalibrationReport:
     Raises:
         ValueError: the domains have too few images or classes.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = AutoModel.from_pretrained(config.backbone).float().eval()
     adapter = HyperFlowAdapter.from_pretrained(config.adapter).eval()
-    target = Target(backbone, adapter)
+    target = Target(backbone.to(device), adapter.to(device))
     answers: list[Answers] = []
     for source in config.dataset:
         domain = load_domain(source, target.processor, max_per_class=MAX_PER_CLASS)

@@ -72,7 +72,7 @@ class DriftTrainingConfig:
         default=None,
         metadata={
             "help": "start training from the weights of this adapter: folder or Hub id. With --learned_start, the flow "
-            "starts where that adapter's arrives on average"
+            "starts where that adapter's arrives on average, unless it has a learned start of its own"
         },
     )
     n_steps: int = field(default=4, metadata={"help": "solver steps, in training and by default in use"})

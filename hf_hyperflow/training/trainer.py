@@ -82,6 +82,7 @@ class DriftTrainer:
     adapter: HyperFlowAdapter
     split: SplitBackbone
     recorded: Trajectories | None
+    init_adapter: HyperFlowAdapter | None
     episodic_loss: EpisodicLoss
     batches: StepBatches
     cost: OfflineCost
@@ -193,8 +194,9 @@ class DriftTrainer:
         self.backbone = find_trunk(backbone).to(self.accelerator.device)
         image_size = self.training_domains[0].images.shape[-2:]
         self.adapter = build_adapter(config, self.backbone, self.processor, image_size)
+        self.init_adapter = None
         if config.init_adapter is not None:
-            copy_weights(self.adapter, config.init_adapter)
+            self.init_adapter = copy_weights(self.adapter, config.init_adapter)
         self.split = self.adapter.split(self.backbone)
         self.recorded = load_recorded(config.trajectories, self.adapter, self.training_domains)
         if config.token_scale is not None:
@@ -250,7 +252,7 @@ class DriftTrainer:
     def _measure_start(self) -> None:
         """What a training starts from is measured on its first tasks: the learned start of the flow, and the LDA."""
         config = self.config
-        if config.learned_start and config.init_adapter is not None:
+        if config.learned_start and self.init_adapter is not None and self.init_adapter.start_z is None:
             with self.cost.phase("start", every=1, episodes=START_TASKS), self.accelerator.autocast():
                 self._start_where_flow_arrives()
         if config.lda:
@@ -396,6 +398,7 @@ class DriftTrainer:
             "trajectories": None if self.recorded is None else self.recorded.collection,
             "hardware": describe_hardware(self.accelerator),
             "versions": list_versions(),
+            "continued_from": None if self.init_adapter is None else self.init_adapter.training_record,
         }
 
     def _describe_data(self) -> dict[str, Any]:

@@ -669,6 +669,7 @@ def test_a_broken_config(saved, text):
         ("image_size", [28, 0]),
         ("image_size", ["28", "28"]),
         ("reduced_size", [28, 0]),
+        ("reduced_size", [28, 28]),  # of an adapter that does not know the size of its training images
         ("learned_start", "yes"),
     ],
 )

@@ -153,10 +153,16 @@ RELEASED = Path(__file__).resolve().parents[2] / "model_cards" / "hyperflow-vit-
 
 
 def test_the_record_of_a_released_adapter_is_rendered():
-    """It has the names of version 0.1: phases "metric" and "task", arguments `middle` and `made_share`."""
-    section = write_training_section(json.loads(RELEASED.read_text()))
-    assert "| trashnet | 43.8 ± 1.8 | 46.5 ± 1.8 | +2.71 ± 1.26 | not recorded |" in section
-    assert "| metric | 1 | 0 | 256 | 1.5 min | 1.69e+13 |" in section
-    assert "| task | 1,500 | 0 | 6,000 | 47.3 min | 5.46e+14 |" in section
-    assert "| `made_share` | `0.8` |" in section
-    assert "The trajectories take" not in section, "it was trained without"
+    """It went on from an adapter of version 0.1, whose record has the names of that time."""
+    record = json.loads(RELEASED.read_text())
+    section = write_training_section(record)
+    assert "| trashnet | 46.0 ± 3.5 | 50.5 ± 3.0 | +4.53 ± 3.65 | +2.00 ± 2.54 |" in section
+    assert "| metric, run 1 | 1 | 0 | 256 | 1.5 min | 1.69e+13 |" in section
+    assert "| task, run 1 | 1,500 | 0 | 6,000 | 47.3 min | 5.46e+14 |" in section
+    assert "| episodic, run 2 | 1,500 | 0 | 24,000 | 13.6 min | 2.08e+15 |" in section
+    assert "Run 1 was trained on x86_64 CPU" in section
+    assert "Run 2 was trained on NVIDIA H200, 4 process(es), bf16 mixed precision." in section
+    earlier = write_training_section(record["continued_from"])
+    assert "| trashnet | 43.8 ± 1.8 | 46.5 ± 1.8 | +2.71 ± 1.26 | not recorded |" in earlier
+    assert "| `made_share` | `0.8` |" in earlier
+    assert "The trajectories take" not in earlier, "it was trained without"

@@ -74,6 +74,18 @@ def test_stages_add_up():
     assert record["same_hardware"]
 
 
+def test_what_an_adapter_went_on_from_counts_too():
+    earlier = training()
+    later = training() | {"trajectories": None, "hardware": CPU | {"device": "a GPU", "gpu": True}}
+    record = compute_offline_cost(later | {"continued_from": earlier}, cost())
+    names = ["collecting rows", "matching, run 1", "task, run 1", "matching, run 2", "task, run 2"]
+    assert [stage["stage"] for stage in record["offline"]] == names
+    assert [stage["gpu"] for stage in record["offline"]] == [False] * 3 + [True] * 2
+    assert record["total"]["flops"] == 1e13 + 6e12
+    assert record["total"]["bytes"] == 5_000_000
+    assert not record["same_hardware"]
+
+
 def test_processes_side_by_side_count_each():
     two = training() | {"hardware": CPU | {"processes": 2}}
     assert compute_offline_cost(two, cost())["total"]["seconds"] == 360 + 2 * 640

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, ResNetConfig, ResNetModel
 
 from hf_hyperflow import HyperFlowAdapter
-from hf_hyperflow.arguments import parse
+from hf_hyperflow.arguments import describe_arguments, parse
 from hf_hyperflow.data.domains import normalise
 from hf_hyperflow.data.tasks import draw_task, load_domains, task_images
 from hf_hyperflow.extras import MissingExtraError
@@ -356,11 +356,14 @@ def test_token_scale_can_be_set(ground, tmp_path):
 def test_training_goes_on_from_an_adapter_and_starts_where_its_flow_arrives(whole, ground, tmp_path):
     trained = moving(HyperFlowAdapter.from_pretrained(whole))
     trained.save_pretrained(tmp_path / "trained")
+    assert trained.training_record is not None
     go_on = ("--init_adapter", tmp_path / "trained", "--learned_start", "true")
     trainer = prepare(arguments(ground, tmp_path, *go_on))
     for name, tensor in trained.drift.state_dict().items():
         assert torch.equal(trainer.averaged_adapter.drift.state_dict()[name], tensor)
     assert torch.equal(trainer.adapter.token_scale, trained.token_scale)
+    assert trainer.init_adapter.training_record == trained.training_record
+    assert describe_arguments(trainer.config)["init_adapter"] == "trained", "a name, and not a path"
     backbone = AutoModel.from_pretrained(ground / "backbone").eval()
     split, injection = trained.split(backbone), trained.space.inject(backbone)
     ways = []
@@ -375,6 +378,9 @@ def test_training_goes_on_from_an_adapter_and_starts_where_its_flow_arrives(whol
     for step in range(2):  # the learning rate of the first is zero
         trainer.step(step)
     assert not torch.equal(trainer.adapter.start_z, before)
+    trainer.averaged_adapter.save_pretrained(tmp_path / "started")
+    again = prepare(arguments(ground, tmp_path / "again", "--init_adapter", tmp_path / "started", *go_on[2:]))
+    assert torch.equal(again.adapter.start_z, trainer.averaged_adapter.start_z), "it has a start of its own"
     with pytest.raises(ValueError, match=r"--init_adapter .* --drift_width"):
         prepare(arguments(ground, tmp_path / "other", *go_on, "--drift_width", 24))
 

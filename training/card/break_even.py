@@ -23,6 +23,7 @@ from hf_hyperflow.benchmark.methods import HyperFlow
 from hf_hyperflow.modeling.atomic_file import write_json
 from hf_hyperflow.modeling.hub import fetch
 from hf_hyperflow.modeling.saving import CheckpointError
+from hf_hyperflow.modeling.training_section import list_runs, name_phase
 
 from .cost_tables import BIAS, COST_LABELS, FULL, READY, group_by_size
 from .markdown import format_table
@@ -98,13 +99,14 @@ def compute_offline_cost(
     if "phases" not in training:
         raise ValueError("training.json has no `phases`: its version did not count the offline cost. Train again.")
     costs = group_by_size(cost)
-    collections = (training.get("trajectories") or {}).get("collections", [])
     stages, stored_bytes = [], 0
-    for collection in collections:
-        stages.append(_describe_collection(collection))
-        stored_bytes += collection["totals"]["bytes"]
-    for name, phase in training["phases"].items():
-        stages.append(_describe_phase(name, phase, training["hardware"]))
+    runs = list_runs(training)
+    for number, run in enumerate(runs):
+        for collection in (run.get("trajectories") or {}).get("collections", []):
+            stages.append(_describe_collection(collection))
+            stored_bytes += collection["totals"]["bytes"]
+        for name, phase in run["phases"].items():
+            stages.append(_describe_phase(name_phase(name, number, runs), phase, run["hardware"]))
     total = _add_up(stages)
     total["bytes"] = stored_bytes
     per_task: dict[str, Any] = {}
