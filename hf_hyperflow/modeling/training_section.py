@@ -21,7 +21,7 @@ def write_training_section(training: dict[str, Any]) -> str:
 
 def list_runs(training: dict[str, Any]) -> list[dict[str, Any]]:
     """The record of a run after those of the adapters that it went on from, the first one first."""
-    runs = []
+    runs: list[dict[str, Any]] = []
     record: dict[str, Any] | None = training
     while record is not None:
         runs.insert(0, record)

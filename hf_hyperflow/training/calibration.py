@@ -1,8 +1,8 @@
 """Calibration of an adapter: what makes its scores probabilities, and tells images of none of the classes.
 
 Temperature scaling (Guo et al. 2017) with a temperature that follows from the support set, see `Calibration`, and a
-logistic regression for `RejectionCalibration`. Both are fitted to episodes of training domains with the flow in place.
-Accuracies stay as they are.
+logistic regression for `RejectionCalibration`. Both are fitted to episodes with the flow in place, of domains that it
+was best not trained on. Accuracies stay as they are.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class CalibrationConfig:
 
     backbone: str = field(metadata={"help": "the target, a transformers vision model: Hub id or folder"})
     adapter: str = field(metadata={"help": "folder of the HyperFlow adapter"})
-    dataset: list[str] = field(metadata={"help": "domains to calibrate on"})
+    dataset: list[str] = field(metadata={"help": "domains to calibrate on, best such that the flow was not trained on"})
     n_episodes: int = field(default=4, metadata={"help": "episodes of each domain and shape"})
     seed: int = field(default=1, metadata={"help": "of the episodes"})
 
