@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ from tests.helpers.forgeries import (
 )
 
 CORPUS = Path(__file__).with_name("forgeries.json")
+
+FORGERIES = int(os.environ.get("FORGERIES", "500"))
 
 #: Values that have broken readers of JSON before.
 SPECIAL = (
@@ -171,4 +174,4 @@ def test_some_forgeries(prisoner):
 
 @pytest.mark.slow
 def test_many_forgeries(prisoner):
-    report(attempt_many(prisoner, 2000))
+    report(attempt_many(prisoner, FORGERIES))

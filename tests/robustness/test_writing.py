@@ -77,7 +77,7 @@ def kill_at_every_operation(
     while True:
         target, k = folder / "x", len(seen) + 1
         shutil.rmtree(target, ignore_errors=True)
-        save_old(target)
+        shutil.copytree(folder / "old", target)
         if ends_when_killed_before(k, target, partial(save_new, target)):
             break
         if k % 3 == 0:  # whoever comes next may also be a writer
