@@ -12,7 +12,11 @@ from .target import Images, Support
 
 @dataclass(frozen=True)
 class NoFlow(Method):
-    """HyperFlow's features and head (plain cosines if the adapter has no other), with the backbone as it is."""
+    """HyperFlow's features and head (plain cosines if the adapter has no other), with the backbone as it is.
+
+    The head was fitted where the flow starts. With a learned start that was taken over from another training this is not
+    the backbone as it is, and a head that was fitted there would gain more.
+    """
 
     name = "no-flow"
     label = "HyperFlow's head without the flow"
