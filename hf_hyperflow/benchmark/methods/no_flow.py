@@ -14,8 +14,8 @@ from .target import Images, Support
 class NoFlow(Method):
     """HyperFlow's features and head (plain cosines if the adapter has no other), with the backbone as it is.
 
-    The head was fitted where the flow starts. With a learned start that was taken over from another training this is not
-    the backbone as it is, and a head that was fitted there would gain more.
+    The head was fitted where the flow starts. With a learned start that was taken over from another training, this is
+    not the backbone as it is, and a head that was fitted there would gain more.
     """
 
     name = "no-flow"
