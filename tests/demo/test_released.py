@@ -5,13 +5,21 @@ import json
 import PIL.Image
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoImageProcessor, AutoModel
 
-from hf_hyperflow import HyperFlowAdapter
+from hf_hyperflow import AdaptedTask, HyperFlowAdapter
 from hf_hyperflow.demo.digits import sample_digits
 from hf_hyperflow.demo.released import ADAPTER, BACKBONE, find_released
 from hf_hyperflow.modeling.prototypes import PrototypeClassifier
 from hf_hyperflow.modeling.saving import CheckpointError
+from tests.helpers.benchmark_runs import ROOT
+
+OTHERS = {
+    "hyperflow-lora-vit-s14-70": "vit-s14-focus-70",
+    "hyperflow-norms-vit-s14-70": "vit-s14-focus-70",
+    "hyperflow-convnext-64": "convnext-64",
+}
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +105,39 @@ def test_the_adapter_warns_about_other_weights(adapter):
     other = AutoModel.from_config(AutoModel.from_pretrained(find_released(BACKBONE)).config)
     with pytest.warns(UserWarning, match="not those the adapter was trained for"):
         adapter.adapt(other, sample_digits().support)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_adapters_work_with_their_backbones(name, tmp_path, recwarn):
+    """They adapt to digits better than direct transfer, and plain PEFT computes the features of a saved task."""
+    folder = ROOT / "model_cards" / OTHERS[name]
+    backbone = AutoModel.from_pretrained(folder).eval()
+    adapter = HyperFlowAdapter.from_pretrained(ROOT / "model_cards" / name).eval()
+    assert (adapter.config.calibration is None, adapter.config.rejection is None) == (False, False)
+    episode = sample_digits(n_query=15)
+    labels = torch.from_numpy(episode.query_labels)
+    direct = adapter.direct_transfer(backbone, episode.support)
+    hits = (direct.scores(episode.query).argmax(-1) == labels).float().mean()
+    direct.reset()
+    task = adapter.adapt(backbone, episode.support)
+    scores = task.scores(episode.query)
+    assert (scores.argmax(-1) == labels).float().mean() > hits + 0.1
+    task.save_pretrained(tmp_path)
+    pixels = adapter.processor([picture.convert("RGB") for picture in episode.query[:4]], return_tensors="pt")
+    with torch.no_grad():
+        ours = task.backbone(**pixels).last_hidden_state
+    task.reset()
+    torch.testing.assert_close(AdaptedTask.from_pretrained(tmp_path, backbone).scores(episode.query), scores)
+    plain = PeftModel.from_pretrained(AutoModel.from_pretrained(folder), str(tmp_path)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**pixels).last_hidden_state, ours, rtol=1e-4, atol=1e-4)
+    assert not [w for w in recwarn if "not those the adapter was trained for" in str(w.message)]
+
+
+def test_the_lora_adapter_saves_nothing_but_factors():
+    """PEFT's mixed batches, hotswapping and weighted sums refuse `modules_to_save`."""
+    config = json.loads((ROOT / "model_cards" / "hyperflow-lora-vit-s14-70" / "config.json").read_text())
+    assert config["peft"]["peft_type"] == "LORA"
+    assert not config["peft"].get("modules_to_save")
+    assert all(".lora_" in tensor for tensor in config["tensor_names"])

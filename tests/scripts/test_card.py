@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.scripts.test_break_even import cost_record
 from training.card.accuracy_tables import build_methods_table, build_summary_table
 from training.card.build import FIGURES, FILES, FINE_TUNING_EPISODES, read_results, write_cards
 from training.card.cost_tables import build_speed_table
+from training.card.records import get
 from training.card.tables import build_conditioning_table, fill_tables, make_tables
 
 DRAWN = {name for names in FIGURES.values() for name in names}
@@ -42,6 +44,40 @@ def test_tables_are_those_of_the_results(card, adapter, tmp_path):
     own = card == CARD
     write_cards([copy], copy.parent if own else adapter, read_results(adapter / "results"))
     assert copy.read_text() == (ROOT / card).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        (ADAPTER, "same_tasks"),
+        ("hyperflow-norms-vit-s14-70", "results"),
+        ("hyperflow-lora-vit-s14-70", "results"),
+        ("hyperflow-convnext-64", "results"),
+    ],
+)
+def test_the_table_of_adapters_is_that_of_their_results(name, file):
+    """In the README, and in the adapter's own card with more digits."""
+    folder = ROOT / "model_cards" / name
+    results = json.loads((folder / "results" / f"{file}.json").read_text())
+    assert results["arguments"]["n_episodes"] == 60
+    hyperflow = get(results["means"], method="hyperflow")
+    gain = hyperflow["diff_vs_direct"], hyperflow["diff_ci95"]
+    against = get(results["hyperflow_against"], domain=None, method="no-flow")
+    flow = against["diff"], against["diff_ci95"]
+    shapes = json.loads((folder / "config.json").read_text())["tensor_shapes"]
+    size = sum(math.prod(shape) for shape in shapes)
+    [row] = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| [`{name}`]")]
+    cells = [cell.strip(" *") for cell in row.split("|")][4:8]
+    assert cells == [
+        f"{size:,}",
+        f"{hyperflow['accuracy']:.1f}",
+        f"{gain[0]:+.1f} ± {gain[1]:.1f}",
+        f"{flow[0]:+.1f} ± {flow[1]:.1f}",
+    ]
+    if name != ADAPTER:
+        card = (folder / "README.md").read_text()
+        assert f"| gain over direct transfer | {gain[0]:+.2f} ± {gain[1]:.2f} |" in card
+        assert f"| from the flow | {flow[0]:+.2f} ± {flow[1]:.2f} |" in card
 
 
 def test_every_table_is_shown(adapter):

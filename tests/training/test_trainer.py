@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
-from transformers import AutoModel, ResNetConfig, ResNetModel
+from transformers import AutoImageProcessor, AutoModel, ResNetConfig, ResNetModel
 
 from hf_hyperflow import HyperFlowAdapter
 from hf_hyperflow.arguments import describe_arguments, parse
@@ -383,6 +383,28 @@ def test_training_goes_on_from_an_adapter_and_starts_where_its_flow_arrives(whol
     assert torch.equal(again.adapter.start_z, trainer.averaged_adapter.start_z), "it has a start of its own"
     with pytest.raises(ValueError, match=r"--init_adapter .* --drift_width"):
         prepare(arguments(ground, tmp_path / "other", *go_on, "--drift_width", 24))
+
+
+def test_a_sibling_of_the_backbone_takes_over_a_flow_without_training(whole, ground, tmp_path):
+    """Of one step, the first of the warmup, nothing is learned: the networks stay, and the head is measured anew."""
+    trained = moving(HyperFlowAdapter.from_pretrained(whole))
+    trained.save_pretrained(tmp_path / "trained")
+    sibling = AutoModel.from_pretrained(ground / "backbone")
+    with torch.no_grad():
+        for parameter in sibling.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    sibling.save_pretrained(tmp_path / "sibling")
+    AutoImageProcessor.from_pretrained(ground / "backbone", backend="pil").save_pretrained(tmp_path / "sibling")
+    options = ["--backbone", tmp_path / "sibling", "--init_adapter", tmp_path / "trained", "--steps", 1]
+    done = run_here("train_drift", *arguments(ground, tmp_path / "moved", *options))
+    assert done.exitcode == 0, done.output
+    moved = HyperFlowAdapter.from_pretrained(tmp_path / "moved")
+    for network in ("drift", "task_encoder"):
+        theirs = trained.get_submodule(network).state_dict()
+        for name, tensor in moved.get_submodule(network).state_dict().items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-6)  # saved in half precision
+    assert not torch.allclose(moved.head.variances, trained.head.variances)
+    assert moved.config.backbone["fingerprint"] != trained.config.backbone["fingerprint"]
 
 
 def test_lda_prior_is_the_covariance_of_the_training_tasks(whole, ground):
